@@ -1,0 +1,136 @@
+"""
+The chat format of a tokenizer: messages to tokens that extend earlier tokens, and tokens back to messages.
+"""
+
+import copy
+import logging
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+from trl.chat_template_utils import (
+    add_response_schema,
+    get_training_chat_template,
+    parse_response,
+    supports_tool_calling,
+)
+
+from .envs.base import Observation
+
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+
+logger = logging.getLogger(__name__)
+
+Message = dict[str, Any]
+
+
+class ChatFormat:
+    """Messages to tokens and back, in the chat format of a trainer's tokenizer."""
+
+    def __init__(self, trainer: "GRPOTrainer"):
+        self.tokenizer: PreTrainedTokenizerBase = trainer.processing_class
+        if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(
+                f"MultiTurnRollout works on text; the trainer's processing_class is a {type(self.tokenizer).__name__}."
+                " Pass a tokenizer as `processing_class` (of a processor, its `tokenizer`)."
+            )
+        self.eos_token_ids: list[int] = trainer.eos_token_ids
+        self.template_kwargs: dict[str, Any] = trainer.chat_template_kwargs
+        self.chat_template: str | None = None  # the tokenizer's own
+        if not self._extends_contexts():
+            self._use_training_template()
+        self._parser = self._build_parser()
+
+    def render(self, observation: Observation) -> list[int]:
+        """Tokens of the opening conversation, up to where the policy writes."""
+        return self._tokenize(observation.messages, tools=observation.tools or None, add_generation_prompt=True)
+
+    def render_suffix(self, messages: list[Message]) -> list[int]:
+        """
+        Tokens that follow the policy's end-of-sequence token when `messages` come next, up to where it writes again.
+
+        The difference of two renderings of a dummy conversation, with and without the messages.
+        """
+        answer: Message = {"role": "assistant", "content": "dummy"}
+        if messages[0]["role"] == "tool":  # templates may derive the header of a result from the call
+            function = {"name": messages[0].get("name", "dummy"), "arguments": {}}
+            answer = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+        question = [{"role": "user", "content": "dummy"}]
+        start = len(self._tokenize(question))
+        before = self._tokenize([*question, answer])
+        after = self._tokenize([*question, answer, *messages], add_generation_prompt=True)
+        # What a template writes after the end of a message (Qwen: a newline) was not generated: it is in the suffix.
+        ends = [i for i in range(start, len(before)) if before[i] in self.eos_token_ids]
+        if ends:
+            before = before[: ends[-1] + 1]
+        if after[: len(before)] != before:
+            raise ValueError("The chat template renders earlier messages differently when messages are appended.")
+        return after[len(before) :]
+
+    def parse(self, action_ids: list[int], context_ids: list[int], tools: list[dict] | None) -> Message:
+        """Read a response as an assistant message; `parse_error` marks one whose tool calls are malformed."""
+        if action_ids[-1] in self.eos_token_ids and action_ids[-1] != self.tokenizer.eos_token_id:
+            action_ids = action_ids[:-1]  # the parsers know the tokenizer's own end-of-sequence token only
+        text = self.tokenizer.decode(action_ids, skip_special_tokens=True)
+        if self._parser is None:
+            return {"role": "assistant", "content": text}
+        try:
+            message = parse_response(self._parser, action_ids, prefix=context_ids, tools=tools)
+            # Where it cannot make sense of a response, TRL falls back to plain text, without a word.
+            failed = "tool_calls" not in message and self._has_tool_calls(action_ids, context_ids)
+        except Exception:  # a text can break a parser in many ways (nesting, for one), and it is the policy's text
+            message, failed = {"role": "assistant", "content": text}, True
+        if failed:
+            message["parse_error"] = True
+        return message
+
+    def _has_tool_calls(self, action_ids: list[int], context_ids: list[int]) -> bool:
+        return "tool_calls" in self._parser.parse_response(action_ids, prefix=context_ids)
+
+    def _tokenize(self, messages: list[Message], **kwargs: Any) -> list[int]:
+        return self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.chat_template,
+            tokenize=True,
+            return_dict=False,
+            **kwargs,
+            **self.template_kwargs,
+        )
+
+    def _extends_contexts(self) -> bool:
+        followers = [{"role": "user", "content": "dummy"}]
+        if supports_tool_calling(self.tokenizer):
+            followers.append({"role": "tool", "name": "dummy", "content": "dummy"})
+        try:
+            for message in followers:
+                self.render_suffix([message])
+        except ValueError:
+            return False
+        return True
+
+    def _use_training_template(self) -> None:
+        try:
+            self.chat_template = get_training_chat_template(self.tokenizer)
+        except ValueError:
+            pass
+        if self.chat_template is None or not self._extends_contexts():
+            raise ValueError(
+                "The tokenizer's chat template renders earlier messages differently when messages are appended, so a "
+                "context cannot grow token by token, and TRL has no training template for it. Set "
+                "`tokenizer.chat_template` to a template that keeps the history as it was."
+            )
+
+    def _build_parser(self) -> PreTrainedTokenizerBase | None:
+        parser = copy.deepcopy(self.tokenizer)
+        if getattr(parser, "response_template", None) is not None:
+            return parser
+        try:
+            return add_response_schema(parser)
+        except ValueError:
+            logger.warning(
+                "TRL does not know how to parse responses in this tokenizer's chat format: environments get plain "
+                "text and no tool calls. Set `tokenizer.response_template`, or use a chat template TRL knows."
+            )
+            return None

@@ -1,0 +1,92 @@
+"""
+Log-probabilities of turns whose prompt or tool results hold images.
+
+Image features belong to whole samples in the layout of TRL's generation batch, so a trajectory is scored as TRL does
+it (trl 1.15 and 1.16): one full row, padded as in that batch.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
+
+from .buffer import TurnBuffer
+from .scoring import DUMMY_KEY, Key, Row, TurnScores
+
+
+_FORWARD_FIELDS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+
+class SampleScorer:
+    """
+    Scores turns of the samples of one generation batch, images included.
+
+    Args:
+        batch (`dict[str, Any]`):
+            Generation batch of TRL's `_generate_and_score_completions`: padded prompts and completions, masks and
+            image features.
+        per_token_scores (`Callable`):
+            TRL's `_get_per_token_logps_and_entropies`.
+        aux_loss (`bool`, *optional*, defaults to `False`):
+            Whether to ask a mixture-of-experts model for its load-balancing loss.
+    """
+
+    def __init__(self, batch: dict[str, Any], per_token_scores: Callable[..., tuple], aux_loss: bool = False):
+        self._input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)  # (B, P + C)
+        self._attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        self._completion_length = batch["completion_ids"].size(1)
+        self._prompt_lengths = batch["prompt_mask"].sum(1).tolist()
+        self._samples = split_pixel_values_by_grid({key: batch[key] for key in _FORWARD_FIELDS if key in batch})
+        self._per_token_scores = per_token_scores
+        self._aux_loss = aux_loss
+
+    def build_rows(self, buffer: TurnBuffer, keys: Iterable[Key]) -> list[Row]:
+        """One row a trajectory; spans are positions in the completion."""
+        rows: dict[int, Row] = {}
+        for key in sorted(keys):
+            index, turn = key[0], buffer.turn(key)
+            row = rows.setdefault(index, Row(input_ids=self._input_ids[index].tolist()))
+            start = len(turn.context_ids) - self._prompt_lengths[index]
+            row.spans[key] = (start, start + len(turn.action_ids))
+        return list(rows.values())
+
+    def dummy_row(self) -> Row:
+        """A row that belongs to no trajectory, for a process that must take part in a forward pass without data."""
+        return Row(input_ids=self._input_ids[0].tolist(), spans={DUMMY_KEY: (0, 1)})
+
+    def score(self, model: nn.Module, rows: list[Row]) -> tuple[dict[Key, TurnScores], torch.Tensor | None]:
+        """One forward pass, see [`~seeupo_trl.scoring.RowScorer.score`]."""
+        indices = [max(next(iter(row.spans))[0], 0) for row in rows]  # the dummy row borrows the first sample
+        logps, entropies, aux_loss = self._per_token_scores(
+            model,
+            self._input_ids[indices],
+            self._attention_mask[indices],
+            self._completion_length,
+            compute_entropy=True,
+            compute_aux_loss=self._aux_loss,
+            **unsplit_pixel_values_by_grid({key: _take(value, indices) for key, value in self._samples.items()}),
+        )
+        if entropies is None:
+            entropies = torch.zeros_like(logps)
+        return {
+            key: TurnScores(logps[position, start:end], entropies[position, start:end])
+            for position, row in enumerate(rows)
+            for key, (start, end) in row.spans.items()
+        }, aux_loss
+
+
+def _take(values: torch.Tensor | list, indices: list[int]) -> torch.Tensor | list:
+    return values[indices] if isinstance(values, torch.Tensor) else [values[index] for index in indices]

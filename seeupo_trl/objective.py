@@ -1,0 +1,204 @@
+"""
+The equations of SeeUPO as pure tensor functions, one equation each (arXiv 2602.06554).
+
+Conventions the paper leaves open: a standard deviation has the divisor N - 1 (as in TRL and in the authors' code), no
+epsilon is added to it, and a ratio inside `M` is bounded to [e^-20, e^20] so that it stays a number.
+"""
+
+import math
+
+import torch
+
+
+_MAX_LOG_RATIO = 20.0
+
+
+def center_by_group(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
+    """
+    Group-relative advantages `A_i = r_i - mean_group(r)`, first half of Eq. 9.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N,)`):
+            Rewards, the trajectories of a group next to each other. NaN marks a trajectory that could not be scored:
+            it stays out of its group's mean.
+        group_size (`int`):
+            `G`, trajectories of one group.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`:
+            Advantages in float64, NaN where the reward is NaN. Exactly 0 where all rewards of a group are equal.
+    """
+    groups = rewards.double().view(-1, group_size)  # (B, G)
+    scored = ~groups.isnan()
+    mean = groups.nanmean(dim=1, keepdim=True)
+    highest = groups.masked_fill(~scored, -torch.inf).amax(dim=1, keepdim=True)
+    lowest = groups.masked_fill(~scored, torch.inf).amin(dim=1, keepdim=True)
+    # rounding in the mean must not leave a residue that the normalisation would blow up
+    advantages = torch.where(highest == lowest, torch.zeros_like(groups), groups - mean)
+    return advantages.masked_fill(~scored, torch.nan).view(-1)
+
+
+def normalize_over_batch(advantages: torch.Tensor) -> torch.Tensor:
+    """
+    Batch-level normalisation `(A - mean_B(A)) / std_B(A)`, second half of Eq. 9.
+
+    Args:
+        advantages (`torch.Tensor` of shape `(N,)`):
+            Advantages of all trajectories of the iteration over all processes; NaN marks one that is left out.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`:
+            Normalised advantages; NaN where the input is NaN, and 0 everywhere else when the advantages do not vary.
+    """
+    scored = advantages[~advantages.isnan()]
+    if scored.numel() < 2 or bool((scored == scored[0]).all()):
+        return torch.where(advantages.isnan(), advantages, torch.zeros_like(advantages))
+    return (advantages - scored.mean()) / scored.std()
+
+
+def sequence_log_ratio(new_logps: torch.Tensor, old_logps: torch.Tensor, ratio: str = "geometric") -> torch.Tensor:
+    """
+    Log of the sequence-level importance ratio of one action (Eq. 6).
+
+    Args:
+        new_logps (`torch.Tensor` of shape `(|a|,)`):
+            Log-probabilities of the action's tokens under the current parameters.
+        old_logps (`torch.Tensor` of shape `(|a|,)`):
+            Log-probabilities of the same tokens under the policy of the denominator.
+        ratio (`str`, *optional*, defaults to `"geometric"`):
+            `"geometric"` divides the sum over tokens by their number, as GSPO does; `"product"` does not.
+
+    Returns:
+        `torch.Tensor` of shape `()`
+    """
+    difference = new_logps - old_logps
+    return difference.mean() if ratio == "geometric" else difference.sum()
+
+
+def clipped_surrogate(
+    ratio: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon_low: float,
+    epsilon_high: float,
+    delta: float | None = None,
+) -> torch.Tensor:
+    """
+    Clipped surrogate `min(r M, clip(r, 1 - eps_low, 1 + eps_high) M)` of the objective `J_t`.
+
+    Args:
+        ratio (`torch.Tensor` of any shape):
+            Sequence ratios `r` of the turn that is updated.
+        weight (`torch.Tensor` of the same shape):
+            Turn weights `M` of the continuation, constants.
+        epsilon_low (`float`), epsilon_high (`float`):
+            Half widths of the clipping range below and above 1.
+        delta (`float`, *optional*):
+            Upper bound of the unclipped ratio (two-sided clipping).
+
+    Returns:
+        `torch.Tensor`:
+            Surrogates, to be maximised.
+    """
+    clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
+    if delta is not None:
+        ratio = ratio.clamp(max=delta)
+    return torch.minimum(ratio * weight, clipped * weight)
+
+
+def k3_divergence(new_logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
+    """
+    Per-token estimate of KL(policy || reference) that is never negative (the "k3" estimator).
+
+    Args:
+        new_logps (`torch.Tensor` of shape `(|a|,)`):
+            Log-probabilities under the current parameters.
+        ref_logps (`torch.Tensor` of shape `(|a|,)`):
+            Log-probabilities under the reference model.
+
+    Returns:
+        `torch.Tensor` of shape `(|a|,)`
+    """
+    difference = ref_logps - new_logps
+    return torch.exp(difference) - difference - 1
+
+
+def fold_in_ratio(weight: float, log_ratio: float, clip: float | None) -> float:
+    """
+    Turn weight after an update, relative to the advantage: `M_t / A = r_t(theta^t) * M_{t+1} / A` (Eq. 8).
+
+    Args:
+        weight (`float`):
+            `M_{t+1} / A` of the trajectory.
+        log_ratio (`float`):
+            Log of the updated turn's ratio at the parameters after its last optimizer step.
+        clip (`float`, *optional*):
+            `c` bounds both the ratio and the running product to `[1 - c, 1 + c]`; `None` is the paper's plain product.
+
+    Returns:
+        `float`
+    """
+    ratio = math.exp(min(max(log_ratio, -_MAX_LOG_RATIO), _MAX_LOG_RATIO))
+    if clip is None:
+        return weight * ratio
+    low, high = 1 - clip, 1 + clip
+    return min(max(weight * min(max(ratio, low), high), low), high)
+
+
+def sampler_correction(
+    policy_logps: torch.Tensor,
+    sampling_logps: torch.Tensor,
+    mode: str,
+    clip_min: float | None,
+    clip_max: float | None,
+) -> torch.Tensor:
+    """
+    Weight that corrects one action for a sampler whose probabilities differ from the policy's (vLLM).
+
+    The four modes are TRL's, applied to the action of one block of turns. A token-level weight multiplies a
+    sequence-level surrogate, which averages over tokens, so it enters as its mean over the action's tokens.
+
+    Args:
+        policy_logps (`torch.Tensor` of shape `(|a|,)`):
+            Log-probabilities under the policy that was to be sampled.
+        sampling_logps (`torch.Tensor` of shape `(|a|,)`):
+            Log-probabilities that the sampler reported; NaN where it reported none (no correction there).
+        mode (`str`):
+            `"token_truncate"`, `"token_mask"`, `"sequence_truncate"` or `"sequence_mask"`.
+        clip_min (`float`, *optional*), clip_max (`float`, *optional*):
+            Bounds of the ratio.
+
+    Returns:
+        `torch.Tensor` of shape `()`
+    """
+    log_ratio = (policy_logps - sampling_logps).nan_to_num(nan=0.0)
+    level, constraint = mode.split("_")
+    ratio = log_ratio.sum().exp() if level == "sequence" else log_ratio.exp()
+    if constraint == "truncate":
+        ratio = ratio.clamp(min=clip_min, max=clip_max)
+    else:
+        low = -torch.inf if clip_min is None else clip_min
+        high = torch.inf if clip_max is None else clip_max
+        ratio = ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
+    return ratio.mean()
+
+
+def keep_on_policy(
+    weight: torch.Tensor, new_logps: torch.Tensor, behaviour_logps: torch.Tensor, threshold: float
+) -> torch.Tensor:
+    """
+    Off-policy sequence mask of DeepSeek-V3.2 (arXiv 2512.02556, Eq. 9) for one action.
+
+    Args:
+        weight (`torch.Tensor` of shape `()`):
+            Turn weight `M`.
+        new_logps (`torch.Tensor` of shape `(|a|,)`), behaviour_logps (`torch.Tensor` of shape `(|a|,)`):
+            Log-probabilities under the current parameters and under the policy that sampled.
+        threshold (`float`):
+            Largest mean difference at which an action with a negative weight is kept.
+
+    Returns:
+        `torch.Tensor` of shape `()`:
+            1 to keep the action's surrogate, 0 to drop it.
+    """
+    divergence = (behaviour_logps - new_logps.detach()).nan_to_num(nan=0.0).mean()
+    return ((weight >= 0) | (divergence <= threshold)).to(new_logps.dtype)

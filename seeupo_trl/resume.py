@@ -1,0 +1,68 @@
+"""What a run that was killed needs to go on exactly where its last whole checkpoint left it."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+
+import torch
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+from trl.trainer.utils import RepeatSampler
+
+
+logger = logging.get_logger(__name__)
+
+TRAINER_STATE_FILE = "trainer_state.json"
+
+
+class ResumableRepeatSampler(RepeatSampler):
+    """
+    [`~trl.trainer.utils.RepeatSampler`] whose order depends on the epoch alone, so that a run resumed in a later epoch
+    sees the order of the uninterrupted run.
+
+    Args:
+        state_of_run (`Callable[[], TrainerState]`):
+            Returns the state of the Trainer, whose `global_step` tells the epoch: one step is one batch of prompts.
+    """
+
+    def __init__(self, *args, state_of_run: Callable[[], TrainerState], **kwargs):
+        super().__init__(*args, **kwargs)
+        self._state_of_run = state_of_run
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            epoch = self._state_of_run().global_step // (self.num_samples // self.batch_size)
+            self.generator.manual_seed(self.seed)
+            for _ in range(epoch):
+                torch.randperm(self.num_samples, generator=self.generator)
+        return super().__iter__()
+
+
+def last_complete_checkpoint(output_dir: str) -> str | None:
+    """
+    Newest checkpoint of a run that was written to its end.
+
+    The Trainer writes the state file last, so a checkpoint whose state file is missing or broken belongs to a run that
+    died while saving; it is passed over with a warning.
+
+    Args:
+        output_dir (`str`):
+            Output directory of the run.
+
+    Returns:
+        `str` or `None`:
+            Path of the checkpoint, or `None` where there is none.
+    """
+    pattern = re.compile(rf"^{PREFIX_CHECKPOINT_DIR}-(\d+)$")
+    names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
+    for name in sorted(filter(pattern.match, names), key=lambda name: -int(pattern.match(name)[1])):
+        path = os.path.join(output_dir, name)
+        try:
+            with open(os.path.join(path, TRAINER_STATE_FILE)) as file:
+                json.load(file)
+            return path
+        except (OSError, json.JSONDecodeError):
+            logger.warning(f"Passing over {path}: it was not written to its end.")
+    return None

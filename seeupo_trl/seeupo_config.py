@@ -1,0 +1,275 @@
+"""Configuration of [`SeeUPOTrainer`]: only the fields SeeUPO adds to GRPO's, or whose default differs."""
+
+import copy
+import warnings
+from dataclasses import MISSING, dataclass, field, fields
+
+from trl import GRPOConfig
+
+
+UPDATE_ORDERS = ("reverse", "forward", "random", "simultaneous")
+OLD_POLICIES = ("iteration", "turn")
+TURN_RATIOS = ("geometric", "product")
+
+# Loss types of GRPO that only say how token losses are averaged: no surrogate of a whole turn depends on that.
+_AVERAGING_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+
+
+@dataclass
+class SeeUPOConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`SeeUPOTrainer`].
+
+    This class includes only the parameters that SeeUPO adds to [`~trl.GRPOConfig`], or whose default value differs.
+    For all others please refer to the [`~trl.GRPOConfig`] and [`~transformers.TrainingArguments`] documentation.
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line.
+
+    Parameters:
+        > Parameters that control the turn-by-turn update
+
+        update_order (`str`, *optional*, defaults to `"reverse"`):
+            Order in which the turns are updated. `"reverse"` (last turn first) is SeeUPO; `"forward"` and `"random"`
+            (one seeded permutation an iteration, the same on all processes) are ablations; `"simultaneous"` updates
+            all turns at once with the ratio of the whole trajectory, which is GSPO with batch-level normalisation.
+        max_turn_updates (`int`, *optional*):
+            Largest number of sequential updates an iteration makes. Longer episodes merge consecutive turns into this
+            many blocks; a block acts as one turn whose action is the concatenation of its turns' tokens. `None`
+            updates every turn on its own; 1 equals `update_order="simultaneous"`.
+        old_policy (`str`, *optional*, defaults to `"iteration"`):
+            Policy in the denominator of the importance ratios. `"iteration"`: the policy that sampled, as in the
+            paper. `"turn"`: the policy just before the turn's own update, as in the authors' code.
+        turn_ratio (`str`, *optional*, defaults to `"geometric"`):
+            Ratio that enters the turn weight `M` (Eq. 8). `"geometric"` is normalised by the number of tokens, as in
+            the surrogate; `"product"` is the plain product over tokens.
+        turn_weight_clip (`float`, *optional*, defaults to `0.2`):
+            Each ratio inside `M` and their running product are bounded to `[1 - c, 1 + c]`. `None` leaves the plain
+            product of Eq. 8, which can grow without limit when the steps are large.
+        advantage_clip (`float`, *optional*):
+            Bound of the absolute value of the normalised advantages. The authors' code uses 3.
+
+        > Parameters that control the episodes
+
+        max_turns (`int`, *optional*, defaults to `10`):
+            Largest number of assistant messages in an episode that [`MultiTurnRollout`] drives. With TRL's own tools
+            and environments it sets `max_tool_calling_iterations` to `max_turns - 1` unless that is given. Episodes
+            of your own `rollout_func` are never cut. `None` sets no limit.
+        max_context_length (`int`, *optional*):
+            Largest number of tokens of a context together with its response in [`MultiTurnRollout`]. `None` takes the
+            model's number of positions.
+
+        > Parameters inherited from GRPO that work differently
+
+        max_completion_length (`int`, *optional*, defaults to `512`):
+            In [`MultiTurnRollout`], the largest number of tokens of **one** response. With TRL's own tools it bounds
+            the whole completion, as in GRPO.
+        per_device_train_batch_size (`int`, *optional*, defaults to `8`):
+            Largest number of rows in one forward and backward pass. A generation batch has
+            `per_device_train_batch_size x steps_per_generation x number of processes` completions, as in GRPO.
+        steps_per_generation (`int`, *optional*):
+            Together with `gradient_accumulation_steps`, which must divide it: each turn's pool is split into
+            `steps_per_generation / gradient_accumulation_steps` mini-batches with one optimizer step each. By default
+            the two are equal and a turn takes one optimizer step.
+        num_iterations (`int`, *optional*, defaults to `1`):
+            Number of passes over each turn's pool.
+        scale_rewards (`str` or `bool`, *optional*, defaults to `"batch"`):
+            `"batch"` divides the group-relative advantages by their standard deviation over the whole batch (Eq. 9);
+            `"none"` or `False` does not. `"group"` or `True` would break the method's convergence conditions: it
+            warns and means `"batch"`.
+        importance_sampling_level (`str`, *optional*, defaults to `"sequence"`):
+            Only `"sequence"`: the ratio of SeeUPO is one number per turn.
+        loss_type (`str`, *optional*, defaults to `"seeupo"`):
+            The averaging schemes of GRPO (`"grpo"`, `"bnpo"`, `"dr_grpo"`, `"dapo"`) have no counterpart here and
+            warn; the other surrogates of GRPO raise an error.
+        use_bias_correction_kl (`bool`, *optional*, defaults to `False`):
+            Whether to multiply the KL term by the turn's ratio. Off by default, as in the published setup.
+        multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
+            `"normalize_then_sum"` normalises the advantages of each reward function over the batch before they are
+            weighted and added.
+
+    An error is raised for `top_entropy_quantile < 1` (a token-level filter of a turn-level surrogate) and for a
+    `loss_type` that replaces the surrogate (`"cispo"`, `"sapo"`, `"luspo"`, `"vespo"`).
+    """
+
+    update_order: str = field(
+        default="reverse",
+        metadata={
+            "help": "Order in which the turns are updated: 'reverse' (SeeUPO), 'forward', 'random' or 'simultaneous' "
+            "(all turns at once: GSPO with batch-level normalisation).",
+            "choices": UPDATE_ORDERS,
+        },
+    )
+    max_turn_updates: int | None = field(
+        default=None,
+        metadata={
+            "help": "Largest number of sequential updates an iteration makes; longer episodes merge consecutive turns "
+            "into this many blocks. Unset: every turn is updated on its own."
+        },
+    )
+    old_policy: str = field(
+        default="iteration",
+        metadata={
+            "help": "Policy in the denominator of the importance ratios: 'iteration' (the policy that sampled) or "
+            "'turn' (the policy just before the turn's own update).",
+            "choices": OLD_POLICIES,
+        },
+    )
+    turn_ratio: str = field(
+        default="geometric",
+        metadata={
+            "help": "Ratio that enters the turn weight M: 'geometric' (normalised by the number of tokens) or "
+            "'product'.",
+            "choices": TURN_RATIOS,
+        },
+    )
+    turn_weight_clip: float | None = field(
+        default=0.2,
+        metadata={
+            "help": "Each ratio inside the turn weight M and their running product are bounded to [1 - c, 1 + c]. "
+            "Null (in a yaml config) leaves the plain product."
+        },
+    )
+    advantage_clip: float | None = field(
+        default=None,
+        metadata={"help": "Bound of the absolute value of the normalised advantages. Unset: no bound."},
+    )
+    max_turns: int | None = field(
+        default=10,
+        metadata={
+            "help": "Largest number of assistant messages in an episode. Null (in a yaml config) sets no limit."
+        },
+    )
+    max_context_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Largest number of tokens of a context together with its response in message-level environments. "
+            "Unset: the model's number of positions."
+        },
+    )
+
+    # Fields of GRPOConfig whose default differs
+    scale_rewards: str = field(
+        default="batch",
+        metadata={
+            "help": "'batch' divides the group-relative advantages by their standard deviation over the whole batch; "
+            "'none' does not.",
+        },
+    )
+    importance_sampling_level: str = field(
+        default="sequence", metadata={"help": "Only 'sequence': the ratio of SeeUPO is one number per turn."}
+    )
+    loss_type: str = field(
+        default="seeupo", metadata={"help": "SeeUPO has one surrogate; the loss types of GRPO do not apply."}
+    )
+    use_bias_correction_kl: bool = field(
+        default=False, metadata={"help": "Whether to multiply the KL term by the turn's importance ratio."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._validate()
+
+    @classmethod
+    def from_grpo_config(cls, config: GRPOConfig) -> "SeeUPOConfig":
+        """
+        The SeeUPO configuration of a script written for GRPO.
+
+        Args:
+            config ([`~trl.GRPOConfig`]):
+                Configuration to upgrade; left as it is.
+
+        Returns:
+            [`SeeUPOConfig`]:
+                A configuration with the same values. A field that holds GRPO's default where SeeUPO has another one
+                takes SeeUPO's.
+        """
+        # `__post_init__` must not run twice on the same values, so the fields are copied one by one
+        upgraded = object.__new__(cls)
+        upgraded.__dict__.update(config.__dict__)
+        grpo_defaults = {f.name: f.default for f in fields(GRPOConfig)}
+        for f in fields(cls):
+            if f.default is MISSING or f.default == grpo_defaults.get(f.name, MISSING):
+                continue
+            if f.name not in grpo_defaults or getattr(config, f.name) == grpo_defaults[f.name]:
+                setattr(upgraded, f.name, f.default)
+        upgraded._validate()
+        return upgraded
+
+    def for_one_step_per_iteration(self) -> "SeeUPOConfig":
+        """
+        The arguments with which the Trainer runs underneath: one step and one batch an iteration.
+
+        The Trainer must not accumulate over steps, split the generation batch or repeat it, because the update phase
+        does so by turn.
+
+        Returns:
+            [`SeeUPOConfig`]:
+                A copy. This configuration keeps what the user gave.
+        """
+        args = copy.copy(self)
+        args.per_device_train_batch_size = self.per_device_train_batch_size * self.steps_per_generation
+        args.gradient_accumulation_steps = args.steps_per_generation = args.num_iterations = 1
+        return args
+
+    def _validate(self) -> None:
+        for name, allowed in (
+            ("update_order", UPDATE_ORDERS),
+            ("old_policy", OLD_POLICIES),
+            ("turn_ratio", TURN_RATIOS),
+            ("importance_sampling_level", ("sequence",)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` is not one of {', '.join(map(repr, allowed))}.")
+
+        for name in ("max_turn_updates", "max_turns", "max_context_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, or `None` for no limit; got {value}.")
+        if self.turn_weight_clip is not None and not 0 < self.turn_weight_clip < 1:
+            raise ValueError(
+                f"`turn_weight_clip` must lie between 0 and 1, or be `None` for the plain product; got "
+                f"{self.turn_weight_clip}."
+            )
+        if self.advantage_clip is not None and self.advantage_clip <= 0:
+            raise ValueError(f"`advantage_clip` must be positive, or `None` for no bound; got {self.advantage_clip}.")
+        if self.steps_per_generation % self.gradient_accumulation_steps != 0:
+            raise ValueError(
+                f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}) must divide "
+                f"`steps_per_generation` ({self.steps_per_generation}): each turn takes `steps_per_generation / "
+                "gradient_accumulation_steps` optimizer steps on one generation batch. Leave `steps_per_generation` "
+                "unset for one step a turn."
+            )
+        if self.top_entropy_quantile < 1.0:
+            raise ValueError(
+                f"`top_entropy_quantile={self.top_entropy_quantile}` selects single tokens, but SeeUPO's surrogate is "
+                "one term per turn. Leave it at 1.0."
+            )
+        self._validate_scale_rewards()
+        self._validate_loss_type()
+
+    def _validate_scale_rewards(self) -> None:
+        if self.scale_rewards == "group":
+            warnings.warn(
+                "`scale_rewards='group'` divides by a standard deviation that depends on the task, which breaks the "
+                "conditions under which SeeUPO improves monotonically. Using `scale_rewards='batch'` (Eq. 9).",
+                stacklevel=4,
+            )
+            self.scale_rewards = "batch"
+        if self.scale_rewards not in ("batch", "none"):
+            raise ValueError(f"`scale_rewards={self.scale_rewards!r}` is not one of 'batch', 'none'.")
+
+    def _validate_loss_type(self) -> None:
+        if self.loss_type in _AVERAGING_LOSS_TYPES:
+            warnings.warn(
+                f"`loss_type={self.loss_type!r}` has no effect: it says how GRPO averages over tokens, while SeeUPO's "
+                "surrogate has one term per turn and averages over trajectories. Remove it to silence this warning.",
+                stacklevel=4,
+            )
+            self.loss_type = "seeupo"
+        if self.loss_type != "seeupo":
+            raise ValueError(
+                f"`loss_type={self.loss_type!r}` replaces the clipped sequence-level surrogate, which SeeUPO's update "
+                "is built on. Remove it, or train with `trl.GRPOTrainer`."
+            )

@@ -1,0 +1,493 @@
+"""
+[`SeeUPOTrainer`]: TRL's GRPO trainer with the turn-by-turn update of SeeUPO (arXiv 2602.06554).
+
+One `global_step` is one iteration k of the paper: sample groups of episodes, score them, update the turns from the
+last to the first. Everything around the update (generation, tools, environments, rewards, logging, checkpoints, Hub)
+is TRL's. Written against trl 1.16 (and 1.15); `tests/test_trl_contract.py` names every private hook that is used.
+"""
+
+import textwrap
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+from trl.data_utils import is_conversational
+from trl.trainer.utils import get_config_model_id, use_adapter
+
+from .buffer import Trajectory, TurnBuffer, turns_from_mask
+from .engine import UpdateEngine
+from .envs.base import MultiTurnEnvironment
+from .multimodal import SampleScorer
+from .objective import center_by_group, k3_divergence, normalize_over_batch
+from .resume import ResumableRepeatSampler, last_complete_checkpoint
+from .rollout import MultiTurnRollout, environment_reward
+from .scoring import RowScorer, Scorer, score_without_gradient
+from .seeupo_config import SeeUPOConfig
+from .update import Reference, TurnUpdater
+
+
+class SeeUPOTrainer(GRPOTrainer):
+    """
+    Trainer for Sequence-level Sequential Update Policy Optimization (SeeUPO), introduced in the paper [SeeUPO:
+    Sequence-Level Agentic-RL with Convergence Guarantees](https://huggingface.co/papers/2602.06554).
+
+    Each turn of an episode is a virtual agent whose action is the whole response. An iteration samples groups of
+    episodes and then updates the turns one after another, by default from the last to the first, each against the
+    already updated continuation. It takes the arguments of [`~trl.GRPOTrainer`].
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from seeupo_trl import SeeUPOTrainer
+    >>> from trl.rewards import accuracy_reward
+
+    >>> trainer = SeeUPOTrainer(
+    ...     model="Qwen/Qwen2.5-0.5B-Instruct",
+    ...     reward_funcs=accuracy_reward,
+    ...     train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        model, reward_funcs, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers, quantization_config, peft_config, tools:
+            As in [`~trl.GRPOTrainer`].
+        args ([`SeeUPOConfig`] or [`~trl.GRPOConfig`], *optional*):
+            Configuration for this trainer. A `GRPOConfig` is upgraded, see [`SeeUPOConfig.from_grpo_config`].
+        rollout_func (`Callable`, *optional*):
+            As in [`~trl.GRPOTrainer`]: takes the prompts and the trainer, returns `"prompt_ids"`, `"completion_ids"`,
+            `"logprobs"` and, for episodes of several turns, `"env_mask"`; each maximal run of ones is a turn. It may
+            also return `"trajectories"`, a list with one [`Trajectory`] per prompt, which then says what the turns
+            are; their contexts need not extend one another. The dataset rows of the prompts are in
+            `trainer.rollout_inputs`.
+        environment_factory (`Callable` or `dict[str, Callable]`, *optional*):
+            As in [`~trl.GRPOTrainer`], or a [`MultiTurnEnvironment`] class (or a callable that returns one), which
+            [`MultiTurnRollout`] then drives; its rewards are added to those of `reward_funcs`, with weight 1.
+
+    Raises:
+        `ValueError`:
+            When the configuration, the dataset or what a rollout or reward function returned cannot be trained on.
+    """  # noqa: E501
+
+    _tag_names = ["trl", "seeupo"]
+    _name = "SeeUPO"
+    _paper = {
+        "title": "SeeUPO: Sequence-Level Agentic-RL with Convergence Guarantees",
+        "id": "2602.06554",
+        "citation": textwrap.dedent("""\
+            @article{hu2026seeupo,
+                title        = {{SeeUPO: Sequence-Level Agentic-RL with Convergence Guarantees}},
+                author       = {Hu and Fu and Chen and Liu and Ding},
+                year         = 2026,
+                eprint       = {arXiv:2602.06554},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | Any",
+        reward_funcs: str | PreTrainedModel | Callable | list | None = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: list[Callable] | None = None,
+        rollout_func: Callable | None = None,
+        environment_factory: Callable | dict[str, Callable] | None = None,
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = SeeUPOConfig(f"{model_name.split('/')[-1]}-SeeUPO")
+        elif not isinstance(args, SeeUPOConfig):
+            args = SeeUPOConfig.from_grpo_config(args)
+        self.config = args
+        trainer_args = args.for_one_step_per_iteration()
+
+        if environment_factory is not None and _is_message_level(environment_factory):
+            if rollout_func is not None or tools:
+                raise ValueError(
+                    "A `MultiTurnEnvironment` is driven by `MultiTurnRollout` and brings its own tools (in "
+                    "`Observation.tools`): pass it without `rollout_func` and `tools`."
+                )
+            rollout_func, environment_factory = MultiTurnRollout(environment_factory), None
+        if isinstance(rollout_func, MultiTurnRollout):
+            reward_funcs = _with_environment_reward(reward_funcs, trainer_args)
+            if train_dataset is None:
+                train_dataset = _placeholder_dataset(args)
+        if rollout_func is not None:
+            rollout_func = partial(_checked_rollout, rollout_func)
+        if (tools or environment_factory) and args.max_tool_calling_iterations is None and args.max_turns is not None:
+            trainer_args.max_tool_calling_iterations = args.max_turns - 1
+        _check_dataset(train_dataset, args)
+
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=trainer_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
+        )
+
+        pad_token_id = self._tokenizer.pad_token_id
+        options = {"temperature": args.temperature, "pad_to_multiple_of": self.pad_to_multiple_of}
+        self._scorer = RowScorer(self.model, pad_token_id, aux_loss=self.aux_loss_enabled, **options)
+        if self.ref_model is not None:
+            ref_model = self.accelerator.unwrap_model(self.ref_model)
+            self._ref_scorer = RowScorer(ref_model, pad_token_id, **options)
+        self.rollout_inputs: list[dict[str, Any]] = []
+        self._trajectories: list[Trajectory] = []
+        self._rewards_per_func = torch.empty(0)
+        # set while the Trainer's own optimizer step is due: label of the block it belongs to, or None for no step
+        self._block_of_last_step: str | None = None
+        self._is_idle = False
+
+    # ---- Data and checkpoints ----
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> ResumableRepeatSampler:
+        return ResumableRepeatSampler(
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+            state_of_run=lambda: self.state,
+        )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """
+        Main training entry point, see [`~transformers.Trainer.train`]. With `resume_from_checkpoint=True` it resumes
+        from the newest checkpoint that was written to its end.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"`resume_from_checkpoint=True`, but {self.args.output_dir} holds no complete checkpoint. Start "
+                    "without it, or give the path of a checkpoint."
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # ---- One iteration ----
+
+    def training_step(
+        self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """
+        One iteration of Algorithm 1: sample, score, update the turns one block at a time.
+
+        Returns:
+            `torch.Tensor` of shape `()`:
+                Mean of `-J_t` over the optimizer steps of the iteration (this process's share of it).
+        """
+        start = perf_counter()
+        model.train()
+        batch = self._prepare_inputs(inputs)
+        self._metrics["train"]["time/rollout"].append(perf_counter() - start)
+
+        buffer = TurnBuffer(
+            batch["trajectories"],
+            batch["advantages"].tolist(),
+            batch["num_trajectories"],
+            self.config.turn_weight_clip,
+        )
+        updater = TurnUpdater(
+            buffer,
+            self.config,
+            UpdateEngine(self, model),
+            self._scorer_of(batch),
+            self.model,
+            iteration=self.state.global_step,
+            reference=self._reference(batch),
+            entropy_coef=self.entropy_coef,
+            aux_loss_coef=self.router_aux_loss_coef,
+        )
+        self._is_idle = not updater.steps
+        loss = updater.run()
+        self._log_update(updater)
+        if self._is_idle:
+            # no gradient, no step: momentum and weight decay must not move the parameters either
+            self.accelerator.gradient_state._set_sync_gradients(False)
+        else:
+            self._block_of_last_step = updater.steps[-1].block.label
+
+        self._step += 1
+        self._metrics["train"]["step_time"].append(perf_counter() - start)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
+        return loss
+
+    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, Any]:
+        # every step gets a generation batch of its own: nothing to split, nothing to reuse
+        return self._generate_and_score_completions(generation_batch)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self.rollout_inputs = inputs
+        with self._without_token_level_passes():
+            batch = super()._generate_and_score_completions(inputs)
+        group_size = self.num_generations if self.model.training else self.num_generations_eval
+        advantages = self._group_relative_advantages(self._rewards_per_func, group_size)  # (N,)
+        first = self.accelerator.process_index * len(inputs)
+        batch["advantages"] = advantages[first : first + len(inputs)]
+        batch["num_trajectories"] = len(advantages)
+        batch["trajectories"] = self._trajectories
+        if self.mask_truncated_completions:
+            # TRL empties the mask of a truncated completion; such a trajectory becomes a no-op sample
+            kept = batch["completion_mask"].any(dim=1).tolist()
+            batch["trajectories"] = [
+                trajectory if keep else Trajectory(turns=[])
+                for trajectory, keep in zip(self._trajectories, kept, strict=True)
+            ]
+        for _ in range(min(len(advantages), len(self._logs["advantages"]))):
+            self._logs["advantages"].pop()
+        self._logs["advantages"].extend(advantages.tolist())
+        return batch
+
+    @contextmanager
+    def _without_token_level_passes(self):
+        # GRPO's own passes for the reference and the sampler would run over whole padded completions; the update
+        # phase makes them by turn, only where they are needed
+        saved = self.beta, self.vllm_importance_sampling_correction
+        self.beta, self.vllm_importance_sampling_correction = 0.0, False
+        try:
+            yield
+        finally:
+            self.beta, self.vllm_importance_sampling_correction = saved
+
+    def _generate(self, prompts: list) -> tuple:
+        output = list(super()._generate(prompts))
+        prompt_ids, completion_ids, tool_mask, _, logprobs, extra_fields = output[:6]
+        trajectories = extra_fields.pop("trajectories", None)
+        if trajectories is None:
+            masks = tool_mask or [None] * len(prompt_ids)
+            logps = logprobs or [None] * len(prompt_ids)
+            trajectories = [
+                Trajectory(turns=turns_from_mask(*sample))
+                for sample in zip(prompt_ids, completion_ids, masks, logps, strict=True)
+            ]
+        elif is_conversational({"prompt": prompts[0]}):
+            output[3] = [trajectory.messages for trajectory in trajectories]
+        self._trajectories = trajectories
+        self._log_episodes(trajectories)
+        return tuple(output)
+
+    def _calculate_rewards(self, *args, **kwargs) -> torch.Tensor:
+        self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
+        if self._rewards_per_func.isinf().any():
+            name = self.reward_func_names[self._rewards_per_func.isinf().any(dim=0).nonzero()[0].item()]
+            raise ValueError(
+                f"The reward function '{name}' returned an infinite reward. Rewards must be finite numbers, or `None` "
+                "for a completion that cannot be scored."
+            )
+        return self._rewards_per_func
+
+    def _group_relative_advantages(self, rewards_per_func: torch.Tensor, group_size: int) -> torch.Tensor:
+        """Normalised advantages of all processes (Eq. 9), 0 for a trajectory that no reward function scored."""
+        rewards_per_func = rewards_per_func.double()  # (N, F)
+        weights = self.reward_weights.to(rewards_per_func)
+        unscored = rewards_per_func.isnan().all(dim=1)
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            objectives = [self._normalize(center_by_group(r, group_size)) for r in rewards_per_func.T]
+            advantages = (torch.stack(objectives, dim=1) * weights).nansum(dim=1)
+            advantages = advantages.masked_fill(unscored, torch.nan)
+        else:
+            rewards = (rewards_per_func * weights).nansum(dim=1).masked_fill(unscored, torch.nan)
+            advantages = center_by_group(rewards, group_size)
+        advantages = self._normalize(advantages).nan_to_num(nan=0.0)
+        clip = self.config.advantage_clip
+        return advantages if clip is None else advantages.clamp(-clip, clip)
+
+    def _normalize(self, advantages: torch.Tensor) -> torch.Tensor:
+        return normalize_over_batch(advantages) if self.config.scale_rewards == "batch" else advantages
+
+    def _scorer_of(self, batch: dict[str, Any]) -> Scorer:
+        if self._is_vlm:
+            return SampleScorer(batch, self._get_per_token_logps_and_entropies, self.aux_loss_enabled)
+        return self._scorer
+
+    def _reference(self, batch: dict[str, Any]) -> Reference | None:
+        if self.beta == 0.0:
+            return None
+        if self.ref_model is not None:
+            scorer = self._scorer_of(batch) if self._is_vlm else self._ref_scorer
+            return Reference(scorer, self.ref_model, nullcontext)
+        policy = self.accelerator.unwrap_model(self.model)
+        adapter_name = "ref" if "ref" in policy.peft_config else None
+        return Reference(self._scorer_of(batch), self.model, partial(use_adapter, policy, adapter_name))
+
+    # ---- The Trainer's own optimizer step: the last one of the iteration ----
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float:
+        return 0.0 if self._is_idle else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> torch.Tensor | float:
+        if self._is_idle:
+            return 0.0
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self._block_of_last_step is not None:
+            self._metrics["train"][f"turn_{self._block_of_last_step}/grad_norm"].append(float(grad_norm))
+            self._block_of_last_step = None
+        return grad_norm
+
+    # ---- Evaluation ----
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """Loss of an evaluation batch: all turns at once, at a ratio of 1. Training does not go through here."""
+        buffer = TurnBuffer(inputs["trajectories"], inputs["advantages"].tolist(), inputs["num_trajectories"])
+        engine = UpdateEngine(self, model)
+        keys = {(index, turn) for index, t in enumerate(buffer.trajectories) for turn in range(1, len(t.turns) + 1)}
+        max_rows = self.args.per_device_eval_batch_size
+        scores, _ = score_without_gradient(buffer, keys, self._scorer_of(inputs), self.model, engine, max_rows)
+        totals = torch.zeros(4, dtype=torch.float64)  # loss, tokens, entropy, kl
+        totals[0] = -sum(buffer.advantages[index] for index in {index for index, _ in keys})
+        totals[1] = sum(len(score.logps) for score in scores.values())
+        totals[2] = sum(score.entropies.sum().item() for score in scores.values())
+        reference = self._reference(inputs)
+        if reference is not None:
+            with reference.active():
+                ref_scores, _ = score_without_gradient(
+                    buffer, keys, reference.scorer, reference.model, engine, max_rows
+                )
+            for index in {index for index, _ in keys}:
+                turns = [key for key in keys if key[0] == index]
+                kl = torch.cat([k3_divergence(scores[key].logps, ref_scores[key].logps) for key in turns])
+                totals[0] += self.beta * kl.mean().item()
+                totals[3] += kl.sum().item()
+        loss, tokens, entropy, kl = engine.gather(totals.float()).sum(0).tolist()
+        self._metrics["eval"]["entropy"].append(entropy / max(tokens, 1.0))
+        if reference is not None:
+            self._metrics["eval"]["kl"].append(kl / max(tokens, 1.0))
+        return torch.tensor(loss / buffer.num_trajectories, device=engine.device)
+
+    # ---- Logs ----
+
+    def _log_episodes(self, trajectories: list[Trajectory]) -> None:
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        turns = torch.tensor([float(len(t.turns)) for t in trajectories], device=self.accelerator.device)
+        turns = self.accelerator.gather(turns)
+        metrics["turns/mean"].append(turns.mean().item())
+        metrics["turns/min"].append(turns.min().item())
+        metrics["turns/max"].append(turns.max().item())
+        reasons = gather_object([t.stop_reason for t in trajectories])
+        for reason, count in Counter(filter(None, reasons)).items():
+            metrics[f"stop_reason/{reason}"].append(count / len(reasons))
+
+    def _log_update(self, updater: TurnUpdater) -> None:
+        values = updater.statistics.reduce(updater.engine)
+        values["turn_updates"] = len(updater.blocks)
+        values["optimizer_steps"] = len(updater.steps)
+        values |= {f"time/{name}": seconds for name, seconds in updater.seconds.items()}
+        tokens = updater.engine.gather(torch.tensor(list(updater.tokens.values()), dtype=torch.float32)).sum(0)
+        values |= {f"tokens/{name}": count for name, count in zip(updater.tokens, tokens.tolist(), strict=True)}
+        for name, value in values.items():
+            self._metrics["train"][name].append(value)
+        for block, grad_norm in updater.grad_norms:
+            self._metrics["train"][f"turn_{block.label}/grad_norm"].append(grad_norm)
+
+
+def _is_message_level(environment_factory: Callable | dict[str, Callable]) -> bool:
+    """Whether a factory makes environments that exchange messages, rather than TRL environments of tools."""
+    if isinstance(environment_factory, dict):
+        return False
+    if isinstance(environment_factory, type):
+        return issubclass(environment_factory, MultiTurnEnvironment)
+    environment = environment_factory()
+    is_message_level = isinstance(environment, MultiTurnEnvironment)
+    if is_message_level:
+        environment.close()
+    return is_message_level
+
+
+def _with_environment_reward(reward_funcs: Any, args: SeeUPOConfig) -> list:
+    """Reward functions with the environment's own reward among them, at weight 1 where it was not given."""
+    reward_funcs = [] if reward_funcs is None else reward_funcs
+    reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
+    if environment_reward not in reward_funcs:
+        reward_funcs.append(environment_reward)
+        if args.reward_weights is not None:
+            args.reward_weights = [*args.reward_weights, 1.0]
+    return reward_funcs
+
+
+def _placeholder_dataset(args: SeeUPOConfig) -> Dataset:
+    if args.max_steps <= 0:
+        raise ValueError(
+            "Without a `train_dataset` (the environment brings the tasks), `max_steps` must be set to a positive "
+            f"number of iterations; got {args.max_steps}."
+        )
+    rows = args.generation_batch_size // args.num_generations
+    return Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * rows})
+
+
+def _check_dataset(dataset: Any, args: SeeUPOConfig) -> None:
+    needed = args.generation_batch_size // args.num_generations
+    if isinstance(dataset, Dataset) and len(dataset) < needed:
+        raise ValueError(
+            f"The training dataset has {len(dataset)} rows, but one iteration takes {needed} prompts (a generation "
+            f"batch of {args.generation_batch_size} completions in groups of {args.num_generations}). Give more rows, "
+            "or lower `per_device_train_batch_size`, `gradient_accumulation_steps` or `steps_per_generation`."
+        )
+
+
+def _checked_rollout(rollout_func: Callable, prompts: list, trainer: GRPOTrainer) -> dict[str, Any]:
+    """Call a rollout function; what it returned is made safe for TRL or refused with a clear error."""
+    output = rollout_func(prompts, trainer)
+    if not {"prompt_ids", "completion_ids", "logprobs"} <= output.keys():
+        return output  # TRL names the missing keys
+    for name in ("prompt_ids", "completion_ids", "logprobs", "env_mask", "trajectories"):
+        values = output.get(name)
+        if values is not None and len(values) != len(prompts):
+            raise ValueError(
+                f"`rollout_func` returned {len(values)} `{name}` for {len(prompts)} prompts; need one each."
+            )
+    samples = zip(output["prompt_ids"], output["completion_ids"], strict=True)
+    masks = output.get("env_mask")
+    for index, (prompt_ids, completion_ids) in enumerate(samples):
+        if not prompt_ids:
+            raise ValueError(
+                f"`rollout_func` returned an empty prompt for sample {index}: the first generated token needs a token "
+                "before it. Begin the prompt with the tokenizer's `bos_token`."
+            )
+        if masks is not None and len(masks[index]) != len(completion_ids):
+            raise ValueError(
+                f"`rollout_func` returned an `env_mask` of {len(masks[index])} values for the {len(completion_ids)} "
+                f"completion tokens of sample {index}; need one value (1 model, 0 environment) for each token."
+            )
+    if not all(output["completion_ids"]):
+        # TRL cannot hold an empty completion: stand in one token that no model generated
+        masks = masks or [[1] * len(ids) for ids in output["completion_ids"]]
+        empty = [not ids for ids in output["completion_ids"]]
+        filler = trainer._tokenizer.pad_token_id
+        output = {
+            **output,
+            "completion_ids": [[filler] if e else i for e, i in zip(empty, output["completion_ids"], strict=True)],
+            "env_mask": [[0] if e else m for e, m in zip(empty, masks, strict=True)],
+        }
+        if output["logprobs"] is not None:
+            output["logprobs"] = [[0.0] if e else p for e, p in zip(empty, output["logprobs"], strict=True)]
+    return output

@@ -1,0 +1,233 @@
+"""
+A naive SeeUPO iteration, to compare the package with (Algorithm 1 of arXiv 2602.06554).
+
+Everything is done the slow, obvious way: plain loops, one trajectory and one turn at a time, no padding, no sharing
+of prefixes, no fused head, no skipping of trajectories that cannot contribute, an old pass and a new pass for every
+block, and a gradient step written out by hand. It imports nothing from the package under test.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class OracleSettings:
+    """
+    What one iteration depends on besides the model and the rollouts.
+
+    Args:
+        lr (`float`):
+            Step size of plain SGD.
+        update_order (`str`, *optional*, defaults to `"reverse"`):
+            `"reverse"`, `"forward"`, `"simultaneous"`, or `"random"`, which visits the blocks as `permutation` says.
+        permutation (`tuple[int, ...]`, *optional*):
+            Blocks (counted from the first turns) in the order they are updated, for `update_order="random"`.
+        minibatches (`tuple[int, ...]`, *optional*):
+            Minibatch of every trajectory; `None` puts all of them into one. An epoch is one optimizer step on each.
+
+    The other fields are named and defined as in `SeeUPOConfig`.
+    """
+
+    lr: float
+    update_order: str = "reverse"
+    permutation: tuple[int, ...] | None = None
+    max_turn_updates: int | None = None
+    old_policy: str = "iteration"
+    turn_ratio: str = "geometric"
+    turn_weight_clip: float | None = 0.2
+    scale_rewards: str = "batch"
+    advantage_clip: float | None = None
+    beta: float = 0.0
+    use_bias_correction_kl: bool = False
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    delta: float | None = None
+    num_iterations: int = 1
+    minibatches: tuple[int, ...] | None = None
+    max_grad_norm: float = 0.0
+    temperature: float = 1.0
+
+
+@dataclass
+class BlockRecord:
+    """What happened in the update of one block of turns; trajectories are numbered through all groups, in order."""
+
+    turns: list[int]
+    pool: list[int]
+    weights_before: dict[int, float]
+    first_ratios: dict[int, float] = field(default_factory=dict)
+    factors: dict[int, float] = field(default_factory=dict)
+    weights_after: dict[int, float] = field(default_factory=dict)
+    grad_norms: list[float] = field(default_factory=list)
+
+
+@dataclass
+class OracleResult:
+    """Advantages of all trajectories, a record of every block in the order of the updates, the final parameters."""
+
+    advantages: list[float]
+    blocks: list[BlockRecord]
+    parameters: dict[str, torch.Tensor]
+
+
+def seeupo_iteration(model, groups, settings: OracleSettings, ref_model=None) -> OracleResult:
+    """
+    Run one iteration on `model`, in place.
+
+    Args:
+        model (`PreTrainedModel`):
+            Policy; parameters that require no gradient stay as they are.
+        groups (`list[list[tuple[list[tuple[list[int], list[int]]], float]]]`):
+            Groups of `(turns, reward)`, one a rollout of the same task; a turn is `(context_ids, action_ids)`.
+        settings ([`OracleSettings`]):
+            Settings of the iteration.
+        ref_model (`PreTrainedModel`, *optional*):
+            Model of the KL penalty, needed when `settings.beta` is not 0.
+    """
+    trajectories = [turns for group in groups for turns, _ in group]
+    rewards = [[reward for _, reward in group] for group in groups]
+    advantages = normalised_advantages(rewards, settings.scale_rewards, settings.advantage_clip)
+    blocks = ordered_blocks(max(len(turns) for turns in trajectories), settings)
+
+    old_logps, ref_logps = {}, {}
+    for i, turns in enumerate(trajectories):
+        for t, (context, action) in enumerate(turns):
+            if settings.old_policy == "iteration":
+                old_logps[i, t] = token_logps(model, context, action, settings.temperature).detach()
+            if settings.beta != 0:
+                ref_logps[i, t] = token_logps(ref_model, context, action, settings.temperature).detach()
+
+    weights = [1.0] * len(trajectories)
+    records = []
+    for block in blocks:
+        turns_of = {i: [t for t in block if t < len(turns)] for i, turns in enumerate(trajectories)}
+        pool = [i for i in turns_of if turns_of[i]]
+        record = BlockRecord(block, pool, {i: weights[i] for i in pool})
+        records.append(record)
+
+        if settings.old_policy == "turn":
+            for i in pool:
+                for t in turns_of[i]:
+                    old_logps[i, t] = token_logps(model, *trajectories[i][t], settings.temperature).detach()
+
+        def log_ratios(i, turns_of=turns_of):
+            new = [token_logps(model, *trajectories[i][t], settings.temperature) for t in turns_of[i]]
+            old = [old_logps[i, t] for t in turns_of[i]]
+            return torch.cat(new) - torch.cat(old), torch.cat(new)
+
+        if any(advantages[i] != 0 for i in pool) or settings.beta != 0:
+            minibatches = settings.minibatches or (0,) * len(trajectories)
+            num_minibatches = max(minibatches) + 1
+            for _epoch in range(settings.num_iterations):
+                for minibatch in range(num_minibatches):
+                    model.zero_grad()
+                    for i in pool:
+                        if minibatches[i] != minibatch:
+                            continue
+                        log_ratio, new_logps = log_ratios(i)
+                        ratio = log_ratio.mean().exp()
+                        record.first_ratios.setdefault(i, ratio.item())
+                        objective = clipped_objective(ratio, advantages[i] * weights[i], settings)
+                        if settings.beta != 0:
+                            difference = torch.cat([ref_logps[i, t] for t in turns_of[i]]) - new_logps
+                            k3 = difference.exp() - difference - 1
+                            if settings.use_bias_correction_kl:
+                                k3 = k3 * ratio
+                            objective = objective - settings.beta * k3.mean()
+                        loss = -num_minibatches / len(trajectories) * objective
+                        if loss.requires_grad:  # not where the ratio is clipped
+                            loss.backward()
+                    record.grad_norms.append(sgd_step(model, settings.lr, settings.max_grad_norm))
+
+        for i in pool:
+            with torch.no_grad():
+                log_ratio, _ = log_ratios(i)
+            if settings.turn_ratio == "geometric":
+                factor = math.exp(log_ratio.mean().item())
+            else:
+                factor = math.exp(log_ratio.sum().item())
+            record.factors[i] = factor
+            if settings.turn_weight_clip is None:
+                weights[i] = weights[i] * factor
+            else:
+                low, high = 1 - settings.turn_weight_clip, 1 + settings.turn_weight_clip
+                factor = min(max(factor, low), high)
+                weights[i] = min(max(weights[i] * factor, low), high)
+            record.weights_after[i] = weights[i]
+
+    parameters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return OracleResult(advantages, records, parameters)
+
+
+def normalised_advantages(
+    rewards: list[list[float]], scale_rewards: str = "batch", advantage_clip: float | None = None
+) -> list[float]:
+    """Rewards minus their group's mean, standardised over all groups together (Eq. 9), in the order of the rewards."""
+    relative = []
+    for group in rewards:
+        for reward in group:
+            equal = all(other == group[0] for other in group)
+            relative.append(0.0 if equal else reward - math.fsum(group) / len(group))
+    mean = math.fsum(relative) / len(relative)
+    advantages = [a - mean for a in relative]
+    if scale_rewards == "batch":
+        deviation = math.sqrt(math.fsum(a**2 for a in advantages) / (len(advantages) - 1))
+        advantages = [a / deviation if deviation > 0 else 0.0 for a in advantages]
+    if advantage_clip is not None:
+        advantages = [min(max(a, -advantage_clip), advantage_clip) for a in advantages]
+    return advantages
+
+
+def ordered_blocks(num_turns: int, settings: OracleSettings) -> list[list[int]]:
+    """Blocks of consecutive turns (counted from 0), in the order they are updated."""
+    num_blocks = num_turns if settings.max_turn_updates is None else min(settings.max_turn_updates, num_turns)
+    if settings.update_order == "simultaneous":
+        num_blocks = 1
+    blocks, start = [], 0
+    for b in range(num_blocks):
+        size = num_turns // num_blocks + (1 if b < num_turns % num_blocks else 0)
+        blocks.append(list(range(start, start + size)))
+        start += size
+    if settings.update_order == "reverse":
+        return blocks[::-1]
+    if settings.update_order == "random":
+        return [blocks[b] for b in settings.permutation]
+    return blocks
+
+
+def token_logps(model, context: list[int], action: list[int], temperature: float) -> torch.Tensor:
+    """Log-probability of every action token after the context, in one plain forward pass."""
+    logits = model(torch.tensor([context + action])).logits[0]
+    logps = []
+    for j, token in enumerate(action):
+        position = len(context) + j - 1  # the logits that predict this token
+        logps.append(torch.log_softmax(logits[position] / temperature, dim=-1)[token])
+    return torch.stack(logps)
+
+
+def clipped_objective(ratio: torch.Tensor, weighted_advantage: float, settings: OracleSettings) -> torch.Tensor:
+    """The clipped surrogate of one trajectory; a clipped ratio is a constant, so it gives no gradient."""
+    low = 1 - settings.epsilon
+    high = 1 + (settings.epsilon if settings.epsilon_high is None else settings.epsilon_high)
+    value = ratio.item()
+    clipped = ratio if low <= value <= high else ratio.new_tensor(min(max(value, low), high))
+    unclipped = ratio
+    if settings.delta is not None and value > settings.delta:
+        unclipped = ratio.new_tensor(settings.delta)
+    if (unclipped * weighted_advantage).item() <= (clipped * weighted_advantage).item():
+        return unclipped * weighted_advantage
+    return clipped * weighted_advantage
+
+
+def sgd_step(model, lr: float, max_grad_norm: float) -> float:
+    """One step of gradient descent on the trainable parameters; returns the norm of the gradient before clipping."""
+    trainable = [p for p in model.parameters() if p.requires_grad and p.grad is not None]
+    norm = math.sqrt(math.fsum((p.grad.double() ** 2).sum().item() for p in trainable))
+    # The small constant in the denominator is that of `torch.nn.utils.clip_grad_norm_`.
+    scale = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm > 0 else 1.0
+    with torch.no_grad():
+        for p in trainable:
+            p -= lr * scale * p.grad
+    return norm

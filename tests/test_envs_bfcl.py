@@ -1,0 +1,535 @@
+"""BFCL: the ground truth scores 100 %, anything less fails, and nothing the model writes is ever evaluated."""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+
+
+pytest.importorskip("bfcl_eval", reason="BFCL's package is optional")
+
+from seeupo_trl.envs.bfcl import BfclEnvironment, ground_truth_messages, load_bfcl  # noqa: E402
+from seeupo_trl.envs.bfcl_backend import Services, load_entries, load_function_docs  # noqa: E402
+
+
+ANSWER = {"role": "assistant", "content": "Done."}
+CATEGORIES = ["multi_turn_base", "multi_turn_miss_param", "multi_turn_long_context"]
+
+
+def ids(category="multi_turn_base"):
+    return list(load_bfcl(category, split="all")["id"])
+
+
+def calling(*calls):
+    """An assistant message with calls, each `(name, arguments)`."""
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": n, "arguments": a}} for n, a in calls],
+    }
+
+
+def call(environment, name, arguments):
+    (message,) = environment.step(calling((name, arguments))).messages
+    assert message["role"] == "tool"
+    return message["content"]
+
+
+def play(environment, task_id, change=lambda turn, calls: calls):
+    """Play the ground truth, after `change(turn, calls)`; returns all step results."""
+    environment.reset(id=task_id)
+    results = []
+    while not (results and results[-1].terminated):
+        calls = change(len(results and results[-1].info["turns_passed"]), environment.ground_truth_calls())
+        if calls:
+            results.append(environment.step({"role": "assistant", "content": "", "tool_calls": calls}))
+        results.append(environment.step(ANSWER))
+    return results
+
+
+@pytest.fixture
+def environment():
+    environment = BfclEnvironment()
+    environment.reset(id="multi_turn_base_0")
+    return environment
+
+
+# --- scores ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_the_ground_truth_solves_every_task(category):
+    environment = BfclEnvironment()
+    results = [play(environment, task_id) for task_id in ids(category)]
+    assert len(results) == 200
+    assert sum(steps[-1].info["success"] for steps in results) == 200
+    assert sum(sum(step.reward for step in steps) for steps in results) == 200.0
+    assert all(all(steps[-1].info["turns_passed"]) for steps in results)
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_without_the_last_call_no_task_is_solved(category):
+    environment = BfclEnvironment()
+    for task_id in ids(category):
+        truth = load_entries(category)[task_id]["ground_truth"]
+        last = max(turn for turn, calls in enumerate(truth) if calls)
+        steps = play(environment, task_id, lambda turn, calls, last=last: calls[:-1] if turn == last else calls)
+        assert not steps[-1].info["success"] and sum(step.reward for step in steps) == 0.0
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_empty_answers_solve_no_task(category):
+    environment = BfclEnvironment()
+    for task_id in ids(category):
+        steps = play(environment, task_id, lambda turn, calls: [])
+        assert not steps[-1].info["success"] and sum(step.reward for step in steps) == 0.0
+        assert "Model response list is empty" in steps[-1].info["failure"]
+
+
+def test_many_threads_at_once_give_the_same_scores():
+    tasks = ids() * 3
+    with ThreadPoolExecutor(64) as threads:
+        results = list(threads.map(lambda task_id: play(BfclEnvironment(), task_id)[-1], tasks))
+    assert sum(result.info["success"] for result in results) == len(tasks) == 600
+
+
+def test_a_wrong_episode_leaves_nothing_behind():
+    environment = BfclEnvironment()
+    for task_id in ids()[:50]:
+        assert not play(environment, task_id, lambda turn, calls: calls[:1])[-1].info["turns_passed"] == []
+        assert play(environment, task_id)[-1].info["success"]
+
+
+def test_a_long_context_episode_leaves_the_package_as_it_was():
+    """The scenarios hand dicts of the package's modules to the services."""
+    task_id = next(i for i in ids("multi_turn_long_context") if "TravelAPI" in str(load_entries(CATEGORIES[2])[i]))
+    outputs = [
+        [message["content"] for step in play(BfclEnvironment(), task_id) for message in step.messages]
+        for _ in range(3)
+    ]
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_extra_calls_that_change_nothing_are_allowed():
+    environment = BfclEnvironment()
+    pwd = calling(("pwd", {}))["tool_calls"]
+    assert play(environment, "multi_turn_base_0", lambda turn, calls: pwd + calls)[-1].info["success"]
+
+
+# --- against the official implementation ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_outputs_equal_the_official_executors(category):
+    """Ground truth of all tasks, both ways. The official executor runs in a process of its own: it evaluates code."""
+    code = f"""
+import json
+from bfcl_eval.eval_checker.multi_turn_eval.multi_turn_utils import execute_multi_turn_func_call as execute
+from seeupo_trl.envs.bfcl_backend import load_entries
+outputs = {{}}
+for task_id, entry in load_entries({category!r}).items():
+    outputs[task_id] = [
+        execute(calls, entry["initial_config"], entry["involved_classes"], "m", task_id, "long" in task_id)[0]
+        for calls in entry["ground_truth"]
+    ]
+print(json.dumps(outputs))
+"""
+    official = json.loads(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
+    # It hands the dicts of its own modules to long-context trips, so that a task changes the ones after it.
+    shared = {
+        task_id
+        for task_id in official
+        if "long_context" in category and "Travel" in str(load_entries(category)[task_id]["involved_classes"])
+    }
+    compared = 0
+    for task_id, turns in official.items():
+        entry = load_entries(category)[task_id]
+        services = Services(entry)
+        ours = [[services.call(*services.parse_call(call)) for call in calls] for calls in entry["ground_truth"]]
+        if task_id not in shared:
+            assert ours == turns, task_id
+            compared += sum(map(len, turns))
+    assert compared > 800
+
+
+def test_nothing_is_stored_in_the_official_executor_or_on_disk():
+    code = """
+import sys, pathlib
+from seeupo_trl.envs.bfcl import ground_truth_messages, load_bfcl
+from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_utils
+before = set(vars(multi_turn_utils))
+site = pathlib.Path(multi_turn_utils.__file__).parents[3]
+files = set(site.iterdir())
+for task_id in load_bfcl(split="all")["id"]:
+    ground_truth_messages(task_id)
+assert set(vars(multi_turn_utils)) == before
+assert set(site.iterdir()) == files
+assert "bfcl_eval.constants.eval_config" not in sys.modules, "importing it creates directories"
+assert "bfcl_eval.eval_checker.eval_runner" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- calls ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "__import__('os').system",
+        "__import__('pathlib').Path('{path}').touch",
+        "open",
+        "print",
+        "exit",
+        "_load_scenario",
+        "__init__",
+        "__class__",
+        "_current_dir",
+        "root",
+        "GorillaFileSystem.ls",
+        "",
+        "ls()",
+    ],
+)
+def test_only_documented_functions_can_be_called(environment, tmp_path, name):
+    target = tmp_path / "pwned"
+    name = name.replace("{path}", str(target))
+    arguments = {"command": f"touch {target}"}
+    assert call(environment, name, arguments) == f"Error during execution: name '{name}' is not defined"
+    assert call(environment, name, {}) == f"Error during execution: name '{name}' is not defined"
+    assert not target.exists()
+
+
+def test_every_documented_function_can_be_called_and_nothing_else():
+    entry = {**load_entries("multi_turn_base")["multi_turn_base_0"]}
+    for class_name in {name for e in load_entries("multi_turn_base").values() for name in e["involved_classes"]}:
+        entry["involved_classes"] = [class_name]
+        services = Services(entry)
+        for doc in load_function_docs(class_name):
+            assert "is not defined" not in services.call(doc["name"], {"no such argument": 1})
+            assert not doc["name"].startswith("_")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({}, "GorillaFileSystem.cd() missing 1 required positional argument: 'folder'"),
+        ({"folder": "document", "x": 1}, "GorillaFileSystem.cd() got an unexpected keyword argument 'x'"),
+        ({"folder": "document", "self": 1}, "GorillaFileSystem.cd() got multiple values for argument 'self'"),
+        ({"folder": 3}, "'int' object has no attribute 'rstrip'"),
+        (["document"], "the arguments of cd must be a JSON object"),
+        ("document", "the arguments of cd must be a JSON object"),
+        (None, "the arguments of cd must be a JSON object"),
+        (3.5, "the arguments of cd must be a JSON object"),
+    ],
+)
+def test_wrong_arguments_come_back_as_an_error(environment, arguments, text):
+    assert call(environment, "cd", arguments) == f"Error during execution: {text}"
+    assert call(environment, "cd", {"folder": "document"}) == '{"current_working_directory": "document"}'
+
+
+def test_arguments_may_be_json_text(environment):
+    assert call(environment, "cd", '{"folder": "document"}') == '{"current_working_directory": "document"}'
+
+
+def test_strings_are_data_even_if_they_look_like_calls(environment):
+    text = "ls() and __import__('os').getcwd() and sort(x)"
+    call(environment, "touch", {"file_name": "note.txt"})
+    call(environment, "echo", {"content": text, "file_name": "note.txt"})
+    assert json.loads(call(environment, "cat", {"file_name": "note.txt"})) == {"file_content": text}
+
+
+def test_services_do_not_keep_the_callers_objects():
+    services = Services(load_entries("multi_turn_base")["multi_turn_base_0"])
+    tags = ["#a"]
+    services.call("post_tweet", {"content": "x", "tags": tags})
+    tags.append("#b")
+    assert "#b" not in str(services.instances["TwitterAPI"].tweets)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("name", "arguments", "text"),
+    [
+        ("power", {"base": 7, "exponent": 10**7}, "Exceeds the limit (4300 digits)"),
+        ("power", {"base": -7, "exponent": 10**200}, "Exceeds the limit (4300 digits)"),
+        ("power", {"base": 2, "exponent": 10}, '{"result": 1024}'),
+        ("power", {"base": 10.0, "exponent": 400}, "Error during execution: (34, 'Numerical result out of range')"),
+        ("logarithm", {"value": 2, "base": 10, "precision": 10**6}, "precision must be at most 1000"),
+        ("square_root", {"number": 2, "precision": 10**9}, "precision must be at most 1000"),
+        ("round_number", {"number": 5, "decimal_places": -(10**9)}, "decimal_places must be at most 1000"),
+    ],
+)
+def test_absurd_amounts_of_work_are_refused(name, arguments, text):
+    task_id = next(i for i, e in load_entries("multi_turn_base").items() if "MathAPI" in e["involved_classes"])
+    assert text in Services(load_entries("multi_turn_base")[task_id]).call(name, arguments)
+
+
+def test_precision_of_one_call_does_not_reach_another():
+    import decimal
+
+    import mpmath
+
+    task_id = next(i for i, e in load_entries("multi_turn_base").items() if "MathAPI" in e["involved_classes"])
+    services = Services(load_entries("multi_turn_base")[task_id])
+    before = (mpmath.mp.dps, decimal.getcontext().prec)
+
+    def log(precision):
+        return services.call("logarithm", {"value": 20, "base": 10, "precision": precision})
+
+    expected = {precision: log(precision) for precision in range(2, 40)}
+    with ThreadPoolExecutor(16) as threads:
+        precisions = list(range(2, 40)) * 20
+        assert list(threads.map(log, precisions)) == [expected[precision] for precision in precisions]
+    services.call("square_root", {"number": 2, "precision": 3})
+    assert (mpmath.mp.dps, decimal.getcontext().prec) == before
+
+
+def test_a_cyclic_directory_fails_the_turn_and_not_the_environment(environment):
+    call(environment, "cp", {"source": "document", "destination": "document"})
+    for _ in range(4):
+        result = environment.step(ANSWER)
+    assert result.terminated and not result.info["success"]
+
+
+# --- the conversation -----------------------------------------------------------------------------------------------
+
+
+def test_a_user_turn_lasts_until_an_answer_without_calls():
+    environment = BfclEnvironment()
+    opening = environment.reset(id="multi_turn_base_0", prompt=[], category="multi_turn_base")
+    entry = load_entries("multi_turn_base")["multi_turn_base_0"]
+    assert opening.messages == entry["question"][0]
+    step = environment.step(calling(("cd", {"folder": "document"}), ("pwd", {})))
+    assert [message["name"] for message in step.messages] == ["cd", "pwd"] and not step.terminated
+    step = environment.step(calling(("ls", {})))
+    assert [message["name"] for message in step.messages] == ["ls"]
+    assert step.info == {"success": False, "turns_passed": [], "failure": None}
+    step = environment.step({**ANSWER, "parse_error": True})
+    assert step.messages == entry["question"][1]
+    assert step.info["turns_passed"] == [False] and "GorillaFileSystem" in step.info["failure"]
+
+
+def test_more_than_twenty_steps_in_a_user_turn_fail_the_task():
+    environment = BfclEnvironment()
+
+    def pad(steps):
+        environment.reset(id="multi_turn_base_0")
+        truth = environment.ground_truth_calls()
+        results = [environment.step(calling(("pwd", {}))) for _ in range(steps - 1)]
+        results.append(environment.step({"role": "assistant", "content": "", "tool_calls": truth}))
+        return results
+
+    assert not any(result.truncated for result in pad(20))
+    assert environment.step(ANSWER).info["turns_passed"] == [True]
+    last = pad(21)[-1]
+    assert last.truncated and not last.info["success"] and "More than 20 steps in turn 0" in last.info["failure"]
+
+
+def test_the_step_limit_counts_each_user_turn_anew():
+    environment = BfclEnvironment(max_steps_per_turn=2)
+    environment.reset(id="multi_turn_base_0")
+    for _ in range(3):
+        for _ in range(2):
+            assert not environment.step(calling(("pwd", {}))).truncated
+        assert not environment.step(ANSWER).terminated
+
+
+# --- options --------------------------------------------------------------------------------------------------------
+
+
+def test_the_success_reward_is_paid_once_at_the_end():
+    steps = play(BfclEnvironment(success_reward=1.5), "multi_turn_base_0")
+    assert [step.reward for step in steps][-1] == 1.5 and sum(step.reward for step in steps) == 1.5
+
+
+def test_the_fraction_of_user_turns_can_be_the_reward():
+    environment = BfclEnvironment(reward="fraction", success_reward=2.0)
+    assert sum(step.reward for step in play(environment, "multi_turn_base_0")) == 2.0
+    steps = play(environment, "multi_turn_base_0", lambda turn, calls: calls if turn < 3 else [])
+    assert steps[-1].info["turns_passed"] == [True, True, True, False]
+    assert sum(step.reward for step in steps) == 1.5
+
+
+def test_only_the_first_user_turns_can_be_played():
+    environment = BfclEnvironment(max_user_turns=2)
+    steps = play(environment, "multi_turn_base_0")
+    assert len(steps[-1].info["turns_passed"]) == 2 and steps[-1].info["success"]
+    assert sum(play(environment, task_id)[-1].info["success"] for task_id in ids()) == 200
+
+
+def test_all_functions_of_the_services_are_shown():
+    tools = BfclEnvironment().reset(id="multi_turn_base_0").tools
+    assert len(tools) == 18 + 14
+    names = [tool["function"]["name"] for tool in tools]
+    entry = load_entries("multi_turn_base")["multi_turn_base_0"]
+    assert names == [doc["name"] for service in entry["involved_classes"] for doc in load_function_docs(service)]
+
+
+def test_tools_are_json_schemas():
+    def types(value):
+        if isinstance(value, dict):
+            found = {value["type"]} if isinstance(value.get("type"), str) else set()
+            return found.union(*map(types, value.values()))
+        return set().union(*map(types, value)) if isinstance(value, list) else set()
+
+    environment = BfclEnvironment()
+    found = set()
+    for task_id in ids():
+        tools = environment.reset(id=task_id).tools
+        json.dumps(tools)
+        found |= types(tools)
+    assert found == {"function", "object", "string", "number", "integer", "boolean", "array"}
+    assert all(tool["type"] == "function" for tool in tools)
+
+
+def test_a_parameter_named_type_is_not_taken_for_a_schema():
+    docs = [doc for name in ("TicketAPI", "TradingBot") for doc in load_function_docs(name)]
+    ticket = next(doc for doc in docs if doc["name"] == "edit_ticket")
+    task_id = next(i for i, e in load_entries("multi_turn_base").items() if "TicketAPI" in e["involved_classes"])
+    tools = {t["function"]["name"]: t["function"] for t in BfclEnvironment().reset(id=task_id).tools}
+    shown = tools["edit_ticket"]["parameters"]["properties"]["updates"]
+    assert shown["type"] == "object"
+    assert set(shown["properties"]) == set(ticket["parameters"]["properties"]["updates"]["properties"])
+
+
+def test_tool_documents_can_be_shortened():
+    shown = {
+        detail: BfclEnvironment(tools=detail).reset(id="multi_turn_base_0").tools[0]["function"]
+        for detail in ("full", "trimmed", "brief")
+    }
+    assert "response" in shown["full"] and "response" not in shown["trimmed"]
+    assert shown["trimmed"]["description"].startswith("This tool belongs to")
+    assert not shown["brief"]["description"].startswith("This tool belongs to")
+    assert shown["full"]["parameters"] == shown["trimmed"]["parameters"] == shown["brief"]["parameters"]
+
+
+def test_the_tool_list_can_be_cut_down_to_what_is_needed():
+    def names(**options):
+        tools = BfclEnvironment(tool_list="needed", **options).reset(id="multi_turn_base_0").tools
+        return [tool["function"]["name"] for tool in tools]
+
+    needed = ["cd", "diff", "grep", "mkdir", "mv", "sort"]
+    assert sorted(names()) == needed
+    assert sorted(names(max_user_turns=1)) == ["cd", "mkdir", "mv"]
+    assert len(names(distractors=3)) == 9 and set(needed) < set(names(distractors=3))
+    assert names(distractors=3) == names(distractors=3)
+    assert len(names(distractors=1000)) == 32
+
+
+@pytest.mark.parametrize(
+    "options", [{"reward": "half"}, {"tools": "none"}, {"tool_list": "some"}, {"max_user_turns": 0}]
+)
+def test_wrong_options_say_what_is_allowed(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name} is .*(must be one of|at least 1)"):
+        BfclEnvironment(**options)
+
+
+def test_categories_that_are_not_supported_are_refused():
+    with pytest.raises(ValueError, match="'multi_turn_miss_func'; it must be one of 'multi_turn_base'"):
+        load_bfcl("multi_turn_miss_func")
+    with pytest.raises(ValueError, match="'multi_turn_miss_func'; it must be one of 'multi_turn_base'"):
+        BfclEnvironment().reset(id="multi_turn_miss_func_0")
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_splits_are_those_of_the_paper():
+    train, test, everything = (load_bfcl(split=split) for split in ("train", "test", "all"))
+    assert train["id"][:2] == ["multi_turn_base_0", "multi_turn_base_1"] and train["id"][-1] == "multi_turn_base_99"
+    assert test["id"][0] == "multi_turn_base_100" and len(test) == 100 and len(everything) == 200
+    assert train.column_names == ["prompt", "id", "category"]
+    assert train[0]["prompt"][0]["role"] == "user" and train[0]["prompt"][0]["content"].startswith("Move 'final")
+
+
+def test_every_prompt_is_different():
+    assert len({json.dumps(prompt) for prompt in load_bfcl(split="all")["prompt"]}) == 200
+
+
+def test_ground_truth_messages_are_a_whole_conversation():
+    messages = ground_truth_messages("multi_turn_base_0")
+    roles = [message["role"] for message in messages]
+    assert roles[:6] == ["user", "assistant", "tool", "tool", "tool", "assistant"]
+    assert roles.count("user") == 4 and messages[-1] == ANSWER
+    single = ground_truth_messages("multi_turn_base_0", one_call_a_message=True, closing="OK.")
+    assert [m["role"] for m in single][:8] == ["user", *["assistant", "tool"] * 3, "assistant"]
+    assert single[-1]["content"] == "OK."
+    short = ground_truth_messages("multi_turn_base_0", BfclEnvironment(max_user_turns=1))
+    assert [message["role"] for message in short].count("user") == 1
+
+
+def test_without_the_package_the_error_says_what_to_install():
+    code = "import sys; sys.modules['bfcl_eval'] = None; import seeupo_trl.envs.bfcl"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ImportError" in done.stderr and "pip install --no-deps bfcl-eval==" in done.stderr
+
+
+# --- as a rollout ---------------------------------------------------------------------------------------------------
+
+
+def test_a_perfect_policy_is_rewarded_through_the_rollout(tmp_path):
+    """Tool calls written as text by a scripted policy, parsed, run, checked: all of the pipeline but the sampling."""
+    from test_rollout import byte_tokenizer
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from trl import GRPOConfig, GRPOTrainer
+
+    from seeupo_trl.rollout import MultiTurnRollout, environment_reward
+
+    factory = partial(BfclEnvironment, tools="brief", tool_list="needed")
+    tokenizer = byte_tokenizer("qwen2_5")
+    scripts = {}
+    for task_id in ids()[:20:4]:
+        messages = ground_truth_messages(task_id, factory())
+        spoken = [
+            "\n".join(f"<tool_call>\n{json.dumps(call['function'])}\n</tool_call>" for call in message["tool_calls"])
+            if message.get("tool_calls")
+            else message["content"]
+            for message in messages
+            if message["role"] == "assistant"
+        ]
+        scripts[messages[0]["content"]] = spoken
+
+    class Perfect(GRPOTrainer):
+        def _generate_single_turn(self, prompt_ids, *args):
+            responses = []
+            for ids in prompt_ids:
+                text = tokenizer.decode(ids)
+                script = next(script for opening, script in scripts.items() if f"user\n{opening}<" in text)
+                responses.append(script[text.count("<|im_start|>assistant") - 1] + "<|im_end|>")
+            return [tokenizer(text)["input_ids"] for text in responses], None
+
+    dataset = load_bfcl(split="all").select(range(0, 20, 4))
+    trainer = Perfect(
+        model=Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(tokenizer),
+                hidden_size=8,
+                intermediate_size=8,
+                num_hidden_layers=1,
+                num_attention_heads=1,
+                num_key_value_heads=1,
+                head_dim=8,
+                max_position_embeddings=100_000,
+            )
+        ),
+        args=GRPOConfig(
+            output_dir=str(tmp_path),
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            num_generations=2,
+            per_device_train_batch_size=2,
+            max_completion_length=2000,
+        ),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        reward_funcs=environment_reward,
+    )
+    output = MultiTurnRollout(factory, tasks=dataset, max_turns=30)(list(dataset["prompt"]), trainer)
+    assert output["environment_reward"] == [1.0] * 5 and output["stop_reason"] == ["completed"] * 5
+    assert all(trajectory.info["success"] for trajectory in output["trajectories"])
