@@ -6,6 +6,7 @@ import copy
 import logging
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import (
     add_response_schema,
@@ -38,36 +39,51 @@ class ChatFormat:
             )
         self.eos_token_ids: list[int] = trainer.eos_token_ids
         self.template_kwargs: dict[str, Any] = trainer.chat_template_kwargs
-        self.chat_template: str | None = None  # the tokenizer's own
-        if not self._extends_contexts():
-            self._use_training_template()
+        self.chat_template = self._choose_template()
         self._parser = self._build_parser()
 
     def render(self, observation: Observation) -> list[int]:
         """Tokens of the opening conversation, up to where the policy writes."""
-        return self._tokenize(observation.messages, tools=observation.tools or None, add_generation_prompt=True)
+        return self._tokenize(
+            observation.messages, self.chat_template, tools=observation.tools or None, add_generation_prompt=True
+        )
 
-    def render_suffix(self, messages: list[Message]) -> list[int]:
+    def render_suffix(self, messages: list[Message], last_id: int) -> list[int]:
         """
-        Tokens that follow the policy's end-of-sequence token when `messages` come next, up to where it writes again.
+        Tokens that follow the policy's response when `messages` come next, up to where it writes again.
 
         The difference of two renderings of a dummy conversation, with and without the messages.
+
+        Args:
+            messages (`list[dict]`):
+                The new messages.
+            last_id (`int`):
+                Last token of the response, an end-of-sequence token.
         """
+        suffix_ids = self._difference(messages, self.chat_template)
+        # In some formats (GLM-4) a message is ended by the first token of the next one.
+        return suffix_ids[1:] if suffix_ids[:1] == [last_id] else suffix_ids
+
+    def _difference(self, messages: list[Message], chat_template: str | None) -> list[int]:
         answer: Message = {"role": "assistant", "content": "dummy"}
         if messages[0]["role"] == "tool":  # templates may derive the header of a result from the call
             function = {"name": messages[0].get("name", "dummy"), "arguments": {}}
             answer = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
         question = [{"role": "user", "content": "dummy"}]
-        start = len(self._tokenize(question))
-        before = self._tokenize([*question, answer])
-        after = self._tokenize([*question, answer, *messages], add_generation_prompt=True)
+        prompt = self._tokenize(question, chat_template, add_generation_prompt=True)
+        before = self._tokenize([*question, answer], chat_template)
+        after = self._tokenize([*question, answer, *messages], chat_template, add_generation_prompt=True)
         # What a template writes after the end of a message (Qwen: a newline) was not generated: it is in the suffix.
-        ends = [i for i in range(start, len(before)) if before[i] in self.eos_token_ids]
-        if ends:
-            before = before[: ends[-1] + 1]
-        if after[: len(before)] != before:
-            raise ValueError("The chat template renders earlier messages differently when messages are appended.")
-        return after[len(before) :]
+        start, shared = _shared_length(prompt, before), _shared_length(before, after)
+        ends = [i + 1 for i in range(start, shared) if before[i] in self.eos_token_ids]
+        end = ends[-1] if ends else len(before)
+        if end > shared:
+            raise ValueError(
+                "The tokenizer's chat template renders earlier messages differently when messages are appended, so a "
+                "context cannot grow token by token, and TRL has no training template for it. Set "
+                "`tokenizer.chat_template` to a template that keeps the history as it was."
+            )
+        return after[end:]
 
     def parse(self, action_ids: list[int], context_ids: list[int], tools: list[dict] | None) -> Message:
         """Read a response as an assistant message; `parse_error` marks one whose tool calls are malformed."""
@@ -89,38 +105,25 @@ class ChatFormat:
     def _has_tool_calls(self, action_ids: list[int], context_ids: list[int]) -> bool:
         return "tool_calls" in self._parser.parse_response(action_ids, prefix=context_ids)
 
-    def _tokenize(self, messages: list[Message], **kwargs: Any) -> list[int]:
+    def _tokenize(self, messages: list[Message], chat_template: str | None, **kwargs: Any) -> list[int]:
         return self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.chat_template,
-            tokenize=True,
-            return_dict=False,
-            **kwargs,
-            **self.template_kwargs,
+            messages, chat_template=chat_template, tokenize=True, return_dict=False, **kwargs, **self.template_kwargs
         )
 
-    def _extends_contexts(self) -> bool:
+    def _choose_template(self) -> str | None:
+        """TRL's training template where the tokenizer's own rewrites history, else `None`, the tokenizer's own."""
         followers = [{"role": "user", "content": "dummy"}]
         if supports_tool_calling(self.tokenizer):
             followers.append({"role": "tool", "name": "dummy", "content": "dummy"})
         try:
             for message in followers:
-                self.render_suffix([message])
-        except ValueError:
-            return False
-        return True
-
-    def _use_training_template(self) -> None:
-        try:
-            self.chat_template = get_training_chat_template(self.tokenizer)
-        except ValueError:
-            pass
-        if self.chat_template is None or not self._extends_contexts():
-            raise ValueError(
-                "The tokenizer's chat template renders earlier messages differently when messages are appended, so a "
-                "context cannot grow token by token, and TRL has no training template for it. Set "
-                "`tokenizer.chat_template` to a template that keeps the history as it was."
-            )
+                self._difference([message], chat_template=None)
+        except (ValueError, TypeError, TemplateError):
+            try:
+                return get_training_chat_template(self.tokenizer)
+            except ValueError:
+                pass  # the first context that would have to grow raises the error
+        return None
 
     def _build_parser(self) -> PreTrainedTokenizerBase | None:
         parser = copy.deepcopy(self.tokenizer)
@@ -134,3 +137,11 @@ class ChatFormat:
                 "text and no tool calls. Set `tokenizer.response_template`, or use a chat template TRL knows."
             )
             return None
+
+
+def _shared_length(first: list[int], second: list[int]) -> int:
+    """Length of the longest common prefix."""
+    return next(
+        (i for i, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]),
+        min(len(first), len(second)),
+    )

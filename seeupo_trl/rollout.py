@@ -153,7 +153,7 @@ class MultiTurnRollout:
                     if episode.active and len(episode.turns) == max_turns:
                         episode.stop_reason = StopReason.max_turns
                     if episode.active:
-                        episode.context_ids += self._chat.render_suffix(episode.new_messages)
+                        episode.context_ids += self._chat.render_suffix(episode.new_messages, episode.context_ids[-1])
                         if len(episode.context_ids) >= max_length:
                             episode.stop_reason = StopReason.context_overflow
 

@@ -31,6 +31,7 @@ from .multimodal import SampleScorer
 from .objective import center_by_group, k3_divergence, normalize_over_batch
 from .resume import ResumableRepeatSampler, last_complete_checkpoint
 from .rollout import MultiTurnRollout, environment_reward
+from .rollout_checks import checked_rollout
 from .scoring import RowScorer, Scorer, score_without_gradient
 from .seeupo_config import SeeUPOConfig
 from .update import Reference, TurnUpdater
@@ -131,7 +132,7 @@ class SeeUPOTrainer(GRPOTrainer):
             if train_dataset is None:
                 train_dataset = _placeholder_dataset(args)
         if rollout_func is not None:
-            rollout_func = partial(_checked_rollout, rollout_func)
+            rollout_func = partial(checked_rollout, rollout_func)
         if (tools or environment_factory) and args.max_tool_calling_iterations is None and args.max_turns is not None:
             trainer_args.max_tool_calling_iterations = args.max_turns - 1
         _check_dataset(train_dataset, args)
@@ -452,42 +453,3 @@ def _check_dataset(dataset: Any, args: SeeUPOConfig) -> None:
             f"batch of {args.generation_batch_size} completions in groups of {args.num_generations}). Give more rows, "
             "or lower `per_device_train_batch_size`, `gradient_accumulation_steps` or `steps_per_generation`."
         )
-
-
-def _checked_rollout(rollout_func: Callable, prompts: list, trainer: GRPOTrainer) -> dict[str, Any]:
-    """Call a rollout function; what it returned is made safe for TRL or refused with a clear error."""
-    output = rollout_func(prompts, trainer)
-    if not {"prompt_ids", "completion_ids", "logprobs"} <= output.keys():
-        return output  # TRL names the missing keys
-    for name in ("prompt_ids", "completion_ids", "logprobs", "env_mask", "trajectories"):
-        values = output.get(name)
-        if values is not None and len(values) != len(prompts):
-            raise ValueError(
-                f"`rollout_func` returned {len(values)} `{name}` for {len(prompts)} prompts; need one each."
-            )
-    samples = zip(output["prompt_ids"], output["completion_ids"], strict=True)
-    masks = output.get("env_mask")
-    for index, (prompt_ids, completion_ids) in enumerate(samples):
-        if not prompt_ids:
-            raise ValueError(
-                f"`rollout_func` returned an empty prompt for sample {index}: the first generated token needs a token "
-                "before it. Begin the prompt with the tokenizer's `bos_token`."
-            )
-        if masks is not None and len(masks[index]) != len(completion_ids):
-            raise ValueError(
-                f"`rollout_func` returned an `env_mask` of {len(masks[index])} values for the {len(completion_ids)} "
-                f"completion tokens of sample {index}; need one value (1 model, 0 environment) for each token."
-            )
-    if not all(output["completion_ids"]):
-        # TRL cannot hold an empty completion: stand in one token that no model generated
-        masks = masks or [[1] * len(ids) for ids in output["completion_ids"]]
-        empty = [not ids for ids in output["completion_ids"]]
-        filler = trainer._tokenizer.pad_token_id
-        output = {
-            **output,
-            "completion_ids": [[filler] if e else i for e, i in zip(empty, output["completion_ids"], strict=True)],
-            "env_mask": [[0] if e else m for e, m in zip(empty, masks, strict=True)],
-        }
-        if output["logprobs"] is not None:
-            output["logprobs"] = [[0.0] if e else p for e, p in zip(empty, output["logprobs"], strict=True)]
-    return output

@@ -1,0 +1,213 @@
+"""Bad input gets a clear error or the right result, never a wrong or half-done update."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import load_tiny_model, tiny_tokenizer
+
+from seeupo_trl import SeeUPOConfig, SeeUPOTrainer, Trajectory, Turn
+
+
+NUM_PROMPTS, GROUP = 2, 2
+
+
+def episode(prompt: str, turns: int, seed: int) -> tuple[list[int], list[int], list[int]]:
+    """Prompt, completion and mask of an episode with two model tokens and one environment token a turn."""
+    prompt_ids = tiny_tokenizer()(prompt)["input_ids"]
+    completion = [30 + (7 * seed + 3 * position) % 50 for position in range(3 * turns)]
+    return prompt_ids, completion, [1, 1, 0] * turns
+
+
+def rollout(prompts, trainer, turns=(2, 1, 3, 2)):
+    episodes = [episode(prompt, turns[i], i) for i, prompt in enumerate(prompts)]
+    prompt_ids, completion_ids, env_mask = map(list, zip(*episodes, strict=True))
+    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None, "env_mask": env_mask}
+
+
+def rewards(completion_ids, **kwargs):
+    return [float(index % 3) for index in range(len(completion_ids))]
+
+
+def make_trainer(tiny_dir, tmp_path, rollout_func=rollout, reward_funcs=rewards, train_dataset=None, **options):
+    defaults = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": NUM_PROMPTS * GROUP,
+        "num_generations": GROUP,
+        "max_steps": 1,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.1,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+    }
+    if train_dataset is None:
+        train_dataset = Dataset.from_dict({"prompt": [f"w{i}" for i in range(4)]})
+    return SeeUPOTrainer(
+        model=load_tiny_model(tiny_dir),
+        args=SeeUPOConfig(**{**defaults, **options}),
+        train_dataset=train_dataset,
+        processing_class=tiny_tokenizer(),
+        reward_funcs=reward_funcs,
+        rollout_func=rollout_func,
+    )
+
+
+def parameters(trainer) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten().clone() for parameter in trainer.model.parameters()])
+
+
+def assert_nothing_moves(trainer):
+    before = parameters(trainer)
+    trainer.train()
+    assert torch.equal(parameters(trainer), before)
+    assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_dataset_too_small_for_one_iteration(rows, tiny_dir, tmp_path):
+    dataset = Dataset.from_dict({"prompt": ["w1"] * rows})
+    with pytest.raises(ValueError, match=f"has {rows} rows, but one iteration takes 2 prompts"):
+        make_trainer(tiny_dir, tmp_path, train_dataset=dataset)
+
+
+def test_no_reward_source(tiny_dir, tmp_path):
+    with pytest.raises(ValueError, match="No reward source"):
+        make_trainer(tiny_dir, tmp_path, reward_funcs=None)
+
+
+def test_all_rewards_none_changes_nothing(tiny_dir, tmp_path):
+    trainer = make_trainer(tiny_dir, tmp_path, reward_funcs=lambda prompts, **kwargs: [None] * len(prompts))
+    assert_nothing_moves(trainer)
+
+
+def test_all_rewards_nan_changes_nothing(tiny_dir, tmp_path):
+    trainer = make_trainer(tiny_dir, tmp_path, reward_funcs=lambda prompts, **kwargs: [math.nan] * len(prompts))
+    assert_nothing_moves(trainer)
+
+
+def test_equal_rewards_change_nothing_despite_momentum_and_weight_decay(tiny_dir, tmp_path):
+    calls = []
+
+    def first_varied_then_equal(completion_ids, **kwargs):
+        calls.append(None)
+        return rewards(completion_ids) if len(calls) == 1 else [0.1] * len(completion_ids)
+
+    snapshots = []
+    trainer = make_trainer(tiny_dir, tmp_path, reward_funcs=first_varied_then_equal, max_steps=3)
+    step = trainer.training_step
+
+    def training_step(*args, **kwargs):
+        snapshots.append(parameters(trainer))
+        return step(*args, **kwargs)
+
+    trainer.training_step = training_step
+    trainer.train()
+    assert not torch.equal(snapshots[0], snapshots[1])
+    assert torch.equal(snapshots[1], snapshots[2])
+    assert torch.equal(snapshots[2], parameters(trainer))
+
+
+def test_one_missing_reward_leaves_the_others_to_learn(tiny_dir, tmp_path):
+    trainer = make_trainer(tiny_dir, tmp_path, reward_funcs=lambda completion_ids, **kwargs: [math.nan, 1.0, 0.0, 2.0])
+    before = parameters(trainer)
+    trainer.train()
+    assert parameters(trainer).isfinite().all()
+    assert not torch.equal(parameters(trainer), before)
+
+
+def test_infinite_reward_names_the_function(tiny_dir, tmp_path):
+    def unbounded(completion_ids, **kwargs):
+        return [math.inf] + [0.0] * (len(completion_ids) - 1)
+
+    trainer = make_trainer(tiny_dir, tmp_path, reward_funcs=unbounded)
+    with pytest.raises(ValueError, match="'unbounded' returned an infinite reward"):
+        trainer.train()
+
+
+def test_error_in_a_reward_function_surfaces_before_any_update(tiny_dir, tmp_path):
+    def broken(completion_ids, **kwargs):
+        raise RuntimeError("the judge is asleep")
+
+    trainer = make_trainer(tiny_dir, tmp_path, reward_funcs=broken)
+    before = parameters(trainer)
+    with pytest.raises(RuntimeError, match="the judge is asleep"):
+        trainer.train()
+    assert torch.equal(parameters(trainer), before)
+
+
+@pytest.mark.parametrize("completion", [[], [30, 31]], ids=["empty", "environment-only"])
+def test_completion_without_model_tokens_is_a_no_op_sample(completion, tiny_dir, tmp_path):
+    def silent_first(prompts, trainer):
+        output = rollout(prompts, trainer)
+        output["completion_ids"][0], output["env_mask"][0] = completion, [0] * len(completion)
+        return output
+
+    trainer = make_trainer(
+        tiny_dir, tmp_path, rollout_func=silent_first, reward_funcs=lambda prompts, **kwargs: [0.0, 1.0, 3.0, 0.0]
+    )
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert logs["turns/min"] == 0
+    assert logs["turn_1/pool"] == 3
+    assert parameters(trainer).isfinite().all()
+
+
+def test_batch_without_any_model_token_changes_nothing(tiny_dir, tmp_path):
+    def silent(prompts, trainer):
+        output = rollout(prompts, trainer)
+        return {**output, "env_mask": [[0] * len(ids) for ids in output["completion_ids"]]}
+
+    assert_nothing_moves(make_trainer(tiny_dir, tmp_path, rollout_func=silent, beta=0.1))
+
+
+def test_every_trajectory_may_have_one_turn(tiny_dir, tmp_path):
+    trainer = make_trainer(tiny_dir, tmp_path, rollout_func=lambda p, t: rollout(p, t, turns=(1, 1, 1, 1)))
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert logs["optimizer_steps"] == 1
+    assert logs["tokens/no_grad"] == 0
+
+
+def test_number_of_turns_may_grow_during_training(tiny_dir, tmp_path):
+    def growing(prompts, trainer):
+        return rollout(prompts, trainer, turns=[trainer.state.global_step + 1 + i % 2 for i in range(len(prompts))])
+
+    trainer = make_trainer(tiny_dir, tmp_path, rollout_func=growing, max_steps=4)
+    trainer.train()
+    assert [log["turns/max"] for log in trainer.state.log_history[:4]] == [2, 3, 4, 5]
+    assert [log["optimizer_steps"] for log in trainer.state.log_history[:4]] == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"env_mask": [[1]] * 4}, "`env_mask` of 1 values for the 6 completion tokens of sample 0"),
+        ({"completion_ids": [[30]]}, "returned 1 `completion_ids` for 4 prompts"),
+        ({"prompt_ids": [[]] * 4}, "returned an empty prompt for sample 0"),
+        ({"trajectories": [Trajectory(turns=[])]}, "returned 1 `trajectories` for 4 prompts"),
+        (
+            {"trajectories": [Trajectory(turns=[Turn(context_ids=[5], action_ids=[])])] * 4},
+            "turn 1 of trajectory 0 has no action tokens",
+        ),
+        (
+            {"trajectories": [Trajectory(turns=[Turn(context_ids=[], action_ids=[5])])] * 4},
+            "turn 1 of trajectory 0 has no context tokens",
+        ),
+    ],
+    ids=["mask-length", "missing-completions", "empty-prompt", "missing-trajectories", "empty-action", "no-context"],
+)
+def test_malformed_rollout_says_what_is_wrong(change, message, tiny_dir, tmp_path):
+    trainer = make_trainer(tiny_dir, tmp_path, rollout_func=lambda p, t: {**rollout(p, t), **change})
+    before = parameters(trainer)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert torch.equal(parameters(trainer), before)
+
+
+def test_resuming_without_a_checkpoint_is_an_error(tiny_dir, tmp_path):
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        make_trainer(tiny_dir, tmp_path).train(resume_from_checkpoint=True)

@@ -1,0 +1,115 @@
+"""The configuration says early and clearly what it cannot do."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+from transformers import HfArgumentParser
+from trl import GRPOConfig
+
+from seeupo_trl import SeeUPOConfig
+
+
+def config(**kwargs) -> SeeUPOConfig:
+    return SeeUPOConfig(**{"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none", **kwargs})
+
+
+def test_defaults_are_the_algorithm_of_the_paper_with_a_bounded_turn_weight():
+    defaults = config()
+    assert defaults.update_order == "reverse"
+    assert defaults.old_policy == "iteration"
+    assert defaults.turn_ratio == "geometric"
+    assert defaults.turn_weight_clip == 0.2
+    assert (defaults.max_turn_updates, defaults.advantage_clip) == (None, None)
+    assert defaults.scale_rewards == "batch"
+    assert defaults.max_turns == 10
+
+
+def test_defaults_warn_about_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        config()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"update_order": "backward"}, "`update_order='backward'` is not one of 'reverse', 'forward'"),
+        ({"old_policy": "theta"}, "`old_policy='theta'` is not one of"),
+        ({"turn_ratio": "mean"}, "`turn_ratio='mean'` is not one of"),
+        ({"importance_sampling_level": "token"}, "`importance_sampling_level='token'` is not one of 'sequence'"),
+        ({"max_turns": 0}, "`max_turns` must be at least 1"),
+        ({"max_turn_updates": 0}, "`max_turn_updates` must be at least 1"),
+        ({"max_context_length": -5}, "`max_context_length` must be at least 1"),
+        ({"turn_weight_clip": 0.0}, "`turn_weight_clip` must lie between 0 and 1"),
+        ({"turn_weight_clip": 1.0}, "`turn_weight_clip` must lie between 0 and 1"),
+        ({"advantage_clip": 0.0}, "`advantage_clip` must be positive"),
+        ({"top_entropy_quantile": 0.2}, "`top_entropy_quantile=0.2` selects single tokens"),
+        ({"loss_type": "cispo"}, "`loss_type='cispo'` replaces the clipped sequence-level surrogate"),
+        ({"scale_rewards": "median"}, "`scale_rewards='median'` is not one of"),
+        ({"num_generations": 1}, "at least 2 generations"),
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 6}, "must divide `steps_per_generation`"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_work_is_refused(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config(**options)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+def test_loss_type_that_only_averages_differently_warns(loss_type):
+    with pytest.warns(UserWarning, match=f"`loss_type='{loss_type}'` has no effect"):
+        assert config(loss_type=loss_type).loss_type == "seeupo"
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", True])
+def test_group_wise_scaling_warns_and_means_batch(scale_rewards):
+    with pytest.warns(UserWarning, match="scale_rewards='group'"):
+        assert config(scale_rewards=scale_rewards).scale_rewards == "batch"
+
+
+def test_plain_grpo_config_is_upgraded_and_left_as_it_is():
+    grpo = GRPOConfig("unused", use_cpu=True, bf16=False, report_to="none", learning_rate=3e-6, num_generations=4)
+    upgraded = SeeUPOConfig.from_grpo_config(grpo)
+    assert isinstance(upgraded, SeeUPOConfig)
+    assert (upgraded.learning_rate, upgraded.num_generations) == (3e-6, 4)
+    assert (upgraded.update_order, upgraded.turn_weight_clip) == ("reverse", 0.2)
+    assert (upgraded.scale_rewards, upgraded.importance_sampling_level) == ("batch", "sequence")
+    assert (upgraded.loss_type, upgraded.use_bias_correction_kl) == ("seeupo", False)
+    assert (grpo.scale_rewards, grpo.importance_sampling_level, grpo.loss_type) == ("group", "token", "dapo")
+
+
+def test_upgrade_refuses_what_was_asked_for_and_cannot_work():
+    grpo = GRPOConfig("unused", use_cpu=True, bf16=False, report_to="none", loss_type="cispo")
+    with pytest.raises(ValueError, match="loss_type='cispo'"):
+        SeeUPOConfig.from_grpo_config(grpo)
+
+
+def test_every_field_is_documented():
+    added = {f.name for f in dataclasses.fields(SeeUPOConfig)} - {f.name for f in dataclasses.fields(GRPOConfig)}
+    documented = set(re.findall(r"^        (\w+) \(`", SeeUPOConfig.__doc__, re.MULTILINE))
+    assert added <= documented
+
+
+def test_fields_can_be_given_on_the_command_line():
+    (parsed,) = HfArgumentParser(SeeUPOConfig).parse_args_into_dataclasses(
+        "--output_dir unused --use_cpu true --bf16 false --update_order random --max_turn_updates 4 "
+        "--turn_weight_clip 0.1 --advantage_clip 3".split()
+    )
+    assert (parsed.update_order, parsed.max_turn_updates) == ("random", 4)
+    assert (parsed.turn_weight_clip, parsed.advantage_clip) == (0.1, 3.0)
+
+
+def test_command_line_names_the_allowed_values(capsys):
+    with pytest.raises(SystemExit):
+        HfArgumentParser(SeeUPOConfig).parse_args_into_dataclasses("--output_dir x --update_order sideways".split())
+    assert "reverse" in capsys.readouterr().err
+
+
+def test_importing_the_package_loads_no_torch():
+    code = "import sys, seeupo_trl; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
