@@ -70,13 +70,12 @@ class ChatFormat:
             function = {"name": messages[0].get("name", "dummy"), "arguments": {}}
             answer = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
         question = [{"role": "user", "content": "dummy"}]
-        prompt = self._tokenize(question, chat_template, add_generation_prompt=True)
         before = self._tokenize([*question, answer], chat_template)
         after = self._tokenize([*question, answer, *messages], chat_template, add_generation_prompt=True)
         # What a template writes after the end of a message (Qwen: a newline) was not generated: it is in the suffix.
-        start, shared = _shared_length(prompt, before), _shared_length(before, after)
-        ends = [i + 1 for i in range(start, shared) if before[i] in self.eos_token_ids]
-        end = ends[-1] if ends else len(before)
+        shared = _shared_length(before, after)
+        ends = [i + 1 for i in range(shared) if before[i] in self.eos_token_ids and self._is_blank(before[i + 1 :])]
+        end = ends[0] if ends else len(before)
         if end > shared:
             raise ValueError(
                 "The tokenizer's chat template renders earlier messages differently when messages are appended, so a "
@@ -104,6 +103,9 @@ class ChatFormat:
 
     def _has_tool_calls(self, action_ids: list[int], context_ids: list[int]) -> bool:
         return "tool_calls" in self._parser.parse_response(action_ids, prefix=context_ids)
+
+    def _is_blank(self, token_ids: list[int]) -> bool:
+        return not self.tokenizer.decode([i for i in token_ids if i not in self.eos_token_ids]).strip()
 
     def _tokenize(self, messages: list[Message], chat_template: str | None, **kwargs: Any) -> list[int]:
         return self.tokenizer.apply_chat_template(
@@ -141,7 +143,5 @@ class ChatFormat:
 
 def _shared_length(first: list[int], second: list[int]) -> int:
     """Length of the longest common prefix."""
-    return next(
-        (i for i, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]),
-        min(len(first), len(second)),
-    )
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

@@ -13,7 +13,7 @@ from torch import nn
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from .buffer import TurnBuffer
-from .scoring import DUMMY_KEY, Key, Row, TurnScores
+from .scoring import DUMMY_KEY, Key, Row, RowBatch, TurnScores, group_rows
 
 
 _FORWARD_FIELDS = (
@@ -53,7 +53,7 @@ class SampleScorer:
         self._per_token_scores = per_token_scores
         self._aux_loss = aux_loss
 
-    def build_rows(self, buffer: TurnBuffer, keys: Iterable[Key]) -> list[Row]:
+    def micro_batches(self, buffer: TurnBuffer, keys: Iterable[Key], max_rows: int) -> list[RowBatch]:
         """One row a trajectory; spans are positions in the completion."""
         rows: dict[int, Row] = {}
         for key in sorted(keys):
@@ -61,14 +61,15 @@ class SampleScorer:
             row = rows.setdefault(index, Row(input_ids=self._input_ids[index].tolist()))
             start = len(turn.context_ids) - self._prompt_lengths[index]
             row.spans[key] = (start, start + len(turn.action_ids))
-        return list(rows.values())
+        return group_rows(list(rows.values()), max_rows)
 
-    def dummy_row(self) -> Row:
+    def dummy_batch(self) -> RowBatch:
         """A row that belongs to no trajectory, for a process that must take part in a forward pass without data."""
-        return Row(input_ids=self._input_ids[0].tolist(), spans={DUMMY_KEY: (0, 1)})
+        return RowBatch([Row(input_ids=self._input_ids[0].tolist(), spans={DUMMY_KEY: (0, 1)})])
 
-    def score(self, model: nn.Module, rows: list[Row]) -> tuple[dict[Key, TurnScores], torch.Tensor | None]:
+    def score(self, model: nn.Module, batch: RowBatch) -> tuple[dict[Key, TurnScores], torch.Tensor | None]:
         """One forward pass, see [`~seeupo_trl.scoring.RowScorer.score`]."""
+        rows = batch.rows
         indices = [max(next(iter(row.spans))[0], 0) for row in rows]  # the dummy row borrows the first sample
         logps, entropies, aux_loss = self._per_token_scores(
             model,

@@ -8,7 +8,7 @@ without a (tokens x vocabulary) tensor. That head computes in float32, so float6
 log-softmax instead; so is everything on a CPU with trl 1.15, whose head needs a GPU.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -44,14 +44,33 @@ class Row:
     spans: dict[Key, tuple[int, int]] = field(default_factory=dict)  # key -> [first, end) positions of its action
 
 
+@dataclass
+class RowBatch:
+    """Rows of one forward pass."""
+
+    rows: list[Row]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the forward pass computes, padding included."""
+        return len(self.rows) * max(len(row.input_ids) for row in self.rows)
+
+
+class MicroBatch(Protocol):
+    """What one forward pass computes, in the layout of some scorer."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+
 class Scorer(Protocol):
-    """What the update phase needs of a way to score turns."""
+    """A way to score turns. All turns of a trajectory that are asked for together lie in one micro-batch."""
 
-    def build_rows(self, buffer: TurnBuffer, keys: Iterable[Key]) -> list[Row]: ...
+    def micro_batches(self, buffer: TurnBuffer, keys: Iterable[Key], max_rows: int) -> Sequence[MicroBatch]: ...
 
-    def dummy_row(self) -> Row: ...
+    def dummy_batch(self) -> MicroBatch: ...
 
-    def score(self, model: nn.Module, rows: list[Row]) -> tuple[dict[Key, TurnScores], torch.Tensor | None]: ...
+    def score(self, model: nn.Module, batch: Any) -> tuple[dict[Key, TurnScores], torch.Tensor | None]: ...
 
 
 def build_rows(buffer: TurnBuffer, keys: Iterable[Key]) -> list[Row]:
@@ -82,7 +101,7 @@ def build_rows(buffer: TurnBuffer, keys: Iterable[Key]) -> list[Row]:
     return [row for index in sorted(rows_of) for row in rows_of[index]]
 
 
-def group_rows(rows: list[Row], max_rows: int) -> list[list[Row]]:
+def group_rows(rows: list[Row], max_rows: int) -> list[RowBatch]:
     """
     Distribute rows over micro-batches, rows of similar length together.
 
@@ -96,7 +115,7 @@ def group_rows(rows: list[Row], max_rows: int) -> list[list[Row]]:
             Largest number of rows of a micro-batch.
 
     Returns:
-        `list[list[Row]]`
+        `list[RowBatch]`
     """
     units: dict[int, list[Row]] = {}
     for row in rows:
@@ -107,7 +126,7 @@ def group_rows(rows: list[Row], max_rows: int) -> list[list[Row]]:
             batches[-1].extend(unit)
         else:
             batches.append(list(unit))
-    return batches
+    return [RowBatch(batch) for batch in batches]
 
 
 class _ScoredPositions:
@@ -170,28 +189,29 @@ class RowScorer:
         self._pad_to_multiple_of = pad_to_multiple_of or 1
         self._aux_loss = aux_loss
 
-    def build_rows(self, buffer: TurnBuffer, keys: Iterable[Key]) -> list[Row]:
-        """Lay the requested turns out in rows, see [`build_rows`]."""
-        return build_rows(buffer, keys)
+    def micro_batches(self, buffer: TurnBuffer, keys: Iterable[Key], max_rows: int) -> list[RowBatch]:
+        """Lay the requested turns out in rows, see [`build_rows`] and [`group_rows`]."""
+        return group_rows(build_rows(buffer, keys), max_rows)
 
-    def dummy_row(self) -> Row:
+    def dummy_batch(self) -> RowBatch:
         """A row that belongs to no trajectory, for a process that must take part in a forward pass without data."""
-        return Row(input_ids=[self._pad_token_id] * 2, spans={DUMMY_KEY: (1, 2)})
+        return RowBatch([Row(input_ids=[self._pad_token_id] * 2, spans={DUMMY_KEY: (1, 2)})])
 
-    def score(self, model: nn.Module, rows: list[Row]) -> tuple[dict[Key, TurnScores], torch.Tensor | None]:
+    def score(self, model: nn.Module, batch: RowBatch) -> tuple[dict[Key, TurnScores], torch.Tensor | None]:
         """
         One forward pass.
 
         Args:
             model (`torch.nn.Module`):
                 The model given to the constructor, or its distributed wrapper.
-            rows (`list[Row]`):
+            batch (`RowBatch`):
                 Rows of one micro-batch.
 
         Returns:
             `tuple[dict[tuple[int, int], TurnScores], torch.Tensor | None]`:
                 Scores by turn, and the load-balancing loss where it was asked for.
         """
+        rows = batch.rows
         device = next(model.parameters()).device
         longest = max(len(row.input_ids) for row in rows)
         length = -(-longest // self._pad_to_multiple_of) * self._pad_to_multiple_of
@@ -257,17 +277,12 @@ def score_without_gradient(
         `tuple[dict[tuple[int, int], TurnScores], int]`:
             Scores by turn, and the number of tokens computed on this process, padding included.
     """
-    batches = group_rows(scorer.build_rows(buffer, keys), max_rows)
+    batches = scorer.micro_batches(buffer, keys, max_rows)
     scores: dict[Key, TurnScores] = {}
     tokens = 0
     for number in range(engine.max_over_processes(len(batches))):
-        rows = batches[number] if number < len(batches) else [scorer.dummy_row()]
+        batch = batches[number] if number < len(batches) else scorer.dummy_batch()
         with engine.inference():
-            scores.update(scorer.score(model, rows)[0])
-        tokens += padded_size(rows)
+            scores.update(scorer.score(model, batch)[0])
+        tokens += batch.num_tokens
     return scores, tokens
-
-
-def padded_size(rows: list[Row]) -> int:
-    """Tokens that a forward pass over `rows` computes, padding included."""
-    return len(rows) * max(len(row.input_ids) for row in rows)

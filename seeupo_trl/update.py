@@ -24,7 +24,7 @@ from .buffer import TurnBuffer
 from .engine import UpdateEngine
 from .objective import clipped_surrogate, k3_divergence, keep_on_policy, sampler_correction, sequence_log_ratio
 from .schedule import Block, update_schedule
-from .scoring import DUMMY_KEY, Key, Scorer, TurnScores, group_rows, padded_size, score_without_gradient
+from .scoring import DUMMY_KEY, Key, Scorer, TurnScores, score_without_gradient
 from .seeupo_config import SeeUPOConfig
 from .statistics import IterationStatistics
 
@@ -246,24 +246,24 @@ class TurnUpdater:
         members = self._members(step)
         keys = [key for i in members for key in self.buffer.turns_in(i, step.block)]
         keys += [key for i in members if i in self._pending for key in self.buffer.turns_in(i, self._pending[i])]
-        batches = group_rows(self.scorer.build_rows(self.buffer, keys), self.config.per_device_train_batch_size)
+        batches = self.scorer.micro_batches(self.buffer, keys, self.config.per_device_train_batch_size)
         num_batches = self.engine.max_over_processes(len(batches))
         if step.is_first_of_block:
             self.statistics.add(step.block, pool=len(self.buffer.pool(step.block)))
 
         total = torch.zeros((), device=self.engine.device)
         for number in range(num_batches):
-            # a process that is out of rows runs a dummy forward and backward, so that collectives match
-            rows = batches[number] if number < len(batches) else [self.scorer.dummy_row()]
+            # a process that is out of work runs a dummy forward and backward, so that collectives match
+            batch = batches[number] if number < len(batches) else self.scorer.dummy_batch()
             with self.engine.micro_batch(is_last=number == num_batches - 1):
                 with self.engine.autocast():
-                    scores, aux_loss = self.scorer.score(self.engine.model, rows)
+                    scores, aux_loss = self.scorer.score(self.engine.model, batch)
                 loss = self._loss(step, scores)
                 total += loss.detach()
                 if aux_loss is not None:
                     loss = loss + self.aux_loss_coef * aux_loss / (num_batches * self.engine.num_processes)
                 self.engine.backward(loss)
-            self.tokens["train"] += padded_size(rows)
+            self.tokens["train"] += batch.num_tokens
         return total
 
     def _loss(self, step: OptimizerStep, scores: dict[Key, TurnScores]) -> torch.Tensor:

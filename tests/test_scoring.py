@@ -47,7 +47,7 @@ def test_row_ends_with_its_last_scored_token(buffer):
 
 def test_rows_of_a_trajectory_stay_in_one_micro_batch(buffer):
     batches = group_rows(build_rows(buffer, ALL_KEYS), max_rows=1)
-    assert [{key[0] for row in batch for key in row.spans} for batch in batches] == [{0}, {1}]
+    assert [{key[0] for row in batch.rows for key in row.spans} for batch in batches] == [{0}, {1}]
 
 
 def test_rows_of_similar_length_go_together():
@@ -55,7 +55,7 @@ def test_rows_of_similar_length_go_together():
     episodes = [Trajectory(turns=[Turn(context_ids=[1] * n, action_ids=[2])]) for n in lengths]
     buffer = TurnBuffer(episodes, [1.0] * 4, 4)
     batches = group_rows(build_rows(buffer, [(i, 1) for i in range(4)]), max_rows=2)
-    assert [[len(row.input_ids) - 1 for row in batch] for batch in batches] == [[9, 8], [4, 3]]
+    assert [[len(row.input_ids) - 1 for row in batch.rows] for batch in batches] == [[9, 8], [4, 3]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["plain-head-float64", "fused-head-float32"])
@@ -64,7 +64,7 @@ def test_scores_equal_those_of_each_sequence_alone(buffer, dtype, pad_to_multipl
     model = load_tiny_model(tiny_dir, dtype).eval()
     add_fused_lm_head(model, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
     scorer = RowScorer(model, pad_token_id=0, temperature=TEMPERATURE, pad_to_multiple_of=pad_to_multiple_of)
-    scores, aux_loss = scorer.score(model, scorer.build_rows(buffer, ALL_KEYS))
+    scores, aux_loss = scorer.score(model, *scorer.micro_batches(buffer, ALL_KEYS, max_rows=3))
     assert aux_loss is None
     assert set(scores) == set(ALL_KEYS)
     for key in ALL_KEYS:
@@ -83,7 +83,7 @@ def test_head_runs_on_scored_positions_only(buffer, tiny_dir):
     scorer = RowScorer(model, pad_token_id=0, temperature=1.0)
     seen = []
     model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[:-1].numel()))
-    scorer.score(model, scorer.build_rows(buffer, ALL_KEYS))
+    scorer.score(model, *scorer.micro_batches(buffer, ALL_KEYS, max_rows=3))
     assert seen == [sum(len(buffer.turn(key).action_ids) for key in ALL_KEYS)]
 
 
@@ -94,4 +94,4 @@ def test_other_forward_passes_are_left_alone(buffer, tiny_dir):
     with torch.no_grad():
         before = load_tiny_model(tiny_dir)(torch.tensor([[5, 6, 7]])).logits
         assert torch.equal(model(torch.tensor([[5, 6, 7]])).logits, before)
-    assert set(scorer.score(model, [scorer.dummy_row()])[0]) == {DUMMY_KEY}
+    assert set(scorer.score(model, scorer.dummy_batch())[0]) == {DUMMY_KEY}
