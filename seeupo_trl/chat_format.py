@@ -3,6 +3,7 @@ The chat format of a tokenizer: messages to tokens that extend earlier tokens, a
 """
 
 import copy
+import inspect
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+# trl 1.15 has no such argument: arguments of calls written as XML then keep a guessed type.
+PARSES_WITH_TOOLS = "tools" in inspect.signature(parse_response).parameters
 
 Message = dict[str, Any]
 
@@ -89,20 +93,23 @@ class ChatFormat:
         if action_ids[-1] in self.eos_token_ids and action_ids[-1] != self.tokenizer.eos_token_id:
             action_ids = action_ids[:-1]  # the parsers know the tokenizer's own end-of-sequence token only
         text = self.tokenizer.decode(action_ids, skip_special_tokens=True)
-        if self._parser is None:
+        if self._parser is None or not action_ids:
             return {"role": "assistant", "content": text}
+        typed = {"tools": tools} if PARSES_WITH_TOOLS else {}
         try:
-            message = parse_response(self._parser, action_ids, prefix=context_ids, tools=tools)
-            # Where it cannot make sense of a response, TRL falls back to plain text, without a word.
-            failed = "tool_calls" not in message and self._has_tool_calls(action_ids, context_ids)
-        except Exception:  # a text can break a parser in many ways (nesting, for one), and it is the policy's text
-            message, failed = {"role": "assistant", "content": text}, True
-        if failed:
+            message = parse_response(self._parser, action_ids, prefix=context_ids, **typed)
+        except RecursionError:  # JSON nested too deeply
+            message = {"role": "assistant", "content": text}
+        # Where it cannot make sense of a response, TRL falls back to plain text, without a word.
+        if "tool_calls" not in message and not self._is_plain(action_ids, context_ids):
             message["parse_error"] = True
         return message
 
-    def _has_tool_calls(self, action_ids: list[int], context_ids: list[int]) -> bool:
-        return "tool_calls" in self._parser.parse_response(action_ids, prefix=context_ids)
+    def _is_plain(self, action_ids: list[int], context_ids: list[int]) -> bool:
+        try:
+            return "tool_calls" not in self._parser.parse_response(action_ids, prefix=context_ids)
+        except (ValueError, TypeError, RecursionError):
+            return False
 
     def _is_blank(self, token_ids: list[int]) -> bool:
         return not self.tokenizer.decode([i for i in token_ids if i not in self.eos_token_ids]).strip()

@@ -79,7 +79,7 @@ class SeeUPOConfig(GRPOConfig):
             `"none"` or `False` does not. `"group"` or `True` would break the method's convergence conditions: it
             warns and means `"batch"`.
         importance_sampling_level (`str`, *optional*, defaults to `"sequence"`):
-            Only `"sequence"`: the ratio of SeeUPO is one number per turn.
+            Only `"sequence"`: the ratio of SeeUPO is one number per turn. `"token"` warns and means `"sequence"`.
         loss_type (`str`, *optional*, defaults to `"seeupo"`):
             The averaging schemes of GRPO (`"grpo"`, `"bnpo"`, `"dr_grpo"`, `"dapo"`) have no counterpart here and
             warn; the other surrogates of GRPO raise an error.
@@ -218,7 +218,8 @@ class SeeUPOConfig(GRPOConfig):
             ("update_order", UPDATE_ORDERS),
             ("old_policy", OLD_POLICIES),
             ("turn_ratio", TURN_RATIOS),
-            ("importance_sampling_level", ("sequence",)),
+            ("scale_rewards", ("batch", "none", "group")),
+            ("importance_sampling_level", ("sequence", "token")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is not one of {', '.join(map(repr, allowed))}.")
@@ -246,10 +247,10 @@ class SeeUPOConfig(GRPOConfig):
                 f"`top_entropy_quantile={self.top_entropy_quantile}` selects single tokens, but SeeUPO's surrogate is "
                 "one term per turn. Leave it at 1.0."
             )
-        self._validate_scale_rewards()
-        self._validate_loss_type()
+        self._translate_grpo_values()
 
-    def _validate_scale_rewards(self) -> None:
+    def _translate_grpo_values(self) -> None:
+        """Values that GRPO has by default, or that only say how it averages, mean SeeUPO's own and warn."""
         if self.scale_rewards == "group":
             warnings.warn(
                 "`scale_rewards='group'` divides by a standard deviation that depends on the task, which breaks the "
@@ -257,10 +258,13 @@ class SeeUPOConfig(GRPOConfig):
                 stacklevel=4,
             )
             self.scale_rewards = "batch"
-        if self.scale_rewards not in ("batch", "none"):
-            raise ValueError(f"`scale_rewards={self.scale_rewards!r}` is not one of 'batch', 'none'.")
-
-    def _validate_loss_type(self) -> None:
+        if self.importance_sampling_level == "token":
+            warnings.warn(
+                "`importance_sampling_level='token'` has no effect: the ratio of SeeUPO is one number per turn. Using "
+                "`importance_sampling_level='sequence'`.",
+                stacklevel=4,
+            )
+            self.importance_sampling_level = "sequence"
         if self.loss_type in _AVERAGING_LOSS_TYPES:
             warnings.warn(
                 f"`loss_type={self.loss_type!r}` has no effect: it says how GRPO averages over tokens, while SeeUPO's "

@@ -26,6 +26,7 @@ from trl.trainer.utils import get_config_model_id, use_adapter
 
 from .buffer import Trajectory, TurnBuffer, turns_from_mask
 from .engine import UpdateEngine
+from .entropy_bonus import EntropyBonus
 from .envs.base import MultiTurnEnvironment
 from .multimodal import SampleScorer
 from .objective import center_by_group, k3_divergence, normalize_over_batch
@@ -223,12 +224,15 @@ class SeeUPOTrainer(GRPOTrainer):
             self._scorer_of(batch),
             self.model,
             iteration=self.state.global_step,
+            entropy_bonus=EntropyBonus(self.config, self.entropy_coef, self._last_world_entropy),
             reference=self._reference(batch),
-            entropy_coef=self.entropy_coef,
-            aux_loss_coef=self.router_aux_loss_coef,
+            aux_loss_coef=self.router_aux_loss_coef if self.aux_loss_enabled else 0.0,
         )
         self._is_idle = not updater.steps
         loss = updater.run()
+        # TRL keeps these two in checkpoints
+        self.entropy_coef = updater.entropy_bonus.coef
+        self._last_world_entropy = updater.entropy_bonus.last_entropy
         self._log_update(updater)
         if self._is_idle:
             # no gradient, no step: momentum and weight decay must not move the parameters either
@@ -402,6 +406,8 @@ class SeeUPOTrainer(GRPOTrainer):
         values = updater.statistics.reduce(updater.engine)
         values["turn_updates"] = len(updater.blocks)
         values["optimizer_steps"] = len(updater.steps)
+        if updater.entropy_bonus.is_enabled:
+            values["entropy_coef"] = updater.entropy_bonus.coef
         values |= {f"time/{name}": seconds for name, seconds in updater.seconds.items()}
         tokens = updater.engine.gather(torch.tensor(list(updater.tokens.values()), dtype=torch.float32)).sum(0)
         values |= {f"tokens/{name}": count for name, count in zip(updater.tokens, tokens.tolist(), strict=True)}

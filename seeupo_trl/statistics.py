@@ -14,6 +14,9 @@ from .schedule import Block
 
 _SUMS = (
     "loss",
+    "policy_loss",
+    "aux_loss",
+    "micro_batches",
     "pool",
     "scored",
     "ratio",
@@ -35,18 +38,16 @@ class IterationStatistics:
     Sums and extremes by block of turns.
 
     Args:
-        blocks (`list[Block]`):
-            Blocks that are updated in this iteration, in update order.
-        has_kl (`bool`):
-            Whether there is a KL term.
-        has_sampler (`bool`):
-            Whether sampled probabilities are corrected for the sampler.
+        steps_of_block (`dict[Block, int]`):
+            Blocks that are updated in this iteration, in update order, with their number of optimizer steps.
+        optional (`set[str]`):
+            Quantities that not every run has, among `"kl"`, `"sampler"`, `"entropy_bonus"` and `"aux_loss"`.
     """
 
-    def __init__(self, blocks: list[Block], has_kl: bool, has_sampler: bool):
-        self._blocks = blocks
-        self._has_kl = has_kl
-        self._has_sampler = has_sampler
+    def __init__(self, steps_of_block: dict[Block, int], optional: set[str]):
+        blocks = list(steps_of_block)
+        self._steps_of_block = steps_of_block
+        self._optional = optional
         self._sums = {block: dict.fromkeys(_SUMS, 0.0) for block in blocks}
         self._low = {block: dict.fromkeys(_EXTREMES, math.inf) for block in blocks}
         self._high = {block: dict.fromkeys(_EXTREMES, -math.inf) for block in blocks}
@@ -70,21 +71,22 @@ class IterationStatistics:
             `dict[str, float]`:
                 Metric values by name.
         """
-        if not self._blocks:
+        if not self._steps_of_block:
             return {}
         rows = [
             [*self._sums[block].values(), *self._low[block].values(), *self._high[block].values()]
-            for block in self._blocks
+            for block in self._steps_of_block
         ]
         stacked = engine.gather(torch.tensor(rows, dtype=torch.float32)).double().cpu()  # (P, blocks, columns)
         sums, low, high = stacked.split([len(_SUMS), len(_EXTREMES), len(_EXTREMES)], dim=-1)
         sums, low, high = sums.sum(0), low.amin(0), high.amax(0)  # (blocks, columns)
 
         metrics: dict[str, float] = {}
-        for index, block in enumerate(self._blocks):
-            values = self._describe(sums[index], low[index], high[index])
+        for index, (block, steps) in enumerate(self._steps_of_block.items()):
+            values = self._describe(sums[index], low[index], high[index], steps)
             metrics.update({f"turn_{block.label}/{name}": value for name, value in values.items()})
-        total = self._describe(sums.sum(0), low.amin(0), high.amax(0))
+        num_steps = sum(self._steps_of_block.values())
+        total = self._describe(sums.sum(0), low.amin(0), high.amax(0), num_steps)
         metrics.update(
             {
                 "ratio/mean": total["ratio_mean"],
@@ -103,19 +105,16 @@ class IterationStatistics:
                 "entropy": total["entropy"],
             }
         )
-        if self._has_kl:
-            metrics["kl"] = total["kl"]
-        if self._has_sampler:
-            metrics.update({name: total[name] for name in total if name.startswith("sampling/")})
-        return metrics
+        names = [name for name in total if name in ("kl", "policy_loss", "aux_loss") or name.startswith("sampling/")]
+        return metrics | {name: total[name] for name in names}
 
-    def _describe(self, sums: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> dict[str, float]:
+    def _describe(self, sums: torch.Tensor, low: torch.Tensor, high: torch.Tensor, steps: int) -> dict[str, float]:
         total = dict(zip(_SUMS, sums.tolist(), strict=True))
         lowest = dict(zip(_EXTREMES, low.tolist(), strict=True))
         highest = dict(zip(_EXTREMES, high.tolist(), strict=True))
         scored, tokens = max(total["scored"], 1.0), max(total["tokens"], 1.0)
         values = {
-            "loss": total["loss"],
+            "loss": total["loss"] / steps,
             "pool": total["pool"],
             "ratio_mean": total["ratio"] / scored,
             "ratio_min": lowest["ratio"],
@@ -127,9 +126,13 @@ class IterationStatistics:
             "weight_max": highest["weight"],
             "entropy": total["entropy"] / tokens,
         }
-        if self._has_kl:
+        if "kl" in self._optional:
             values["kl"] = total["kl"] / tokens
-        if self._has_sampler:
+        if "entropy_bonus" in self._optional:
+            values["policy_loss"] = total["policy_loss"] / steps
+        if "aux_loss" in self._optional:
+            values["aux_loss"] = total["aux_loss"] / max(total["micro_batches"], 1.0)
+        if "sampler" in self._optional:
             sampler_tokens = max(total["sampler_tokens"], 1.0)
             values["sampling/sampling_logp_difference/mean"] = total["sampler_difference"] / sampler_tokens
             values["sampling/sampling_logp_difference/max"] = highest["sampler_difference"]

@@ -12,6 +12,7 @@ than 0 takes no optimizer step, because its gradient is 0 (unless a KL or entrop
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import nn
 
 from .buffer import TurnBuffer
 from .engine import UpdateEngine
+from .entropy_bonus import EntropyBonus
 from .objective import clipped_surrogate, k3_divergence, keep_on_policy, sampler_correction, sequence_log_ratio
 from .schedule import Block, update_schedule
 from .scoring import DUMMY_KEY, Key, Scorer, TurnScores, score_without_gradient
@@ -91,10 +93,10 @@ class TurnUpdater:
             The policy without distributed wrapper, for passes without gradient.
         iteration (`int`):
             Iterations done before this one; with the run's seed it fixes everything random here.
+        entropy_bonus ([`~seeupo_trl.entropy_bonus.EntropyBonus`]):
+            Weight of the entropy in the objective.
         reference ([`Reference`], *optional*):
             Reference policy, needed when `config.beta` is not 0.
-        entropy_coef (`float`, *optional*, defaults to `0.0`):
-            Weight of the entropy bonus.
         aux_loss_coef (`float`, *optional*, defaults to `0.0`):
             Weight of the load-balancing loss of a mixture-of-experts model.
     """
@@ -107,8 +109,8 @@ class TurnUpdater:
         scorer: Scorer,
         model: nn.Module,
         iteration: int,
+        entropy_bonus: EntropyBonus,
         reference: Reference | None = None,
-        entropy_coef: float = 0.0,
         aux_loss_coef: float = 0.0,
     ):
         self.buffer = buffer
@@ -117,7 +119,7 @@ class TurnUpdater:
         self.scorer = scorer
         self.model = model
         self.reference = reference
-        self.entropy_coef = entropy_coef
+        self.entropy_bonus = entropy_bonus
         self.aux_loss_coef = aux_loss_coef
 
         self.num_turns = engine.max_over_processes(buffer.num_turns)  # T
@@ -135,7 +137,16 @@ class TurnUpdater:
         self._logps_old = self._logps_start if config.old_policy == "iteration" else {}
         self._logps_ref: dict[Key, torch.Tensor] = {}
         self._pending: dict[int, Block] = {}  # trajectory -> updated block whose ratio is not in M yet
-        self.statistics = IterationStatistics(self.blocks, reference is not None, self._corrects_sampler)
+        optional = {
+            "kl": reference is not None,
+            "sampler": self._corrects_sampler,
+            "entropy_bonus": entropy_bonus.is_enabled,
+            "aux_loss": aux_loss_coef != 0.0,
+        }
+        self.statistics = IterationStatistics(
+            Counter(step.block for step in self.steps), {name for name, present in optional.items() if present}
+        )
+        self._step_entropy, self._step_tokens = 0.0, 0  # of this process, in the optimizer step under way
         self.grad_norms: list[tuple[Block, float]] = []
         self.tokens = {"no_grad": 0, "train": 0}
         self.seconds = {"old_pass": 0.0, "update": 0.0}
@@ -183,7 +194,7 @@ class TurnUpdater:
 
     def _active(self, block: Block) -> list[int]:
         """Trajectories of the block's pool that contribute a gradient."""
-        regularized = self.config.beta != 0.0 or self.entropy_coef != 0.0
+        regularized = self.config.beta != 0.0 or self.entropy_bonus.is_enabled
         return [i for i in self.buffer.pool(block) if regularized or self.buffer.advantages[i] != 0.0]
 
     def _members(self, step: OptimizerStep) -> list[int]:
@@ -252,6 +263,7 @@ class TurnUpdater:
             self.statistics.add(step.block, pool=len(self.buffer.pool(step.block)))
 
         total = torch.zeros((), device=self.engine.device)
+        self._step_entropy, self._step_tokens = 0.0, 0
         for number in range(num_batches):
             # a process that is out of work runs a dummy forward and backward, so that collectives match
             batch = batches[number] if number < len(batches) else self.scorer.dummy_batch()
@@ -261,9 +273,11 @@ class TurnUpdater:
                 loss = self._loss(step, scores)
                 total += loss.detach()
                 if aux_loss is not None:
+                    self.statistics.add(step.block, aux_loss=aux_loss.item(), micro_batches=1)
                     loss = loss + self.aux_loss_coef * aux_loss / (num_batches * self.engine.num_processes)
                 self.engine.backward(loss)
             self.tokens["train"] += batch.num_tokens
+        self.entropy_bonus.observe(self._step_entropy, self._step_tokens, self.engine)
         return total
 
     def _loss(self, step: OptimizerStep, scores: dict[Key, TurnScores]) -> torch.Tensor:
@@ -297,10 +311,11 @@ class TurnUpdater:
             mean_kl = torch.stack([values.mean() for values in kl])  # (n,)
             losses = losses + config.beta * (mean_kl * ratios if config.use_bias_correction_kl else mean_kl)
         entropies = [self._action(i, block, {key: score.entropies for key, score in scores.items()}) for i in indices]
-        if self.entropy_coef != 0.0:
-            losses = losses - self.entropy_coef * torch.stack([values.mean() for values in entropies])
+        policy_losses = losses
+        if self.entropy_bonus.is_enabled:
+            losses = losses - self.entropy_bonus.weight * torch.stack([values.mean() for values in entropies])
         scale = self.num_minibatches / self.buffer.num_trajectories
-        self._record(indices, block, losses * scale, ratios, weights, entropies, kl)
+        self._record(indices, block, losses * scale, policy_losses * scale, ratios, weights, entropies, kl)
         return losses.sum() * scale
 
     def _sampler_weights(self, indices: list[int], block: Block) -> torch.Tensor:
@@ -357,6 +372,7 @@ class TurnUpdater:
         indices: list[int],
         block: Block,
         losses: torch.Tensor,
+        policy_losses: torch.Tensor,
         ratios: torch.Tensor,
         weights: torch.Tensor,
         entropies: list[torch.Tensor],
@@ -364,6 +380,7 @@ class TurnUpdater:
     ) -> None:
         columns = [
             losses,
+            policy_losses,
             ratios,
             (ratios < 1 - self.config.epsilon) & (weights < 0),
             (ratios > 1 + self._epsilon_high) & (weights > 0),
@@ -373,9 +390,12 @@ class TurnUpdater:
         # one transfer from the device for the whole micro-batch
         table = torch.stack([column.detach().double() for column in columns], dim=1).tolist()
         for index, tokens, row in zip(indices, map(len, entropies), table, strict=True):
-            loss, ratio, clip_low, clip_high, entropy, kl_sum = row
+            loss, policy_loss, ratio, clip_low, clip_high, entropy, kl_sum = row
             weight = self.buffer.relative_weight(index)
             unclipped = self.buffer.unclipped_relative_weight(index)
             extremes = {"ratio": ratio, "weight": weight, "clip_low": clip_low, "clip_high": clip_high}
-            self.statistics.add(block, scored=1, loss=loss, tokens=tokens, entropy=entropy, kl=kl_sum, **extremes)
+            self.statistics.add(block, scored=1, loss=loss, policy_loss=policy_loss, kl=kl_sum)
+            self.statistics.add(block, tokens=tokens, entropy=entropy, **extremes)
             self.statistics.observe(block, weight_unclipped=unclipped, **extremes)
+            self._step_entropy += entropy
+            self._step_tokens += tokens

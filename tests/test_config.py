@@ -40,7 +40,7 @@ def test_defaults_warn_about_nothing():
         ({"update_order": "backward"}, "`update_order='backward'` is not one of 'reverse', 'forward'"),
         ({"old_policy": "theta"}, "`old_policy='theta'` is not one of"),
         ({"turn_ratio": "mean"}, "`turn_ratio='mean'` is not one of"),
-        ({"importance_sampling_level": "token"}, "`importance_sampling_level='token'` is not one of 'sequence'"),
+        ({"importance_sampling_level": "word"}, "`importance_sampling_level='word'` is not one of 'sequence'"),
         ({"max_turns": 0}, "`max_turns` must be at least 1"),
         ({"max_turn_updates": 0}, "`max_turn_updates` must be at least 1"),
         ({"max_context_length": -5}, "`max_context_length` must be at least 1"),
@@ -70,6 +70,11 @@ def test_loss_type_that_only_averages_differently_warns(loss_type):
 def test_group_wise_scaling_warns_and_means_batch(scale_rewards):
     with pytest.warns(UserWarning, match="scale_rewards='group'"):
         assert config(scale_rewards=scale_rewards).scale_rewards == "batch"
+
+
+def test_token_level_ratio_warns_and_means_sequence():
+    with pytest.warns(UserWarning, match="importance_sampling_level='token'"):
+        assert config(importance_sampling_level="token").importance_sampling_level == "sequence"
 
 
 def test_plain_grpo_config_is_upgraded_and_left_as_it_is():
