@@ -42,9 +42,17 @@ class SampleScorer:
             TRL's `_get_per_token_logps_and_entropies`.
         aux_loss (`bool`, *optional*, defaults to `False`):
             Whether to ask a mixture-of-experts model for its load-balancing loss.
+        entropy (`bool`, *optional*, defaults to `True`):
+            Whether the model's head computes entropies; without, they are reported as 0.
     """
 
-    def __init__(self, batch: dict[str, Any], per_token_scores: Callable[..., tuple], aux_loss: bool = False):
+    def __init__(
+        self,
+        batch: dict[str, Any],
+        per_token_scores: Callable[..., tuple],
+        aux_loss: bool = False,
+        entropy: bool = True,
+    ):
         self._input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)  # (B, P + C)
         self._attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         self._completion_length = batch["completion_ids"].size(1)
@@ -52,6 +60,7 @@ class SampleScorer:
         self._samples = split_pixel_values_by_grid({key: batch[key] for key in _FORWARD_FIELDS if key in batch})
         self._per_token_scores = per_token_scores
         self._aux_loss = aux_loss
+        self._entropy = entropy
 
     def micro_batches(self, buffer: TurnBuffer, keys: Iterable[Key], max_rows: int) -> list[RowBatch]:
         """One row a trajectory; spans are positions in the completion."""
@@ -76,7 +85,7 @@ class SampleScorer:
             self._input_ids[indices],
             self._attention_mask[indices],
             self._completion_length,
-            compute_entropy=True,
+            compute_entropy=self._entropy,
             compute_aux_loss=self._aux_loss,
             **unsplit_pixel_values_by_grid({key: _take(value, indices) for key, value in self._samples.items()}),
         )

@@ -339,7 +339,9 @@ class SeeUPOTrainer(GRPOTrainer):
         if self.beta == 0.0:
             return None
         if self.ref_model is not None:
-            scorer = self._scorer_of(batch) if self._is_vlm else self._ref_scorer
+            scorer = self._ref_scorer
+            if self._is_vlm:
+                scorer = SampleScorer(batch, self._get_per_token_logps_and_entropies, entropy=False)
             return Reference(scorer, self.ref_model, nullcontext)
         policy = self.accelerator.unwrap_model(self.model)
         adapter_name = "ref" if "ref" in policy.peft_config else None

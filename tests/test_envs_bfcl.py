@@ -474,8 +474,7 @@ def test_without_the_package_the_error_says_what_to_install():
 
 def test_a_perfect_policy_is_rewarded_through_the_rollout(tmp_path):
     """Tool calls written as text by a scripted policy, parsed, run, checked: all of the pipeline but the sampling."""
-    from test_rollout import byte_tokenizer
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from test_rollout import byte_tokenizer, tiny_model
     from trl import GRPOConfig, GRPOTrainer
 
     from seeupo_trl.rollout import MultiTurnRollout, environment_reward
@@ -505,18 +504,7 @@ def test_a_perfect_policy_is_rewarded_through_the_rollout(tmp_path):
 
     dataset = load_bfcl(split="all").select(range(0, 20, 4))
     trainer = Perfect(
-        model=Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=len(tokenizer),
-                hidden_size=8,
-                intermediate_size=8,
-                num_hidden_layers=1,
-                num_attention_heads=1,
-                num_key_value_heads=1,
-                head_dim=8,
-                max_position_embeddings=100_000,
-            )
-        ),
+        model=tiny_model(tokenizer, positions=100_000),
         args=GRPOConfig(
             output_dir=str(tmp_path),
             report_to=[],

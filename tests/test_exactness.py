@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 from seeupo_trl import SeeUPOConfig, SeeUPOTrainer
 from seeupo_trl.buffer import Trajectory, Turn
+from seeupo_trl.update import assign_minibatches
 
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -33,6 +34,7 @@ GROUP_SIZE = 3
 NUM_TRAJECTORIES = NUM_GROUPS * GROUP_SIZE
 LEARNING_RATE = 0.002
 TEMPERATURE = 0.9
+SEED = 42
 
 
 # --- Rollouts --------------------------------------------------------------------------------------------------------
@@ -125,11 +127,11 @@ def load_model(directory: str, dtype=torch.float64, lora: bool = False):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-        model = get_peft_model(model, config).to(dtype)
+        model = get_peft_model(model, config)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # PEFT starts it at zero, where half of the adapter gets no gradient
                 torch.nn.init.normal_(parameter, std=0.1)
-    return model
+    return model.to(dtype)
 
 
 def outcome_reward(completions, outcome, **kwargs):
@@ -193,6 +195,7 @@ def train(
         "max_grad_norm": 0.0,
         "gradient_checkpointing": False,
         "shuffle_dataset": False,
+        "seed": SEED,
         "bf16": False,
         "use_cpu": True,
         "report_to": "none",
@@ -218,13 +221,19 @@ def train(
     return snapshots.parameters
 
 
-def run_oracle(model, groups_per_iteration, lr_lambda=lambda step: 1.0, **settings):
+def run_oracle(model, groups_per_iteration, lr_lambda=lambda step: 1.0, num_minibatches=1, **settings):
     """Every iteration of the naive implementation, in float64, from `model` (left untouched)."""
     policy = copy.deepcopy(model).double()
     reference = copy.deepcopy(policy)
     results = []
     for step, groups in enumerate(groups_per_iteration):
-        step_settings = OracleSettings(lr=LEARNING_RATE * lr_lambda(step), temperature=TEMPERATURE, **settings)
+        step_settings = OracleSettings(
+            lr=LEARNING_RATE * lr_lambda(step),
+            temperature=TEMPERATURE,
+            # Any partition is right; the trainer's is the one its documented rule draws.
+            minibatches=tuple(assign_minibatches(NUM_TRAJECTORIES, num_minibatches, SEED, step)),
+            **settings,
+        )
         results.append(seeupo_iteration(policy, groups, step_settings, ref_model=reference))
     return results
 
@@ -412,6 +421,38 @@ def test_way_of_computing_does_not_change_the_result(config, settings, tiny_dir,
     start = parameters_of(model)
     trained = train(model, ragged_rollouts(), tmp_path, **config, **settings)[-1]
     assert relative_error(trained, oracle_on_ragged(**settings), start) < TOLERANCE[torch.float64]
+
+
+def test_minibatches_are_equal_parts_of_the_batch_drawn_anew_every_iteration():
+    draws = [tuple(assign_minibatches(NUM_TRAJECTORIES, 3, SEED, iteration)) for iteration in range(4)]
+    assert all(sorted(draw) == sorted([0, 1, 2] * (NUM_TRAJECTORIES // 3)) for draw in draws)
+    assert len(set(draws)) > 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"old_policy": "turn", "num_iterations": 2},
+        {"update_order": "forward", "max_turn_updates": 2, "beta": 1.0, "max_grad_norm": 2.0},
+        CLIPPING,
+    ],
+    ids=["defaults", "old-turn-two-epochs", "forward-blocks-kl-grad-clip", "ratio-clip-two-epochs"],
+)
+@pytest.mark.parametrize("num_minibatches", [2, 3])
+def test_several_minibatches_a_turn(num_minibatches, settings, tiny_dir, tmp_path, oracle_on_ragged):
+    """`steps_per_generation / gradient_accumulation_steps` optimizer steps an epoch on every block's pool."""
+    model = load_model(tiny_dir)
+    start = parameters_of(model)
+    steps_per_generation = NUM_TRAJECTORIES // 2
+    config = {
+        "steps_per_generation": steps_per_generation,
+        "gradient_accumulation_steps": steps_per_generation // num_minibatches,
+    }
+    trained = train(model, ragged_rollouts(), tmp_path, **config, **settings)[-1]
+    expected = oracle_on_ragged(num_minibatches=num_minibatches, **settings)
+    assert relative_error(trained, expected, start) < TOLERANCE[torch.float64]
+    assert relative_error(expected, oracle_on_ragged(**settings), start) > VISIBLE
 
 
 @pytest.mark.parametrize(

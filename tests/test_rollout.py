@@ -2,6 +2,9 @@
 
 import gc
 import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -111,26 +114,31 @@ class ScriptedTrainer(GRPOTrainer):
         return script[text.count("<|im_start|>assistant") - 1]
 
 
+def tiny_model(tokenizer, positions=8192):
+    """A random Qwen3 of one layer for the vocabulary of `tokenizer`."""
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            max_position_embeddings=positions,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+        )
+    )
+
+
 @pytest.fixture
 def make_trainer(tmp_path):
     def make(rows=None, template="qwen2_5", script=None, rollout=None, tokenizer=None, **config):
         rows = rows or [row()]
         tokenizer = tokenizer or byte_tokenizer(template)
-        model = Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=len(tokenizer),
-                hidden_size=16,
-                intermediate_size=16,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                head_dim=8,
-                max_position_embeddings=config.pop("positions", 8192),
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                bos_token_id=None,
-            )
-        )
+        model = tiny_model(tokenizer, positions=config.pop("positions", 8192))
         settings = {"max_completion_length": 6, "num_generations": 2, "per_device_train_batch_size": 2, "max_steps": 2}
         trainer = (ScriptedTrainer if script is not None else GRPOTrainer)(
             model=model,
@@ -310,6 +318,16 @@ def test_malformed_tool_calls_reach_the_environment_as_text(make_trainer, respon
     assert trajectory.stop_reason == "completed"
 
 
+def test_another_end_token_is_no_part_of_the_message(make_trainer):
+    """Qwen models stop at `<|endoftext|>`, too; the parsers know the tokenizer's own end only."""
+    rows = [row([user("Go on.")])]
+    trainer = make_trainer(rows, script=["Yes.<|endoftext|>", "<|endoftext|>"])
+    trainer.eos_token_ids = [trainer.processing_class.eos_token_id, trainer.processing_class.pad_token_id]
+    (trajectory,) = play(trainer, rows)["trajectories"]
+    assert [message["content"] for message in trajectory.info["read"]] == ["Yes.", ""]
+    assert trajectory.turns[1].action_ids == [trainer.processing_class.pad_token_id]
+
+
 def test_a_template_trl_cannot_parse_gives_plain_text(make_trainer, caplog):
     tokenizer = byte_tokenizer("qwen2_5")
     tokenizer.chat_template += "{# changed #}"
@@ -342,6 +360,44 @@ def test_a_template_that_rewrites_history_is_refused(make_trainer):
     trainer = make_trainer(rows, tokenizer=tokenizer, generation_kwargs=forced_end())
     with pytest.raises(ValueError, match="renders earlier messages differently"):
         play(trainer, rows)
+
+
+def test_a_token_that_ends_one_message_and_begins_the_next_is_not_doubled(make_trainer):
+    """GLM-4 stops at `<|user|>`, which is how the next message begins."""
+    tokenizer = byte_tokenizer("glm4moe")
+    tokenizer.add_tokens(["<|user|>", "<|assistant|>"], special_tokens=True)
+    tokenizer.eos_token = "<|user|>"
+    rows = [row([user("Go on.")])]
+    trainer = make_trainer(rows, tokenizer=tokenizer, script=["unused"], positions=8192)
+    answer = tokenizer("Yes.<|user|>")["input_ids"]
+    trainer._generate_single_turn = lambda prompts, *args: ([answer for _ in prompts], None)
+    (trajectory,) = play(trainer, rows)["trajectories"]
+    assert tokenizer.decode(trajectory.turns[1].context_ids).endswith("Yes.<|user|>\nGo on.<|assistant|>")
+
+
+@pytest.mark.parametrize("template", ["phi3", "gemma3", "llama3_1", "lfm2", "deepseekv3", "qwen3_5_think"])
+def test_templates_of_other_families_can_be_continued(make_trainer, template):
+    tokenizer = byte_tokenizer(template)
+    ends = {
+        "phi3": "<|end|>",
+        "gemma3": "<end_of_turn>",
+        "llama3_1": "<|eot_id|>",
+        "deepseekv3": "<｜end▁of▁sentence｜>",
+    }
+    end = ends.get(template, "<|im_end|>")
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.add_tokens([end], special_tokens=True)
+    tokenizer.eos_token = end
+    rows = [row([user("Go on.")])]
+    trainer = make_trainer(rows, tokenizer=tokenizer, script=["unused"])
+    answer = tokenizer("Yes." + end, add_special_tokens=False)["input_ids"]
+    trainer._generate_single_turn = lambda prompts, *args: ([answer for _ in prompts], None)
+    output = play(trainer, rows)
+    assert output["stop_reason"] == ["completed"]
+    text = tokenizer.decode(output["trajectories"][0].turns[1].context_ids)
+    opening = tokenizer.decode(output["prompt_ids"][0])
+    assert text.startswith(opening + "Yes." + end)
+    assert end + end not in text and text.count("Go on.") == text.count("Begin.") == 1 and "dummy" not in text
 
 
 # --- how episodes end -----------------------------------------------------------------------------------------------
@@ -666,3 +722,101 @@ def test_the_same_rollout_serves_two_trainers(make_trainer):
         (trajectory,) = rollout([rows[0]["prompt"]], trainer)["trajectories"]
         text = trainer.processing_class.decode(trajectory.turns[0].context_ids)
         assert ("You are Qwen" in text) == (template == "qwen2_5")
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+SCENARIOS = {  # for each process, the number of replies and the fault of each of its environments; and whether on vLLM
+    "ragged": ([[0, 0], [3, 1]], [[None, None], [None, None]], False),
+    "ragged, vLLM": ([[0, 0], [3, 1]], [[None, None], [None, None]], True),
+    "one fails": ([[0, 0], [1, 0]], [["reset", "step"], [None, None]], False),
+    "all fail": ([[0, 0], [0, 0]], [["reset", "reset"], ["step", "step"]], False),
+}
+
+TWO_PROCESSES = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+from datasets import Dataset
+from test_rollout import SCENARIOS, Fragile, GRPOConfig, GRPOTrainer, MultiTurnRollout, byte_tokenizer
+from test_rollout import environment_reward, forced_end, row, tiny_model, user
+
+tokenizer = byte_tokenizer("qwen2_5")
+trainer = GRPOTrainer(
+    model=tiny_model(tokenizer),
+    args=GRPOConfig(output_dir=sys.argv[2], report_to=[], use_cpu=True, bf16=False, num_generations=2,
+                    per_device_train_batch_size=2, max_completion_length=4, generation_kwargs=forced_end()),
+    train_dataset=Dataset.from_list([row(number=i) for i in range(4)]), processing_class=tokenizer,
+    reward_funcs=environment_reward, rollout_func=lambda *args: None,
+)
+assert trainer.accelerator.num_processes == 2
+rank, generate, found = trainer.accelerator.process_index, trainer._generate_single_turn, {}
+for name, (lengths, faults, vllm) in SCENARIOS.items():
+    calls = []
+    def counted(prompts, *args):
+        calls.append(len(prompts))
+        torch.distributed.barrier()  # stands for the collectives of ZeRO-3: hangs unless all processes come
+        trainer.use_vllm = False
+        completion_ids, _ = generate(prompts, *args)
+        trainer.use_vllm = vllm
+        return completion_ids, [[-1.0] * len(ids) for ids in completion_ids] if vllm else None
+    trainer._generate_single_turn = counted
+    trainer.use_vllm = vllm
+    trainer.rollout_inputs = [
+        row(*[[user("Go on.")]] * n, fails_in=fault) for n, fault in zip(lengths[rank], faults[rank])
+    ]
+    try:
+        output = MultiTurnRollout(Fragile)([None] * 2, trainer)
+        found[name] = {"turns": [len(t.turns) for t in output["trajectories"]], "stop": output["stop_reason"]}
+    except RuntimeError as error:
+        found[name] = {"error": str(error)}
+    found[name]["calls"] = calls
+Path(sys.argv[2], f"rank{rank}.json").write_text(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What each of two processes found in each scenario."""
+    directory = tmp_path_factory.mktemp("two_processes")
+    script, config = directory / "script.py", directory / "ddp.yaml"
+    script.write_text(TWO_PROCESSES)
+    config.write_text(
+        "{distributed_type: MULTI_GPU, num_processes: 2, num_machines: 1, machine_rank: 0, use_cpu: false,"
+        " mixed_precision: 'no', main_training_function: main, rdzv_backend: static, same_network: true}"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={config}", "--main_process_port=0"]
+    arguments = [str(script), str(Path(__file__).parent), str(directory)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch + arguments, capture_output=True, text=True, timeout=240, env=environment)
+    files = [directory / f"rank{rank}.json" for rank in range(2)]
+    assert all(file.exists() for file in files), done.stderr[-3000:]
+    return [json.loads(file.read_text()) for file in files]
+
+
+@pytest.mark.slow
+def test_processes_generate_equally_often(two_processes):
+    first, second = (results["ragged"] for results in two_processes)
+    assert first == {"turns": [1, 1], "stop": ["completed"] * 2, "calls": [2, 1, 1, 1]}
+    assert second == {"turns": [4, 2], "stop": ["completed"] * 2, "calls": [2, 2, 1, 1]}
+
+
+@pytest.mark.slow
+def test_processes_send_equally_many_rows_to_vllm(two_processes):
+    first, second = (results["ragged, vLLM"] for results in two_processes)
+    assert first["calls"] == second["calls"] == [2, 2, 1, 1]
+    assert (first["turns"], second["turns"]) == ([1, 1], [4, 2])
+
+
+@pytest.mark.slow
+def test_a_process_whose_environments_all_failed_goes_on(two_processes):
+    first, second = (results["one fails"] for results in two_processes)
+    assert first == {"turns": [0, 1], "stop": ["env_error"] * 2, "calls": [1, 1]}
+    assert second == {"turns": [2, 1], "stop": ["completed"] * 2, "calls": [2, 1]}
+
+
+@pytest.mark.slow
+def test_all_processes_raise_when_all_environments_failed(two_processes):
+    for results in two_processes:
+        assert "All 4 environments of the batch failed" in results["all fail"]["error"]

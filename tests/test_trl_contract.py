@@ -1,0 +1,277 @@
+"""
+What this package relies on inside TRL and transformers, beyond their public interface.
+
+Every failure here means that a new release changed something we override, call or read. The message says what it is
+and which module of ours to look at; change that module and this file together, then widen the version range.
+"""
+
+import inspect
+
+import pytest
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from tiny import load_tiny_model
+from transformers import Trainer
+from transformers.trainer_callback import CallbackHandler
+from trl import GRPOConfig, GRPOTrainer
+from trl.chat_template_utils import (
+    add_response_schema,
+    get_training_chat_template,
+    parse_response,
+    supports_tool_calling,
+)
+from trl.data_utils import is_conversational
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import (
+    RepeatSampler,
+    add_fused_lm_head,
+    get_config_model_id,
+    split_pixel_values_by_grid,
+    unsplit_pixel_values_by_grid,
+    use_adapter,
+)
+
+from seeupo_trl import SeeUPOConfig, SeeUPOTrainer
+
+
+PARSES_WITH_TOOLS = not trl.__version__.startswith("1.15")
+
+VERSIONS = f"(trl {trl.__version__}, transformers {transformers.__version__})"
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+# (what is called, its arguments in order, who relies on it)
+SIGNATURES = [
+    (GRPOTrainer._get_train_sampler, "self dataset", "seeupo_trainer.py overrides it to make the order resumable"),
+    (GRPOTrainer.training_step, "self model inputs num_items_in_batch", "seeupo_trainer.py: one iteration"),
+    (GRPOTrainer._prepare_inputs, "self generation_batch", "seeupo_trainer.py: no splitting, no reuse of batches"),
+    (GRPOTrainer._generate_and_score_completions, "self inputs", "seeupo_trainer.py adds trajectories and advantages"),
+    (GRPOTrainer._generate, "self prompts", "seeupo_trainer.py reads the turns off its result"),
+    (
+        GRPOTrainer._generate_single_turn,
+        "self prompt_ids images multimodal_fields num_generations has_tool_images",
+        "rollout.py generates with it",
+    ),
+    (
+        GRPOTrainer._calculate_rewards,
+        "self inputs prompts completions completion_ids_list",
+        "seeupo_trainer.py keeps the gathered rewards of all functions",
+    ),
+    (GRPOTrainer._compute_loss, "self model inputs", "seeupo_trainer.py: the evaluation loss"),
+    (
+        GRPOTrainer.prediction_step,
+        "self model inputs prediction_loss_only ignore_keys",
+        "evaluation must go through _prepare_inputs and compute_loss",
+    ),
+    (
+        GRPOTrainer._get_per_token_logps_and_entropies,
+        "self model input_ids attention_mask logits_to_keep batch_size compute_entropy compute_aux_loss pixel_values "
+        "image_grid_thw num_images pixel_attention_mask spatial_shapes num_tiles image_sizes token_type_ids "
+        "mm_token_type_ids image_position_ids",
+        "multimodal.py scores samples with images through it; a new image field belongs in its list",
+    ),
+    (add_fused_lm_head, "model temperature cast_lm_head_to_fp32 outputs", "scoring.py calls the head it installs"),
+    (
+        RepeatSampler.__init__,
+        "self data_source mini_repeat_count batch_size repeat_count shuffle seed",
+        "resume.py extends it",
+    ),
+    (use_adapter, "model adapter_name", "seeupo_trainer.py: the reference policy of an adapter"),
+    (disable_gradient_checkpointing, "model gradient_checkpointing_kwargs", "engine.py: passes without gradient"),
+    (get_config_model_id, "config", "seeupo_trainer.py: the default output directory"),
+    (is_conversational, "example", "seeupo_trainer.py: whether completions are messages"),
+    (split_pixel_values_by_grid, "batch", "multimodal.py takes samples out of a batch"),
+    (unsplit_pixel_values_by_grid, "batch", "multimodal.py puts a batch together"),
+    (parse_response, f"tokenizer ids prefix{' tools' * PARSES_WITH_TOOLS}", "chat_format.py reads responses"),
+    (supports_tool_calling, "processing_class", "chat_format.py checks the chat template"),
+    (add_response_schema, "processing_class", "chat_format.py teaches the tokenizer to parse"),
+    (get_training_chat_template, "processing_class tokenizer", "chat_format.py: templates that only grow"),
+    (Trainer._clip_grad_norm, "self model", "seeupo_trainer.py and engine.py clip inner optimizer steps with it"),
+    (Trainer._get_grad_norm, "self model grad_norm", "seeupo_trainer.py and engine.py report inner gradient norms"),
+    (CallbackHandler.on_pre_optimizer_step, "self args state control kwargs", "engine.py: inner optimizer steps"),
+    (CallbackHandler.on_optimizer_step, "self args state control kwargs", "engine.py: inner optimizer steps"),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "expected", "why"), SIGNATURES, ids=[entry[0].__qualname__ for entry in SIGNATURES]
+)
+def test_signature(function, expected, why):
+    assert parameters(function) == expected.split(), f"{function.__qualname__} changed {VERSIONS}. {why}."
+
+
+def test_the_constructor_takes_the_same_arguments():
+    theirs, ours = parameters(GRPOTrainer.__init__), parameters(SeeUPOTrainer.__init__)
+    assert theirs == ours, f"GRPOTrainer takes other arguments {VERSIONS}: pass {set(theirs) ^ set(ours)} through."
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny_dir, tmp_path_factory):
+    args = GRPOConfig(
+        output_dir=str(tmp_path_factory.mktemp("contract")),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        max_completion_length=4,
+        per_device_train_batch_size=2,
+        num_generations=2,
+        max_steps=1,
+    )
+    return GRPOTrainer(
+        model=tiny_dir,
+        reward_funcs=one_point_each,
+        args=args,
+        train_dataset=Dataset.from_dict({"prompt": ["w1 w2"] * 2}),
+    )
+
+
+def one_point_each(completions, **kwargs):
+    return [1.0] * len(completions)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("_tokenizer", "_is_vlm", "_metrics", "_logs", "_step", "model", "ref_model", "accelerator", "beta"),
+        *("num_generations", "num_generations_eval", "mask_truncated_completions", "shuffle_dataset"),
+        *("reward_weights", "multi_objective_aggregation", "vllm_importance_sampling_correction", "entropy_coef"),
+        *(
+            "aux_loss_enabled",
+            "router_aux_loss_coef",
+            "pad_to_multiple_of",
+            "reward_func_names",
+            "use_vllm",
+            "eos_token_ids",
+        ),
+        *("chat_template_kwargs", "max_tool_calling_iterations", "rollout_func", "environments", "control"),
+        *("callback_handler", "state", "optimizer"),
+    ],
+)
+def test_a_trainer_has_the_attribute(trainer, name):
+    assert hasattr(trainer, name), f"GRPOTrainer no longer sets `{name}` {VERSIONS}: see its uses in seeupo_trl."
+
+
+def test_what_generation_returns(trainer):
+    prompts = ["w1 w2", "w1 w2"]
+    trainer.model.train()
+    output = trainer._generate(prompts)
+    assert len(output) == 8, f"_generate returns {len(output)} values {VERSIONS}; SeeUPOTrainer._generate reads 8."
+    prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *_ = output
+    assert prompt_ids == trainer._tokenizer(prompts)["input_ids"]
+    assert all(isinstance(token, int) for ids in completion_ids for token in ids)
+    assert (tool_mask, logprobs, extra_fields) == (None, None, {})
+    assert len(completions) == 2
+
+
+def test_what_one_call_of_the_sampler_returns(trainer):
+    completion_ids, logprobs = trainer._generate_single_turn([[20, 21], [20, 21, 22]], None, {}, 1)
+    assert logprobs is None, f"transformers generation now reports log-probabilities {VERSIONS}: see rollout.py."
+    assert [len(ids) <= 4 for ids in completion_ids] == [True, True]
+
+
+def test_what_a_scored_batch_holds(trainer):
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions([{"prompt": "w1 w2"}] * 2)
+    expected = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages"}
+    missing = expected - batch.keys()
+    assert not missing, f"A generation batch lacks {missing} {VERSIONS}: see multimodal.py."
+    assert "old_per_token_logps" not in batch, f"TRL scores the sampler's policy {VERSIONS}: a wasted pass."
+    assert len(trainer._logs["advantages"]) == 2, f"SeeUPOTrainer replaces the logged advantages, one each {VERSIONS}."
+
+
+def test_rewards_are_gathered_with_one_column_a_function(trainer):
+    rewards = trainer._calculate_rewards([{"prompt": "w1"}] * 2, ["w1", "w1"], ["w2", "w3"], [[22], [23]])
+    assert rewards.shape == (2, 1), f"Rewards have another shape {VERSIONS}: see _group_relative_advantages."
+
+
+def test_the_sampler_repeats_prompts_and_exposes_its_state():
+    sampler = RepeatSampler(range(4), mini_repeat_count=2, batch_size=2, shuffle=True, seed=7)
+    assert len(list(sampler)) == len(sampler) == 8
+    for name in ("shuffle", "generator", "seed", "num_samples", "batch_size"):
+        assert hasattr(sampler, name), f"RepeatSampler has no `{name}` {VERSIONS}: see resume.py."
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(7)).tolist()
+    sampler = RepeatSampler(range(4), mini_repeat_count=1, batch_size=1, shuffle=True, seed=7)
+    assert list(sampler) == order, f"RepeatSampler draws its order differently {VERSIONS}: see resume.py."
+
+
+@pytest.mark.skipif(trl.__version__.startswith("1.15"), reason="the fused head of trl 1.15 needs a GPU")
+def test_the_fused_head_scores_shifted_labels(tiny_dir):
+    model = load_tiny_model(tiny_dir)
+    ids = torch.tensor([[20, 21, 22, 23]])
+    expected = torch.log_softmax(model(ids).logits / 0.5, dim=-1)
+    add_fused_lm_head(model, temperature=0.5, outputs=("log_probs", "entropy"))
+    labels = torch.tensor([[21, 22, -100, 24]])
+    output = model(input_ids=ids, shift_labels=labels, fused_lm_head=True)
+    message = f"The fused head changed {VERSIONS}: see RowScorer in scoring.py."
+    chosen = expected.gather(-1, labels.clamp(min=0)[..., None])[..., 0].masked_fill(labels == -100, 0.0)
+    torch.testing.assert_close(output.log_probs, chosen, msg=message)
+    entropy = -(expected.exp() * expected).sum(-1).masked_fill(labels == -100, 0.0)
+    torch.testing.assert_close(output.entropy, entropy, msg=message)
+    assert "aux_loss" in type(output).__dataclass_fields__, message
+
+
+@pytest.mark.skipif(trl.__version__.startswith("1.15"), reason="the fused head of trl 1.15 needs a GPU")
+def test_the_fused_head_takes_the_hidden_states_that_a_hook_left(tiny_dir):
+    model = load_tiny_model(tiny_dir)
+    add_fused_lm_head(model)
+
+    def keep_the_last_two(module, args, output):
+        output.last_hidden_state = output.last_hidden_state[:, -2:]
+        return output
+
+    ids, labels = torch.tensor([[20, 21, 22, 23]]), torch.tensor([[23, 24]])
+    whole = model(input_ids=ids, shift_labels=torch.tensor([[-100, -100, 23, 24]]), fused_lm_head=True).log_probs
+    model.base_model.register_forward_hook(keep_the_last_two)
+    some = model(input_ids=ids, shift_labels=labels, fused_lm_head=True).log_probs
+    message = f"The fused head does not run on what a hook left of the backbone's output {VERSIONS}: see scoring.py."
+    torch.testing.assert_close(some, whole[:, 2:], msg=message)
+
+
+def test_the_trainer_puts_the_fused_head_on_policy_and_reference():
+    source = inspect.getsource(GRPOTrainer.__init__)
+    assert source.count("add_fused_lm_head(") == 2, (
+        f"GRPOTrainer.__init__ no longer installs the fused head on the policy and on the reference model {VERSIONS}: "
+        "scoring.py calls both models with `fused_lm_head=True`."
+    )
+
+
+def test_the_loss_is_not_divided_behind_our_back():
+    message = (
+        f"The Trainer no longer lets GRPOTrainer scale its loss itself {VERSIONS}: one training step is one iteration "
+        "and must not be divided or multiplied."
+    )
+    assert GRPOTrainer.loss_is_scaled_for_ga is True, message
+
+
+def test_message_level_rollouts_read_these_settings():
+    fields = SeeUPOConfig.__dataclass_fields__
+    for name in ("use_vllm", "vllm_max_model_length", "max_completion_length", "max_turns", "max_context_length"):
+        assert name in fields, f"The configuration has no `{name}` {VERSIONS}: see rollout.py."
+
+
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [
+        ("loss_type", "dapo"),
+        ("scale_rewards", "group"),
+        ("importance_sampling_level", "token"),
+        ("num_iterations", 1),
+        ("steps_per_generation", None),
+        ("top_entropy_quantile", 1.0),
+        ("beta", 0.0),
+        ("use_bias_correction_kl", None),
+    ],
+)
+def test_defaults_that_an_upgraded_grpo_config_is_told_by(name, default):
+    field = GRPOConfig.__dataclass_fields__.get(name)
+    assert field is not None, f"GRPOConfig has no `{name}` {VERSIONS}: see SeeUPOConfig.from_grpo_config."
+    if default is not None or name == "steps_per_generation":
+        assert field.default == default, (
+            f"The default of GRPOConfig.{name} is {field.default!r} {VERSIONS}: SeeUPOConfig.from_grpo_config takes a "
+            "field that holds GRPO's default as not given."
+        )
