@@ -6,6 +6,7 @@ it (trl 1.15 and 1.16): one full row, padded as in that batch.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from .buffer import TurnBuffer
+from .engine import UpdateEngine
 from .scoring import DUMMY_KEY, Key, Row, RowBatch, TurnScores, group_rows
 
 
@@ -44,6 +46,8 @@ class SampleScorer:
             Whether to ask a mixture-of-experts model for its load-balancing loss.
         entropy (`bool`, *optional*, defaults to `True`):
             Whether the model's head computes entropies; without, they are reported as 0.
+        max_tokens (`int`, *optional*):
+            Largest number of tokens of a micro-batch, in place of the largest number of rows.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class SampleScorer:
         per_token_scores: Callable[..., tuple],
         aux_loss: bool = False,
         entropy: bool = True,
+        max_tokens: int | None = None,
     ):
         self._input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)  # (B, P + C)
         self._attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
@@ -61,8 +66,14 @@ class SampleScorer:
         self._per_token_scores = per_token_scores
         self._aux_loss = aux_loss
         self._entropy = entropy
+        self._max_tokens = max_tokens
 
-    def micro_batches(self, buffer: TurnBuffer, keys: Iterable[Key], max_rows: int) -> list[RowBatch]:
+    def check(self, buffer: TurnBuffer, keys: Iterable[Key], model: nn.Module, engine: UpdateEngine) -> None:
+        """Samples are computed in TRL's own layout."""
+
+    def micro_batches(
+        self, buffer: TurnBuffer, keys: Iterable[Key], max_rows: int, together: bool = True
+    ) -> list[RowBatch]:
         """One row a trajectory; spans are positions in the completion."""
         rows: dict[int, Row] = {}
         for key in sorted(keys):
@@ -70,11 +81,19 @@ class SampleScorer:
             row = rows.setdefault(index, Row(input_ids=self._input_ids[index].tolist()))
             start = len(turn.context_ids) - self._prompt_lengths[index]
             row.spans[key] = (start, start + len(turn.action_ids))
-        return group_rows(list(rows.values()), max_rows)
+        return group_rows(list(rows.values()), max_rows, self._max_tokens)
+
+    def num_tokens(self, buffer: TurnBuffer, keys: Iterable[Key]) -> int:
+        """Tokens of a sample, padding included."""
+        return self._input_ids.size(1)
 
     def dummy_batch(self) -> RowBatch:
         """A row that belongs to no trajectory, for a process that must take part in a forward pass without data."""
         return RowBatch([Row(input_ids=self._input_ids[0].tolist(), spans={DUMMY_KEY: (0, 1)})])
+
+    def attention(self, batch: RowBatch) -> AbstractContextManager:
+        """The attention implementation that the model has."""
+        return nullcontext()
 
     def score(self, model: nn.Module, batch: RowBatch) -> tuple[dict[Key, TurnScores], torch.Tensor | None]:
         """One forward pass, see [`~seeupo_trl.scoring.RowScorer.score`]."""

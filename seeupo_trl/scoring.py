@@ -9,7 +9,7 @@ log-softmax instead; so is everything on a CPU with trl 1.15, whose head needs a
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -49,11 +49,22 @@ class RowBatch:
     """Rows of one forward pass."""
 
     rows: list[Row]
+    multiple_of: int = 1
+
+    @property
+    def length(self) -> int:
+        """Length to which the rows are padded."""
+        return -(-max(len(row.input_ids) for row in self.rows) // self.multiple_of) * self.multiple_of
 
     @property
     def num_tokens(self) -> int:
         """Tokens that the forward pass computes, padding included."""
-        return len(self.rows) * max(len(row.input_ids) for row in self.rows)
+        return len(self.rows) * self.length
+
+    @property
+    def num_pairs(self) -> int:
+        """Query-key pairs that attention computes."""
+        return len(self.rows) * self.length**2
 
 
 class MicroBatch(Protocol):
@@ -64,11 +75,26 @@ class MicroBatch(Protocol):
 
 
 class Scorer(Protocol):
-    """A way to score turns. All turns of a trajectory that are asked for together lie in one micro-batch."""
+    """
+    A way to score turns.
 
-    def micro_batches(self, buffer: TurnBuffer, keys: Iterable[Key], max_rows: int) -> Sequence[MicroBatch]: ...
+    `micro_batches` puts all turns of a trajectory that are asked for together into one micro-batch; with
+    `together=False` it may distribute them where they would not fit into one. `num_tokens` is what they would compute
+    in a micro-batch of their own. `attention` must be in force around the forward and the backward pass of a batch.
+    `check` is called on every process before anything is scored.
+    """
+
+    def check(self, buffer: TurnBuffer, keys: Iterable[Key], model: nn.Module, engine: UpdateEngine) -> None: ...
+
+    def micro_batches(
+        self, buffer: TurnBuffer, keys: Iterable[Key], max_rows: int, together: bool = True
+    ) -> Sequence[MicroBatch]: ...
+
+    def num_tokens(self, buffer: TurnBuffer, keys: Iterable[Key]) -> int: ...
 
     def dummy_batch(self) -> MicroBatch: ...
+
+    def attention(self, batch: Any) -> AbstractContextManager: ...
 
     def score(self, model: nn.Module, batch: Any) -> tuple[dict[Key, TurnScores], torch.Tensor | None]: ...
 
@@ -101,32 +127,43 @@ def build_rows(buffer: TurnBuffer, keys: Iterable[Key]) -> list[Row]:
     return [row for index in sorted(rows_of) for row in rows_of[index]]
 
 
-def group_rows(rows: list[Row], max_rows: int) -> list[RowBatch]:
+def group_rows(
+    rows: list[Row], max_rows: int, max_tokens: int | None = None, multiple_of: int = 1, together: bool = True
+) -> list[RowBatch]:
     """
     Distribute rows over micro-batches, rows of similar length together.
 
-    The rows of one trajectory stay together, because its ratio needs all of them: where a trajectory alone has more
-    than `max_rows` rows (only with rewritten contexts), its micro-batch is larger.
+    The rows of one trajectory stay together, because its ratio needs all of them: where a trajectory alone is over the
+    limit (only possible with rewritten contexts), its micro-batch is larger.
 
     Args:
         rows (`list[Row]`):
             Rows as [`build_rows`] returns them.
         max_rows (`int`):
             Largest number of rows of a micro-batch.
+        max_tokens (`int`, *optional*):
+            Largest number of tokens of a micro-batch, padding included. It takes the place of `max_rows`.
+        multiple_of (`int`, *optional*, defaults to `1`):
+            Rows are padded to a multiple of this length.
+        together (`bool`, *optional*, defaults to `True`):
+            Whether the rows of a trajectory stay together.
 
     Returns:
         `list[RowBatch]`
     """
-    units: dict[int, list[Row]] = {}
-    for row in rows:
-        units.setdefault(next(iter(row.spans))[0], []).append(row)
-    batches: list[list[Row]] = []
+    units: dict[Any, list[Row]] = {}
+    for position, row in enumerate(rows):
+        units.setdefault(next(iter(row.spans))[0] if together else position, []).append(row)
+    batches: list[RowBatch] = []
     for unit in sorted(units.values(), key=lambda unit: -max(len(row.input_ids) for row in unit)):
-        if batches and len(batches[-1]) + len(unit) <= max_rows:
-            batches[-1].extend(unit)
-        else:
-            batches.append(list(unit))
-    return [RowBatch(batch) for batch in batches]
+        if batches:
+            # the batch's first row is the longest, so that adding rows does not lengthen the others
+            larger = RowBatch(batches[-1].rows + unit, multiple_of)
+            if larger.num_tokens <= max_tokens if max_tokens is not None else len(larger.rows) <= max_rows:
+                batches[-1] = larger
+                continue
+        batches.append(RowBatch(list(unit), multiple_of))
+    return batches
 
 
 class _ScoredPositions:
@@ -168,6 +205,8 @@ class RowScorer:
             Temperature of the sampler; logits are divided by it.
         pad_to_multiple_of (`int`, *optional*):
             Pad row lengths to a multiple of this value.
+        max_tokens (`int`, *optional*):
+            Largest number of tokens of a micro-batch, in place of the largest number of rows.
         aux_loss (`bool`, *optional*, defaults to `False`):
             Whether to ask a mixture-of-experts model for its load-balancing loss.
     """
@@ -178,6 +217,7 @@ class RowScorer:
         pad_token_id: int,
         temperature: float,
         pad_to_multiple_of: int | None = None,
+        max_tokens: int | None = None,
         aux_loss: bool = False,
     ):
         causal_lm = model.get_base_model() if is_peft_model(model) else model
@@ -187,17 +227,31 @@ class RowScorer:
         self._pad_token_id = pad_token_id
         self._temperature = temperature
         self._pad_to_multiple_of = pad_to_multiple_of or 1
+        self._max_tokens = max_tokens
         self._aux_loss = aux_loss
 
-    def micro_batches(self, buffer: TurnBuffer, keys: Iterable[Key], max_rows: int) -> list[RowBatch]:
+    def check(self, buffer: TurnBuffer, keys: Iterable[Key], model: nn.Module, engine: UpdateEngine) -> None:
+        """Rows need no check: every causal language model computes them."""
+
+    def micro_batches(
+        self, buffer: TurnBuffer, keys: Iterable[Key], max_rows: int, together: bool = True
+    ) -> Sequence[MicroBatch]:
         """Lay the requested turns out in rows, see [`build_rows`] and [`group_rows`]."""
-        return group_rows(build_rows(buffer, keys), max_rows)
+        return group_rows(build_rows(buffer, keys), max_rows, self._max_tokens, self._pad_to_multiple_of, together)
+
+    def num_tokens(self, buffer: TurnBuffer, keys: Iterable[Key]) -> int:
+        """Tokens that a micro-batch of the requested turns would compute."""
+        return RowBatch(build_rows(buffer, keys), self._pad_to_multiple_of).num_tokens
 
     def dummy_batch(self) -> RowBatch:
         """A row that belongs to no trajectory, for a process that must take part in a forward pass without data."""
         return RowBatch([Row(input_ids=[self._pad_token_id] * 2, spans={DUMMY_KEY: (1, 2)})])
 
-    def score(self, model: nn.Module, batch: RowBatch) -> tuple[dict[Key, TurnScores], torch.Tensor | None]:
+    def attention(self, batch: Any) -> AbstractContextManager:
+        """Rows are computed with the attention implementation that the model has."""
+        return nullcontext()
+
+    def score(self, model: nn.Module, batch: Any) -> tuple[dict[Key, TurnScores], torch.Tensor | None]:
         """
         One forward pass.
 
@@ -211,31 +265,39 @@ class RowScorer:
             `tuple[dict[tuple[int, int], TurnScores], torch.Tensor | None]`:
                 Scores by turn, and the load-balancing loss where it was asked for.
         """
-        rows = batch.rows
+        rows, length = batch.rows, batch.length
         device = next(model.parameters()).device
-        longest = max(len(row.input_ids) for row in rows)
-        length = -(-longest // self._pad_to_multiple_of) * self._pad_to_multiple_of
         input_ids = torch.full((len(rows), length), self._pad_token_id)  # (B, S)
         attention_mask = torch.zeros_like(input_ids)
-        row_index, columns, labels, sizes = [], [], [], []
+        row_index, columns, labels, sizes = [], [], [], {}
         for index, row in enumerate(rows):
             input_ids[index, : len(row.input_ids)] = torch.tensor(row.input_ids)
             attention_mask[index, : len(row.input_ids)] = 1
-            for start, end in row.spans.values():
+            for key, (start, end) in row.spans.items():
                 row_index += [index] * (end - start)
                 columns += range(start - 1, end - 1)  # the position before a token predicts it
                 labels += row.input_ids[start:end]
-                sizes.append(end - start)
+                sizes[key] = end - start
         inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
         if self._aux_loss:
             inputs["output_router_logits"] = True
-        labels = torch.tensor([labels], device=device)  # (1, n)
         selection = torch.tensor(row_index, device=device), torch.tensor(columns, device=device), length
+        return self._scores(model, inputs, selection, torch.tensor([labels], device=device), sizes)
+
+    def _scores(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        selection: tuple[torch.Tensor, torch.Tensor, int],
+        labels: torch.Tensor,
+        sizes: dict[Key, int],
+    ) -> tuple[dict[Key, TurnScores], torch.Tensor | None]:
+        """Scores of `labels`, of shape `(1, n)`, at the selected positions, cut into actions of the given sizes."""
         with self._scored_positions.select(*selection):
             logps, entropies, aux_loss = self._per_token(model, inputs, labels)
-        keys = [key for row in rows for key in row.spans]
-        scores = zip(logps[0].split(sizes), entropies[0].split(sizes), strict=True)
-        return {key: TurnScores(*pair) for key, pair in zip(keys, scores, strict=True)}, aux_loss
+        lengths = list(sizes.values())
+        scores = map(TurnScores, logps[0].split(lengths), entropies[0].split(lengths))
+        return dict(zip(sizes, scores, strict=True)), aux_loss
 
     def _per_token(
         self, model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor
@@ -277,12 +339,14 @@ def score_without_gradient(
         `tuple[dict[tuple[int, int], TurnScores], int]`:
             Scores by turn, and the number of tokens computed on this process, padding included.
     """
-    batches = scorer.micro_batches(buffer, keys, max_rows)
+    keys = list(keys)
+    scorer.check(buffer, keys, model, engine)
+    batches = scorer.micro_batches(buffer, keys, max_rows, together=False)
     scores: dict[Key, TurnScores] = {}
     tokens = 0
     for number in range(engine.max_over_processes(len(batches))):
         batch = batches[number] if number < len(batches) else scorer.dummy_batch()
-        with engine.inference():
+        with engine.inference(), scorer.attention(batch):
             scores.update(scorer.score(model, batch)[0])
         tokens += batch.num_tokens
     return scores, tokens

@@ -10,6 +10,7 @@ from trl import GRPOConfig
 UPDATE_ORDERS = ("reverse", "forward", "random", "simultaneous")
 OLD_POLICIES = ("iteration", "turn")
 TURN_RATIOS = ("geometric", "product")
+PACKINGS = ("auto", "tree", "rows")
 
 # Loss types of GRPO that only say how token losses are averaged: no surrogate of a whole turn depends on that.
 _AVERAGING_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
@@ -50,6 +51,21 @@ class SeeUPOConfig(GRPOConfig):
         advantage_clip (`float`, *optional*):
             Bound of the absolute value of the normalised advantages. The authors' code uses 3.
 
+        > Parameters that control how the update is computed; none of them changes a gradient
+
+        packing (`str`, *optional*, defaults to `"auto"`):
+            Layout of a forward pass. `"tree"`: what the turns of a micro-batch have in common (the prompt of a group,
+            the history of a trajectory) is computed once. `"rows"`: one padded row for each sequence. `"auto"`:
+            trees where an estimate of the cost says that they save something. Models in which not every layer attends
+            to all earlier positions (sliding windows, state spaces, linear attention), multimodal models, models with
+            a load-balancing loss and adapters with virtual tokens are computed in rows whatever is asked for. The
+            first tree is compared with rows; should they disagree, a warning is given and the run goes on in rows.
+        max_tokens_per_microbatch (`int`, *optional*):
+            Largest number of tokens of one forward and backward pass, padding included. It takes the place of
+            `per_device_train_batch_size` as the limit of a micro-batch. A trajectory whose turns that are trained
+            together do not fit is an error. `None` limits a micro-batch to `per_device_train_batch_size` rows, or to
+            the tree of that many trajectories.
+
         > Parameters that control the episodes
 
         max_turns (`int`, *optional*, defaults to `10`):
@@ -66,7 +82,8 @@ class SeeUPOConfig(GRPOConfig):
             In [`MultiTurnRollout`], the largest number of tokens of **one** response. With TRL's own tools it bounds
             the whole completion, as in GRPO.
         per_device_train_batch_size (`int`, *optional*, defaults to `8`):
-            Largest number of rows in one forward and backward pass. A generation batch has
+            Largest number of rows in one forward and backward pass, or of trajectories whose tokens form the tree of
+            one, unless `max_tokens_per_microbatch` is set. A generation batch has
             `per_device_train_batch_size x steps_per_generation x number of processes` completions, as in GRPO.
         steps_per_generation (`int`, *optional*):
             Together with `gradient_accumulation_steps`, which must divide it: each turn's pool is split into
@@ -134,6 +151,22 @@ class SeeUPOConfig(GRPOConfig):
     advantage_clip: float | None = field(
         default=None,
         metadata={"help": "Bound of the absolute value of the normalised advantages. Unset: no bound."},
+    )
+    packing: str = field(
+        default="auto",
+        metadata={
+            "help": "Layout of the update's forward passes: 'tree' (common prefixes are computed once), 'rows', or "
+            "'auto' (what an estimate of the cost says is cheaper; rows for models without full causal attention).",
+            "choices": PACKINGS,
+        },
+    )
+    max_tokens_per_microbatch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Largest number of tokens of one forward and backward pass, in place of "
+            "`per_device_train_batch_size`. Unset: `per_device_train_batch_size` rows or the tree of that many "
+            "trajectories."
+        },
     )
     max_turns: int | None = field(
         default=10,
@@ -218,13 +251,14 @@ class SeeUPOConfig(GRPOConfig):
             ("update_order", UPDATE_ORDERS),
             ("old_policy", OLD_POLICIES),
             ("turn_ratio", TURN_RATIOS),
+            ("packing", PACKINGS),
             ("scale_rewards", ("batch", "none", "group")),
             ("importance_sampling_level", ("sequence", "token")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is not one of {', '.join(map(repr, allowed))}.")
 
-        for name in ("max_turn_updates", "max_turns", "max_context_length"):
+        for name in ("max_turn_updates", "max_turns", "max_context_length", "max_tokens_per_microbatch"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, or `None` for no limit; got {value}.")

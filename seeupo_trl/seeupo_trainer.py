@@ -33,8 +33,9 @@ from .objective import center_by_group, k3_divergence, normalize_over_batch
 from .resume import ResumableRepeatSampler, last_complete_checkpoint
 from .rollout import MultiTurnRollout, environment_reward
 from .rollout_checks import checked_rollout
-from .scoring import RowScorer, Scorer, score_without_gradient
+from .scoring import Scorer, score_without_gradient
 from .seeupo_config import SeeUPOConfig
+from .tree_scoring import TreeScorer
 from .update import Reference, TurnUpdater
 
 
@@ -156,11 +157,16 @@ class SeeUPOTrainer(GRPOTrainer):
         )
 
         pad_token_id = self._tokenizer.pad_token_id
-        options = {"temperature": args.temperature, "pad_to_multiple_of": self.pad_to_multiple_of}
-        self._scorer = RowScorer(self.model, pad_token_id, aux_loss=self.aux_loss_enabled, **options)
+        options = {
+            "temperature": args.temperature,
+            "pad_to_multiple_of": self.pad_to_multiple_of,
+            "max_tokens": args.max_tokens_per_microbatch,
+            "packing": args.packing,
+        }
+        self._scorer = TreeScorer(self.model, pad_token_id, aux_loss=self.aux_loss_enabled, **options)
         if self.ref_model is not None:
             ref_model = self.accelerator.unwrap_model(self.ref_model)
-            self._ref_scorer = RowScorer(ref_model, pad_token_id, **options)
+            self._ref_scorer = TreeScorer(ref_model, pad_token_id, **options)
         self.rollout_inputs: list[dict[str, Any]] = []
         self._trajectories: list[Trajectory] = []
         self._rewards_per_func = torch.empty(0)
@@ -332,8 +338,12 @@ class SeeUPOTrainer(GRPOTrainer):
 
     def _scorer_of(self, batch: dict[str, Any]) -> Scorer:
         if self._is_vlm:
-            return SampleScorer(batch, self._get_per_token_logps_and_entropies, self.aux_loss_enabled)
+            return self._sample_scorer(batch, aux_loss=self.aux_loss_enabled)
         return self._scorer
+
+    def _sample_scorer(self, batch: dict[str, Any], **options) -> SampleScorer:
+        options["max_tokens"] = self.config.max_tokens_per_microbatch
+        return SampleScorer(batch, self._get_per_token_logps_and_entropies, **options)
 
     def _reference(self, batch: dict[str, Any]) -> Reference | None:
         if self.beta == 0.0:
@@ -341,7 +351,7 @@ class SeeUPOTrainer(GRPOTrainer):
         if self.ref_model is not None:
             scorer = self._ref_scorer
             if self._is_vlm:
-                scorer = SampleScorer(batch, self._get_per_token_logps_and_entropies, entropy=False)
+                scorer = self._sample_scorer(batch, entropy=False)
             return Reference(scorer, self.ref_model, nullcontext)
         policy = self.accelerator.unwrap_model(self.model)
         adapter_name = "ref" if "ref" in policy.peft_config else None

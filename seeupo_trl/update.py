@@ -132,6 +132,7 @@ class TurnUpdater:
 
         self._epsilon_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
         self._corrects_sampler = config.use_vllm and config.vllm_importance_sampling_correction
+        self._needs_logps_start = config.old_policy == "iteration" or self._corrects_sampler
         self._logps_start: dict[Key, torch.Tensor] = {}  # under theta_k
         # denominators of the ratios
         self._logps_old = self._logps_start if config.old_policy == "iteration" else {}
@@ -162,6 +163,8 @@ class TurnUpdater:
                 loss of the iteration.
         """
         start = perf_counter()
+        self._check_budget()
+        self.scorer.check(self.buffer, self._all_keys(), self.model, self.engine)
         self._score_before_updates()
         self.seconds["old_pass"] = perf_counter() - start
 
@@ -200,16 +203,64 @@ class TurnUpdater:
     def _members(self, step: OptimizerStep) -> list[int]:
         return [i for i in self._active(step.block) if self._minibatch_of[i] == step.minibatch]
 
+    def _all_keys(self) -> set[Key]:
+        """Turns of the trajectories that contribute a gradient."""
+        return {key for block in self.blocks for i in self._active(block) for key in self.buffer.turns_in(i, block)}
+
+    def _check_budget(self) -> None:
+        """
+        Refuse a trajectory that no micro-batch may hold, before the parameters move and on every process. A turn is
+        trained in one micro-batch with the turn that was updated before it.
+        """
+        budget = self.config.max_tokens_per_microbatch
+        if budget is None:
+            return
+        longest, index, label = 0, -1, ""
+        previous: dict[int, list[Key]] = {}
+        for block in self.blocks:
+            for i in self._active(block):
+                keys = self.buffer.turns_in(i, block)
+                tokens = self.scorer.num_tokens(self.buffer, previous.get(i, []) + keys)
+                longest, index, label = max((longest, index, label), (tokens, i, block.label))
+                previous[i] = keys
+        over = self.engine.max_over_processes(longest)
+        if over <= budget:
+            return
+        where = f"Trajectory {index} of this process has" if longest == over else "A trajectory of another process has"
+        where += f" {over} tokens that are trained together" + (f" in turn {label}" if longest == over else "")
+        raise ValueError(
+            f"{where}, but `max_tokens_per_microbatch={budget}`. Raise it to at least {over}, or shorten the episodes "
+            "(`max_turns`, `max_completion_length`, `max_context_length`)."
+        )
+
     def _score_before_updates(self) -> None:
         """Log-probabilities under theta_k and under the reference policy that no later pass yields anyway."""
-        keys = {key for block in self.blocks for i in self._active(block) for key in self.buffer.turns_in(i, block)}
+        keys = self._all_keys()
         if self.reference is not None:
             with self.reference.active():
                 self._logps_ref = self._logps(keys, self.reference.scorer, self.reference.model)
-        if self.steps and (self.config.old_policy == "iteration" or self._corrects_sampler):
+        if self.steps and self._needs_logps_start:
             first = self.steps[0]
             inline = {key for i in self._members(first) for key in self.buffer.turns_in(i, first.block)}
+            inline |= self._covered(first)
             self._logps_start.update(self._logps(keys - inline, self.scorer, self.model))
+
+    def _covered(self, first: OptimizerStep) -> set[Key]:
+        """
+        Turns that the first optimizer step computes as the history of its own: its forward pass runs under theta_k and
+        yields their log-probabilities too.
+        """
+        covered = set()
+        for i in self._members(first):
+            *_, last = self.buffer.turns_in(i, first.block)
+            history = self.buffer.turn(last).context_ids
+            for number in range(1, last[1]):
+                turn = self.buffer.turn((i, number))
+                end = len(turn.context_ids) + len(turn.action_ids)
+                start = len(turn.context_ids)
+                if history[start:end] == turn.action_ids and history[:start] == turn.context_ids:
+                    covered.add((i, number))
+        return covered
 
     def _catch_up(self, position: int) -> None:
         """
@@ -257,6 +308,8 @@ class TurnUpdater:
         members = self._members(step)
         keys = [key for i in members for key in self.buffer.turns_in(i, step.block)]
         keys += [key for i in members if i in self._pending for key in self.buffer.turns_in(i, self._pending[i])]
+        if step is self.steps[0] and self._needs_logps_start:
+            keys = list({*keys, *self._covered(step)})
         batches = self.scorer.micro_batches(self.buffer, keys, self.config.per_device_train_batch_size)
         num_batches = self.engine.max_over_processes(len(batches))
         if step.is_first_of_block:
@@ -267,7 +320,8 @@ class TurnUpdater:
         for number in range(num_batches):
             # a process that is out of work runs a dummy forward and backward, so that collectives match
             batch = batches[number] if number < len(batches) else self.scorer.dummy_batch()
-            with self.engine.micro_batch(is_last=number == num_batches - 1):
+            is_last = number == num_batches - 1
+            with self.engine.micro_batch(is_last), self.scorer.attention(batch):
                 with self.engine.autocast():
                     scores, aux_loss = self.scorer.score(self.engine.model, batch)
                 loss = self._loss(step, scores)
@@ -289,10 +343,11 @@ class TurnUpdater:
         constants = {key: values.detach() for key, values in logps.items()}
         indices = sorted({index for index, _ in scores})
         self._fold_in({i: self._pending[i] for i in indices if i in self._pending}, constants)
+        # not scored before: the parameters have not moved since the denominator's policy
+        for key, values in constants.items():
+            self._logps_start.setdefault(key, values)
         for key in (key for i in indices for key in self.buffer.turns_in(i, block)):
-            # not scored before: the parameters have not moved since the denominator's policy
             self._logps_old.setdefault(key, constants[key])
-            self._logps_start.setdefault(key, constants[key])
 
         new = [self._action(i, block, logps) for i in indices]
         old = [self._action(i, block, self._logps_old) for i in indices]

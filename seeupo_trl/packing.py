@@ -1,0 +1,187 @@
+"""
+Token trees, and how trajectories are distributed over micro-batches.
+
+A token tree stores tokens with the same ancestors once: the prompt that a group shares, the history that the turns of
+a trajectory share, and whatever is left in common when a context was rewritten. In depth-first order a token `q` sees
+exactly the tokens `k` with `k <= q < subtree_end[k]`, and its position is its depth.
+
+Where branches part, several tokens follow the same one. Its hidden state is scored once for each of them, so no token
+needs a copy and a tree computes exactly its distinct tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import inf
+
+import numpy as np
+
+
+@dataclass
+class Run:
+    """
+    Tokens of a tree that follow one another on the way to one leaf.
+
+    Args:
+        start (`int`):
+            First position of the run in the tree.
+        end (`int`):
+            Last position, exclusive.
+        path (`np.ndarray`):
+            Positions of all tokens from the root to the end of the run, the run's own ones last.
+    """
+
+    start: int
+    end: int
+    path: np.ndarray
+
+    @property
+    def num_pairs(self) -> int:
+        """Query-key pairs that attention computes for the run."""
+        return (self.end - self.start) * len(self.path)
+
+
+@dataclass
+class TokenTree:
+    """
+    Sequences stored as a tree, in depth-first order.
+
+    Args:
+        input_ids (`np.ndarray` of shape `(S,)`):
+            Token ids.
+        depths (`np.ndarray` of shape `(S,)`):
+            Number of ancestors of each token, which is its position in the sequences it belongs to.
+        subtree_ends (`np.ndarray` of shape `(S,)`):
+            End, exclusive, of the positions of each token's descendants.
+        runs (`list[Run]`):
+            The tree cut into one run a leaf; together they hold every position once, in order.
+        paths (`list[np.ndarray]`):
+            Positions of the tokens of each sequence.
+    """
+
+    input_ids: np.ndarray
+    depths: np.ndarray
+    subtree_ends: np.ndarray
+    runs: list[Run]
+    paths: list[np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def common_prefix(first: np.ndarray, second: np.ndarray) -> int:
+    """Number of leading tokens that two sequences have in common."""
+    length = min(len(first), len(second))
+    different = first[:length] != second[:length]
+    position = int(different.argmax()) if length else 0
+    return position if length and different[position] else length
+
+
+def sort_key(sequence: np.ndarray) -> bytes:
+    """Key under which sequences with a common prefix lie next to each other, a prefix before what extends it."""
+    return sequence.astype(">u4").tobytes()
+
+
+def build_tree(sequences: Sequence[np.ndarray]) -> TokenTree:
+    """
+    Store sequences as a tree.
+
+    Args:
+        sequences (`Sequence[np.ndarray]`):
+            Token ids, at least one sequence and one token each. Sequences may repeat or extend one another.
+
+    Returns:
+        [`TokenTree`]
+    """
+    order = sorted(range(len(sequences)), key=lambda index: sort_key(sequences[index]))
+    shared = [0] + [common_prefix(sequences[one], sequences[two]) for one, two in pairwise(order)] + [0]
+    runs: list[Run] = []
+    pieces: list[np.ndarray] = []
+    closed: list[tuple[np.ndarray, int]] = []  # positions, and where their subtrees end
+    paths: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(sequences)
+    path = np.empty(0, dtype=np.int64)
+    within: list[int] = []  # sequences that the next leaf extends
+    depth = size = 0
+    for rank, index in enumerate(order):
+        sequence = sequences[index]
+        if not within:
+            depth = shared[rank]  # tokens in common with the leaf before
+        within.append(index)
+        if rank + 1 < len(order) and shared[rank + 1] == len(sequence):
+            continue
+        closed.append((path[depth:], size))
+        start, size = size, size + len(sequence) - depth
+        path = np.concatenate([path[:depth], np.arange(start, size)])
+        runs.append(Run(start, size, path))
+        pieces.append(sequence[depth:])
+        for covered in within:
+            paths[covered] = path[: len(sequences[covered])]
+        within = []
+    closed.append((path, size))
+    subtree_ends = np.empty(size, dtype=np.int64)
+    for positions, end in closed:
+        subtree_ends[positions] = end
+    depths = np.concatenate([np.arange(len(run.path) - (run.end - run.start), len(run.path)) for run in runs])
+    return TokenTree(np.concatenate(pieces), depths, subtree_ends, runs, paths)
+
+
+def tree_size(sequences: Sequence[np.ndarray]) -> int:
+    """Number of tokens of the tree of some sequences."""
+    ordered = sorted(sequences, key=sort_key)
+    return sum(map(len, ordered)) - sum(common_prefix(one, two) for one, two in pairwise(ordered))
+
+
+def partition(
+    units: list[list[np.ndarray]],
+    max_units: float = inf,
+    max_tokens: float = inf,
+    padded: Callable[[int], int] = lambda tokens: tokens,
+) -> list[list[int]]:
+    """
+    Distribute units over trees: as few tokens as possible, then as few trees as possible, then trees of similar size.
+
+    A unit is never split. Units that share much lie next to each other in lexicographic order, so every tree takes a
+    stretch of that order, and a tree that would be too large is split between siblings.
+
+    Args:
+        units (`list[list[np.ndarray]]`):
+            Sequences of each unit.
+        max_units (`float`, *optional*):
+            Largest number of units of a tree.
+        max_tokens (`float`, *optional*):
+            Largest number of tokens of a tree. A unit that exceeds it gets a tree of its own.
+        padded (`Callable`, *optional*):
+            Tokens that are computed for a tree of a given number of tokens.
+
+    Returns:
+        `list[list[int]]`:
+            Indices of the units of each tree, largest tree first.
+    """
+    order = sorted(range(len(units)), key=lambda index: min(map(sort_key, units[index])))
+    own = [tree_size(units[index]) for index in order]
+    # tokens that a unit adds to a tree that holds its predecessor; an upper bound where a unit has several sequences
+    added = [tree_size(units[one] + units[two]) - size for (one, two), size in zip(pairwise(order), own, strict=False)]
+
+    best: list[tuple[float, int, float]] = [(0, 0, 0)]  # (tokens, trees, sum of squared sizes) of the first units
+    first_of_last: list[int] = []
+    for end in range(1, len(order) + 1):
+        options = []
+        tokens = 0
+        for start in range(end - 1, -1, -1):
+            tokens = own[start] if start == end - 1 else tokens - own[start + 1] + added[start] + own[start]
+            size = padded(tokens)
+            if start < end - 1 and (end - start > max_units or size > max_tokens):
+                break
+            total, trees, squares = best[start]
+            options.append(((total + size, trees + 1, squares + size**2), start))
+        value, start = min(options)
+        best.append(value)
+        first_of_last.append(start)
+
+    parts = []
+    end = len(order)
+    while end > 0:
+        start = first_of_last[end - 1]
+        parts.append((best[end][0] - best[start][0], order[start:end]))
+        end = start
+    return [part for _, part in sorted(parts, key=lambda part: -part[0])]
