@@ -19,13 +19,14 @@ from oracle import OracleSettings, normalised_advantages, ordered_blocks, seeupo
 from peft import LoraConfig, get_peft_model
 from tiny import VOCABULARY, WORDS, load_tiny_model, save_tiny_model, tiny_tokenizer
 from transformers import TrainerCallback
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from seeupo_trl import SeeUPOConfig, SeeUPOTrainer
 from seeupo_trl.buffer import Trajectory, Turn
 from seeupo_trl.update import assign_minibatches
 
 
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 # Settings that end this far apart cannot be mistaken for one another in float64.
 VISIBLE = 1e-3
 NUM_ITERATIONS = 3
@@ -118,6 +119,22 @@ def rewrite_contexts(episodes: list[Episode], seed: int) -> list[list[tuple[list
 
 
 # --- The two implementations -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def norms_in_the_dtype_of_the_model():
+    """Qwen3 normalises in float32 whatever its dtype; in a float64 model that would hide errors of about 1e-7."""
+    in_float32 = Qwen3RMSNorm.forward
+
+    def forward(self, hidden_states):
+        if hidden_states.dtype != torch.float64:
+            return in_float32(self, hidden_states)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        return self.weight * hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Qwen3RMSNorm, "forward", forward)
+        yield
 
 
 def load_model(directory: str, dtype=torch.float64, lora: bool = False):
@@ -319,9 +336,9 @@ def test_oracle_step_is_the_gradient_of_the_objective(tiny_dir):
 
     generator = torch.Generator().manual_seed(0)
     random_direction = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in start.items()}
-    for direction, distance in ((step, 1e-5), (random_direction, 1e-4)):
+    for direction, distance in ((step, 1e-6), (random_direction, 1e-5)):
         slope = (objective(distance, direction) - objective(-distance, direction)) / (2 * distance)
-        assert slope == pytest.approx(sum((step[n] * direction[n]).sum().item() for n in start), rel=1e-3)
+        assert slope == pytest.approx(sum((step[n] * direction[n]).sum().item() for n in start), rel=1e-5)
 
 
 def test_oracle_weights_are_ratios_after_the_update(tiny_dir):
@@ -374,6 +391,13 @@ CASES = {
     "kl-bias-correction-blocks-old-turn": {
         "beta": 1.0,
         "use_bias_correction_kl": True,
+        "max_turn_updates": 2,
+        "old_policy": "turn",
+    },
+    "entropy-bonus": {"entropy_coef": 0.5},
+    "entropy-bonus-kl-blocks-old-turn": {
+        "entropy_coef": 0.5,
+        "beta": 1.0,
         "max_turn_updates": 2,
         "old_policy": "turn",
     },
@@ -457,8 +481,13 @@ def test_several_minibatches_a_turn(num_minibatches, settings, tiny_dir, tmp_pat
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"update_order": "forward", "old_policy": "turn"}, {"beta": 1.0, "use_bias_correction_kl": True}],
-    ids=["defaults", "forward-old-turn", "kl"],
+    [
+        {},
+        {"update_order": "forward", "old_policy": "turn"},
+        {"beta": 1.0, "use_bias_correction_kl": True},
+        {"entropy_coef": 0.5},
+    ],
+    ids=["defaults", "forward-old-turn", "kl", "entropy-bonus"],
 )
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_float32(settings, lora, tiny_dir, tmp_path, oracle_on_ragged):
@@ -600,7 +629,7 @@ def test_kl_penalty_acts_where_all_rewards_are_equal(tiny_dir, tmp_path):
 def test_random_order_is_one_permutation_of_the_blocks_an_iteration(tiny_dir, tmp_path):
     """Every iteration ends where the oracle ends for exactly one order of the blocks, and the orders vary."""
     model = load_model(tiny_dir)
-    iterations = [*ragged_rollouts(), *ragged_rollouts()[::-1]]
+    iterations = [*ragged_rollouts(), ragged_rollouts()[0]]
     start = previous = parameters_of(model)
     trained = train(model, iterations, tmp_path, update_order="random", max_turn_updates=3)
     orders = []
