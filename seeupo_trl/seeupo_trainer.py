@@ -29,7 +29,7 @@ from trl.trainer.utils import get_config_model_id, use_adapter
 from .buffer import Trajectory, TurnBuffer, turns_from_mask
 from .engine import UpdateEngine
 from .entropy_bonus import EntropyBonus
-from .envs.base import MultiTurnEnvironment
+from .envs.base import MultiTurnEnvironment, StopReason
 from .multimodal import SampleScorer
 from .objective import center_by_group, k3_divergence, normalize_over_batch
 from .resume import ResumableRepeatSampler, last_complete_checkpoint
@@ -262,14 +262,12 @@ class SeeUPOTrainer(GRPOTrainer):
         first = self.accelerator.process_index * len(inputs)
         batch["advantages"] = advantages[first : first + len(inputs)]
         batch["num_trajectories"] = len(advantages)
-        batch["trajectories"] = self._trajectories
-        if self.mask_truncated_completions:
-            # TRL empties the mask of a truncated completion; such a trajectory becomes a no-op sample
-            kept = batch["completion_mask"].any(dim=1).tolist()
-            batch["trajectories"] = [
-                trajectory if keep else Trajectory(turns=[])
-                for trajectory, keep in zip(self._trajectories, kept, strict=True)
-            ]
+        # TRL empties the mask of a completion that `mask_truncated_completions` leaves out
+        kept = batch["completion_mask"].any(dim=1).tolist()
+        batch["trajectories"] = [
+            trajectory if keep and not _is_quarantined(trajectory) else Trajectory(turns=[])
+            for trajectory, keep in zip(self._trajectories, kept, strict=True)
+        ]
         self._correct_logs(advantages.tolist())
         return batch
 
@@ -303,6 +301,8 @@ class SeeUPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, *args, **kwargs) -> torch.Tensor:
         self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
+        quarantined = torch.tensor([_is_quarantined(t) for t in self._trajectories], device=self.accelerator.device)
+        self._rewards_per_func[self.accelerator.gather(quarantined)] = torch.nan
         if self._rewards_per_func.isinf().any():
             name = self.reward_func_names[self._rewards_per_func.isinf().any(dim=0).nonzero()[0].item()]
             raise ValueError(
@@ -426,6 +426,11 @@ class SeeUPOTrainer(GRPOTrainer):
             self._metrics["train"][name].append(value)
         for block, grad_norm in updater.grad_norms:
             self._metrics["train"][f"turn_{block.label}/grad_norm"].append(grad_norm)
+
+
+def _is_quarantined(trajectory: Trajectory) -> bool:
+    """Whether the environment failed: no reward counts then, and nothing is learned from the episode."""
+    return trajectory.stop_reason in (StopReason.env_error, StopReason.env_timeout)
 
 
 def _is_message_level(environment_factory: Callable | dict[str, Callable]) -> bool:

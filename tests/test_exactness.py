@@ -518,7 +518,8 @@ def test_lora(config, tiny_dir, tmp_path, oracle_on_ragged):
     assert all(torch.equal(trained[name], start[name]) for name in start if "lora" not in name)
 
 
-def assert_matches_oracle(directory, iterations, tmp_path, turns=None, **settings):
+def assert_matches_oracle(directory, iterations, tmp_path, turns=None, config=None, **settings):
+    """Compare after every iteration; `config` is for the trainer alone. Returns the oracle's results."""
     model = load_model(directory)
     start = parameters_of(model)
     groups = [as_groups(episodes) for episodes in iterations]
@@ -529,7 +530,7 @@ def assert_matches_oracle(directory, iterations, tmp_path, turns=None, **setting
         ]
         groups = [as_groups(episodes) for episodes in rewritten]
     results = run_oracle(model, groups, **settings)
-    trained = train(model, iterations, tmp_path, turns=turns, **settings)
+    trained = train(model, iterations, tmp_path, turns=turns, **(config or {}), **settings)
     for step, (parameters, result) in enumerate(zip(trained, results, strict=True)):
         error = relative_error(parameters, result.parameters, start)
         assert error < TOLERANCE[torch.float64], f"after iteration {step}"
@@ -574,12 +575,27 @@ def test_single_turn_episodes_are_gspo_with_batch_normalisation(update_order, ti
     [{}, {"old_policy": "turn", "beta": 1.0}, {"max_turn_updates": 2, "update_order": "forward"}],
     ids=["reverse", "old-turn-kl", "two-blocks-forward"],
 )
-def test_contexts_need_not_be_append_only(settings, tiny_dir, tmp_path, oracle_on_ragged):
+@pytest.mark.parametrize("rows", [1, 2], ids=["one-row-micro-batches", "two-row-micro-batches"])
+def test_contexts_need_not_be_append_only(rows, settings, tiny_dir, tmp_path, oracle_on_ragged):
     """Tokens an environment removed from later contexts are not seen by later turns."""
     turns = [rewrite_contexts(episodes, seed) for seed, episodes in enumerate(ragged_rollouts())]
-    results = assert_matches_oracle(tiny_dir, ragged_rollouts(), tmp_path, turns, **settings)
+    config = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": NUM_TRAJECTORIES // rows}
+    results = assert_matches_oracle(tiny_dir, ragged_rollouts(), tmp_path, turns, config, **settings)
     start = parameters_of(load_model(tiny_dir))
     assert relative_error(results[-1].parameters, oracle_on_ragged(**settings), start) > VISIBLE
+
+
+@pytest.mark.parametrize("turn_ratio", ["geometric", "product"])
+def test_weight_clip_bounds_each_ratio_and_their_product(turn_ratio, tiny_dir, tmp_path):
+    """A ratio far on one side of 1 cannot undo more than its own bound of a product on the other side."""
+    iterations = [make_iteration(seed, [5, 4, 3] * NUM_GROUPS) for seed in (27, 127)]
+    results = assert_matches_oracle(tiny_dir, iterations, tmp_path, turn_weight_clip=0.01, turn_ratio=turn_ratio)
+    assert any(
+        abs(min(max(block.weights_before[i] * block.factors[i], 0.99), 1.01) - block.weights_after[i]) > VISIBLE
+        for block in results[0].blocks
+        for i in block.pool
+        if results[0].advantages[i] != 0
+    )
 
 
 def test_episodes_that_grow_longer_during_training(tiny_dir, tmp_path):

@@ -115,6 +115,26 @@ def test_broken_environment_neither_stops_nor_teaches(make_trainer):
     assert max(errors) > 0
 
 
+def test_failed_episode_has_no_reward_whatever_the_reward_functions_say(make_trainer):
+    def generous(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    trainer = make_trainer(turns=(3, 1, 3, 1), environment_factory=Fragile, reward_funcs=generous)
+    seen = []
+    update = trainer.training_step
+
+    def training_step(*args, **kwargs):
+        loss = update(*args, **kwargs)
+        failed = [t.stop_reason == StopReason.env_error for t in trainer._trajectories]
+        seen.extend(zip(failed, trainer._rewards_per_func.isnan().all(dim=1).tolist(), strict=True))
+        return loss
+
+    trainer.training_step = training_step
+    trainer.train()
+    assert any(failed for failed, _ in seen)
+    assert all(failed == unrewarded for failed, unrewarded in seen)
+
+
 def test_environment_may_bring_the_tasks(make_trainer):
     trainer = make_trainer(train_dataset=None)
     trainer.train()
