@@ -6,8 +6,10 @@ last to the first. Everything around the update (generation, tools, environments
 is TRL's. Written against trl 1.16 (and 1.15); `tests/test_trl_contract.py` names every private hook that is used.
 """
 
+import copy
+import json
 import textwrap
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -27,7 +29,7 @@ from trl.trainer.utils import get_config_model_id, use_adapter
 from .buffer import Trajectory, TurnBuffer, turns_from_mask
 from .engine import UpdateEngine
 from .entropy_bonus import EntropyBonus
-from .envs.base import MultiTurnEnvironment
+from .envs.base import MultiTurnEnvironment, StopReason
 from .multimodal import SampleScorer
 from .objective import center_by_group, k3_divergence, normalize_over_batch
 from .resume import ResumableRepeatSampler, last_complete_checkpoint
@@ -266,17 +268,13 @@ class SeeUPOTrainer(GRPOTrainer):
         first = self.accelerator.process_index * len(inputs)
         batch["advantages"] = advantages[first : first + len(inputs)]
         batch["num_trajectories"] = len(advantages)
-        batch["trajectories"] = self._trajectories
-        if self.mask_truncated_completions:
-            # TRL empties the mask of a truncated completion; such a trajectory becomes a no-op sample
-            kept = batch["completion_mask"].any(dim=1).tolist()
-            batch["trajectories"] = [
-                trajectory if keep else Trajectory(turns=[])
-                for trajectory, keep in zip(self._trajectories, kept, strict=True)
-            ]
-        for _ in range(min(len(advantages), len(self._logs["advantages"]))):
-            self._logs["advantages"].pop()
-        self._logs["advantages"].extend(advantages.tolist())
+        # TRL empties the mask of a completion that `mask_truncated_completions` leaves out
+        kept = batch["completion_mask"].any(dim=1).tolist()
+        batch["trajectories"] = [
+            trajectory if keep and not _is_quarantined(trajectory) else Trajectory(turns=[])
+            for trajectory, keep in zip(self._trajectories, kept, strict=True)
+        ]
+        self._correct_logs(advantages.tolist())
         return batch
 
     @contextmanager
@@ -309,6 +307,8 @@ class SeeUPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, *args, **kwargs) -> torch.Tensor:
         self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
+        quarantined = torch.tensor([_is_quarantined(t) for t in self._trajectories], device=self.accelerator.device)
+        self._rewards_per_func[self.accelerator.gather(quarantined)] = torch.nan
         if self._rewards_per_func.isinf().any():
             name = self.reward_func_names[self._rewards_per_func.isinf().any(dim=0).nonzero()[0].item()]
             raise ValueError(
@@ -403,16 +403,25 @@ class SeeUPOTrainer(GRPOTrainer):
 
     # ---- Logs ----
 
+    def _correct_logs(self, advantages: list[float]) -> None:
+        """Put SeeUPO's advantages in place of GRPO's, and messages into a form that a table can hold."""
+        logged = self._logs["advantages"]
+        for _ in range(min(len(advantages), len(logged))):
+            logged.pop()
+        logged.extend(advantages)
+        for name in ("prompt", "completion"):
+            conversations = self._logs[name]
+            self._logs[name] = deque(map(_with_plain_arguments, conversations), maxlen=conversations.maxlen)
+
     def _log_episodes(self, trajectories: list[Trajectory]) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]
         turns = torch.tensor([float(len(t.turns)) for t in trajectories], device=self.accelerator.device)
         turns = self.accelerator.gather(turns)
-        metrics["turns/mean"].append(turns.mean().item())
-        metrics["turns/min"].append(turns.min().item())
-        metrics["turns/max"].append(turns.max().item())
+        values = {"turns/mean": turns.mean(), "turns/min": turns.min(), "turns/max": turns.max()}
         reasons = gather_object([t.stop_reason for t in trajectories])
-        for reason, count in Counter(filter(None, reasons)).items():
-            metrics[f"stop_reason/{reason}"].append(count / len(reasons))
+        values |= {f"stop_reason/{r}": count / len(reasons) for r, count in Counter(filter(None, reasons)).items()}
+        for name, value in values.items():
+            metrics.setdefault(name, []).append(float(value))
 
     def _log_update(self, updater: TurnUpdater) -> None:
         values = updater.statistics.reduce(updater.engine)
@@ -429,6 +438,11 @@ class SeeUPOTrainer(GRPOTrainer):
             self._metrics["train"][f"turn_{block.label}/grad_norm"].append(grad_norm)
 
 
+def _is_quarantined(trajectory: Trajectory) -> bool:
+    """Whether the environment failed: no reward counts then, and nothing is learned from the episode."""
+    return trajectory.stop_reason in (StopReason.env_error, StopReason.env_timeout)
+
+
 def _is_message_level(environment_factory: Callable | dict[str, Callable]) -> bool:
     """Whether a factory makes environments that exchange messages, rather than TRL environments of tools."""
     if isinstance(environment_factory, dict):
@@ -440,6 +454,24 @@ def _is_message_level(environment_factory: Callable | dict[str, Callable]) -> bo
     if is_message_level:
         environment.close()
     return is_message_level
+
+
+def _with_plain_arguments(conversation: Any) -> Any:
+    """The conversation with tool-call arguments as JSON text: their types differ by call, those of a column cannot."""
+    if not isinstance(conversation, list):
+        return conversation
+    messages = []
+    for message in conversation:
+        calls = message.get("tool_calls")
+        if calls:
+            calls = copy.deepcopy(calls)
+            for call in calls:
+                function = call.get("function", call)
+                if not isinstance(function.get("arguments", ""), str):
+                    function["arguments"] = json.dumps(function["arguments"])
+            message = {**message, "tool_calls": calls}
+        messages.append(message)
+    return messages
 
 
 def _with_environment_reward(reward_funcs: Any, args: SeeUPOConfig) -> list:

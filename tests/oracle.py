@@ -41,6 +41,7 @@ class OracleSettings:
     advantage_clip: float | None = None
     beta: float = 0.0
     use_bias_correction_kl: bool = False
+    entropy_coef: float = 0.0
     epsilon: float = 0.2
     epsilon_high: float | None = None
     delta: float | None = None
@@ -117,7 +118,7 @@ def seeupo_iteration(model, groups, settings: OracleSettings, ref_model=None) ->
             old = [old_logps[i, t] for t in turns_of[i]]
             return torch.cat(new) - torch.cat(old), torch.cat(new)
 
-        if any(advantages[i] != 0 for i in pool) or settings.beta != 0:
+        if any(advantages[i] != 0 for i in pool) or settings.beta != 0 or settings.entropy_coef != 0:
             minibatches = settings.minibatches or (0,) * len(trajectories)
             num_minibatches = max(minibatches) + 1
             for _epoch in range(settings.num_iterations):
@@ -136,6 +137,11 @@ def seeupo_iteration(model, groups, settings: OracleSettings, ref_model=None) ->
                             if settings.use_bias_correction_kl:
                                 k3 = k3 * ratio
                             objective = objective - settings.beta * k3.mean()
+                        if settings.entropy_coef != 0:
+                            entropies = [
+                                token_entropies(model, *trajectories[i][t], settings.temperature) for t in turns_of[i]
+                            ]
+                            objective = objective + settings.entropy_coef * torch.cat(entropies).mean()
                         loss = -num_minibatches / len(trajectories) * objective
                         if loss.requires_grad:  # not where the ratio is clipped
                             loss.backward()
@@ -197,14 +203,23 @@ def ordered_blocks(num_turns: int, settings: OracleSettings) -> list[list[int]]:
     return blocks
 
 
-def token_logps(model, context: list[int], action: list[int], temperature: float) -> torch.Tensor:
-    """Log-probability of every action token after the context, in one plain forward pass."""
+def next_token_logps(model, context: list[int], action: list[int], temperature: float) -> list[torch.Tensor]:
+    """Log-probabilities of the whole vocabulary at every position of the action, in one plain forward pass."""
     logits = model(torch.tensor([context + action])).logits[0]
-    logps = []
-    for j, token in enumerate(action):
-        position = len(context) + j - 1  # the logits that predict this token
-        logps.append(torch.log_softmax(logits[position] / temperature, dim=-1)[token])
-    return torch.stack(logps)
+    positions = [len(context) + j - 1 for j in range(len(action))]  # logits predict the token that follows
+    return [torch.log_softmax(logits[position] / temperature, dim=-1) for position in positions]
+
+
+def token_logps(model, context: list[int], action: list[int], temperature: float) -> torch.Tensor:
+    """Log-probability of every action token after the context."""
+    distributions = next_token_logps(model, context, action, temperature)
+    return torch.stack([logps[token] for logps, token in zip(distributions, action, strict=True)])
+
+
+def token_entropies(model, context: list[int], action: list[int], temperature: float) -> torch.Tensor:
+    """Entropy, in nats, of the distribution every action token was drawn from."""
+    distributions = next_token_logps(model, context, action, temperature)
+    return torch.stack([-(logps.exp() * logps).sum() for logps in distributions])
 
 
 def clipped_objective(ratio: torch.Tensor, weighted_advantage: float, settings: OracleSettings) -> torch.Tensor:

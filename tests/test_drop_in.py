@@ -599,6 +599,15 @@ class TestRegularisation:
         entropy = logged(trainer, "entropy")
         assert entropy[-1] > entropy[0]
 
+    def test_an_adaptive_entropy_bonus_moves_its_coefficient(self, make):
+        bounds = {"entropy_coef_min": 0.0, "entropy_coef_max": 0.03, "entropy_coef_delta": 0.01}
+        trainer = make({"use_adaptive_entropy": True, "entropy_target": 100.0, "max_steps": 5, **bounds})
+        trainer.train()
+        coefficients = logged(trainer, "entropy_coef")
+        assert coefficients == sorted(coefficients)
+        assert coefficients[-1] == pytest.approx(0.03)
+        assert trainer.entropy_coef == pytest.approx(0.03)
+
     def test_a_mixture_of_experts_is_balanced(self, make, tmp_path):
         torch.manual_seed(0)
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -726,6 +735,12 @@ class TestFilesAndCallbacks:
         assert "GRPO" not in card
         assert {"trl", "seeupo"} <= set(trainer.model.model_tags)
 
+    def test_the_saved_arguments_are_those_of_the_run(self, make, tmp_path):
+        trainer = make({"beta": 0.1, "update_order": "forward"})
+        trainer.save_model(str(tmp_path / "saved"))
+        saved = torch.load(tmp_path / "saved" / "training_args.bin", weights_only=False)
+        assert (type(saved), saved.beta, saved.update_order) == (SeeUPOConfig, 0.1, "forward")
+
     def test_a_checkpoint_holds_the_model_card(self, make, tmp_path):
         make({"save_strategy": "steps", "save_steps": 1, "max_steps": 1}).train()
         assert "2602.06554" in (tmp_path / "README.md").read_text()
@@ -808,17 +823,21 @@ class TestFilesAndCallbacks:
         assert moved(trainer, before) == set(before)
 
 
-# One token each: a call that works, one that names no tool, and one that is not JSON
+# One token each: a call that works, the same with text for a number, one without arguments, one that names no tool,
+# and one that is not JSON
 CALL = '<tool_call> {"name": "increment", "arguments": {"step": 2}} </tool_call>'
+TEXT_CALL = '<tool_call> {"name": "increment", "arguments": {"step": "w2"}} </tool_call>'
+BARE_CALL = '<tool_call> {"name": "look", "arguments": {}} </tool_call>'
 WRONG_NAME = '<tool_call> {"name": "decrement", "arguments": {"step": 2}} </tool_call>'
 MALFORMED = "<tool_call> {increment </tool_call>"
+CALLS = [CALL, TEXT_CALL, BARE_CALL, WRONG_NAME, MALFORMED]
 
 
 @pytest.fixture(scope="session")
 def tool_dir(tmp_path_factory) -> str:
     """A tiny model whose vocabulary has whole tool calls as single tokens, so that it makes calls at random."""
     tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in (CALL, WRONG_NAME, MALFORMED)])
+    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in CALLS])
     tokenizer.response_template = {
         "defaults": {"role": "assistant"},
         "start_anchor": "<|im_start|> assistant",
@@ -842,7 +861,7 @@ def tool_dir(tmp_path_factory) -> str:
 
 def only(*texts):
     """Sampling settings under which the policy can say nothing but these tokens and the end of its turn."""
-    vocabulary = [*VOCABULARY, CALL, WRONG_NAME, MALFORMED]
+    vocabulary = [*VOCABULARY, *CALLS]
     allowed = {*texts, "<|im_end|>"}
     return {"suppress_tokens": [index for index, token in enumerate(vocabulary) if token not in allowed]}
 
@@ -858,6 +877,11 @@ def increment(step: int) -> int:
         What was added.
     """
     return step
+
+
+def look() -> str:
+    """Looks around."""
+    return "w1"
 
 
 async def increment_later(step: int) -> int:
@@ -1023,6 +1047,14 @@ class TestToolsAndEnvironments:
         trainer.train()
         assert [type(environment) for environment in trainer.environments] == [Counter, Counter, Silent, Silent]
         assert set(logged(trainer, "rewards/Silent/mean")) == {0.0}
+
+    @pytest.mark.parametrize("calls", [(BARE_CALL,), (CALL, TEXT_CALL)], ids=["no arguments", "mixed types"])
+    def test_completions_with_any_arguments_are_logged(self, make_agent, tmp_path, calls):
+        sampling = {**only(*calls), "min_new_tokens": 1}
+        args = {"log_completions": True, "max_turns": 2, "max_steps": 1, "generation_kwargs": sampling}
+        make_agent({**args, "max_completion_length": 100}, tools=[increment, look]).train()
+        table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
+        assert all(completion[0]["tool_calls"][0]["function"]["arguments"] for completion in table["completion"])
 
     def test_tools_work_in_evaluation(self, make_agent):
         trainer = make_agent({"max_completion_length": 400}, tools=[increment], eval_dataset=chat_dataset())

@@ -7,10 +7,12 @@ and which module of ours to look at; change that module and this file together, 
 
 import inspect
 
+import accelerate
 import pytest
 import torch
 import transformers
 import trl
+from accelerate import Accelerator
 from datasets import Dataset
 from tiny import load_tiny_model
 from transformers import Trainer
@@ -139,17 +141,10 @@ def one_point_each(completions, **kwargs):
     [
         *("_tokenizer", "_is_vlm", "_metrics", "_logs", "_step", "model", "ref_model", "accelerator", "beta"),
         *("num_generations", "num_generations_eval", "mask_truncated_completions", "shuffle_dataset"),
-        *("reward_weights", "multi_objective_aggregation", "vllm_importance_sampling_correction", "entropy_coef"),
-        *(
-            "aux_loss_enabled",
-            "router_aux_loss_coef",
-            "pad_to_multiple_of",
-            "reward_func_names",
-            "use_vllm",
-            "eos_token_ids",
-        ),
-        *("chat_template_kwargs", "max_tool_calling_iterations", "rollout_func", "environments", "control"),
-        *("callback_handler", "state", "optimizer"),
+        *("reward_weights", "reward_func_names", "multi_objective_aggregation", "environments", "rollout_func"),
+        *("entropy_coef", "_last_world_entropy", "aux_loss_enabled", "router_aux_loss_coef", "use_vllm"),
+        *("vllm_importance_sampling_correction", "pad_to_multiple_of", "eos_token_ids", "chat_template_kwargs"),
+        *("max_tool_calling_iterations", "callback_handler", "control", "state", "optimizer"),
     ],
 )
 def test_a_trainer_has_the_attribute(trainer, name):
@@ -246,6 +241,21 @@ def test_the_loss_is_not_divided_behind_our_back():
         "and must not be divided or multiplied."
     )
     assert GRPOTrainer.loss_is_scaled_for_ga is True, message
+
+
+def test_without_synchronised_gradients_accelerate_makes_no_step():
+    accelerator = Accelerator(cpu=True)
+    layer = torch.nn.Linear(2, 1)
+    optimizer = accelerator.prepare(torch.optim.SGD(layer.parameters(), lr=1.0))
+    layer(torch.ones(1, 2)).sum().backward()
+    before = layer.weight.detach().clone()
+    accelerator.gradient_state._set_sync_gradients(False)
+    try:
+        optimizer.step()
+    finally:
+        accelerator.gradient_state._set_sync_gradients(True)
+    message = f"accelerate {accelerate.__version__} steps all the same: see SeeUPOTrainer.training_step and engine.py."
+    assert torch.equal(layer.weight, before), message
 
 
 def test_message_level_rollouts_read_these_settings():
