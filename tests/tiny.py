@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 
 SPECIAL_TOKENS = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"]
@@ -65,6 +66,19 @@ def tiny_config(**overrides) -> Qwen3Config:
         "bos_token_id": None,
     }
     return Qwen3Config(**{**settings, **overrides})
+
+
+_float32_norm = Qwen3RMSNorm.forward
+
+
+def _norm_in_its_own_dtype(self: Qwen3RMSNorm, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Qwen3's norms compute in float32 whatever the dtype, which would round away what float64 tests compare."""
+    if hidden_states.dtype != torch.float64:
+        return _float32_norm(self, hidden_states)
+    return torch.nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+Qwen3RMSNorm.forward = _norm_in_its_own_dtype
 
 
 def save_tiny_model(directory: str | Path, seed: int = 0, **config_overrides) -> str:
