@@ -222,6 +222,8 @@ def train(
         "save_strategy": "no",
         "logging_steps": 1,
         "disable_tqdm": True,
+        # trl 1.15 loads the reference model in float32 unless it is told
+        "model_init_kwargs": {"dtype": next(model.parameters()).dtype},
     }
     optimizers = (None, None)
     if peft_config is None:
