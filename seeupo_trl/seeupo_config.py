@@ -47,7 +47,8 @@ class SeeUPOConfig(GRPOConfig):
             the surrogate; `"product"` is the plain product over tokens.
         turn_weight_clip (`float`, *optional*, defaults to `0.2`):
             Each ratio inside `M` and their running product are bounded to `[1 - c, 1 + c]`. `None` leaves the plain
-            product of Eq. 8, which can grow without limit when the steps are large.
+            product of Eq. 8, which can grow without limit when the steps are large (only e^-20 and e^20 bound a
+            ratio then, so that it stays a number).
         advantage_clip (`float`, *optional*):
             Bound of the absolute value of the normalised advantages. The authors' code uses 3.
 

@@ -418,8 +418,10 @@ class SeeUPOTrainer(GRPOTrainer):
         turns = torch.tensor([float(len(t.turns)) for t in trajectories], device=self.accelerator.device)
         turns = self.accelerator.gather(turns)
         values = {"turns/mean": turns.mean(), "turns/min": turns.min(), "turns/max": turns.max()}
-        reasons = gather_object([t.stop_reason for t in trajectories])
-        values |= {f"stop_reason/{r}": count / len(reasons) for r, count in Counter(filter(None, reasons)).items()}
+        reasons = Counter(filter(None, gather_object([t.stop_reason for t in trajectories])))
+        if reasons:
+            # a reason that did not occur counts as 0, or its mean over several iterations would be too high
+            values |= {f"stop_reason/{reason}": reasons[reason] / len(turns) for reason in StopReason}
         for name, value in values.items():
             metrics.setdefault(name, []).append(float(value))
 

@@ -174,6 +174,7 @@ def train(
     optimizer=torch.optim.SGD,
     optimizer_kwargs=None,
     lr_lambda=lambda step: 1.0,
+    peft_config=None,
     **config,
 ):
     """
@@ -182,6 +183,8 @@ def train(
     Args:
         turns (`list`, *optional*):
             Turns of each trajectory for each iteration, handed over as `trajectories`, not read from the mask.
+        peft_config (`PeftConfig`, *optional*):
+            Adapter that the trainer creates; the trainer then makes the optimizer as well, from `config`.
     """
 
     def fixed_rollouts(prompts, trainer):
@@ -219,9 +222,14 @@ def train(
         "save_strategy": "no",
         "logging_steps": 1,
         "disable_tqdm": True,
+        # trl 1.15 loads the reference model in float32 unless it is told
+        "model_init_kwargs": {"dtype": next(model.parameters()).dtype},
     }
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = optimizer(trainable, **(optimizer_kwargs or {"lr": LEARNING_RATE}))
+    optimizers = (None, None)
+    if peft_config is None:
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        optimizer = optimizer(trainable, **(optimizer_kwargs or {"lr": LEARNING_RATE}))
+        optimizers = (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda))
     snapshots = Snapshots()
     SeeUPOTrainer(
         model=model,
@@ -233,7 +241,8 @@ def train(
         processing_class=tiny_tokenizer(),
         rollout_func=fixed_rollouts,
         callbacks=[snapshots],
-        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda)),
+        optimizers=optimizers,
+        peft_config=peft_config,
     ).train()
     return snapshots.parameters
 
@@ -516,6 +525,21 @@ def test_lora(config, tiny_dir, tmp_path, oracle_on_ragged):
     settings = {key: value for key, value in config.items() if key != "gradient_checkpointing"}
     assert relative_error(trained, oracle_on_ragged(lora=True, **settings), start) < TOLERANCE[torch.float64]
     assert all(torch.equal(trained[name], start[name]) for name in start if "lora" not in name)
+
+
+def test_kl_reference_of_an_adapter_the_trainer_creates_is_the_base_model(tiny_dir, tmp_path):
+    peft_config = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)  # what the trainer draws the adapter from
+        policy = get_peft_model(load_model(tiny_dir), peft_config)
+    start = parameters_of(policy)
+    groups = [as_groups(episodes) for episodes in ragged_rollouts()]
+    expected, without_kl = (run_oracle(policy, groups, beta=beta)[-1].parameters for beta in (5.0, 0.0))
+    optimizer_config = {"optim": "sgd", "learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant"}
+    model = load_model(tiny_dir)
+    trained = train(model, ragged_rollouts(), tmp_path, peft_config=peft_config, beta=5.0, **optimizer_config)[-1]
+    assert relative_error(trained, expected, start) < TOLERANCE[torch.float64]
+    assert relative_error(expected, without_kl, start) > VISIBLE
 
 
 def assert_matches_oracle(directory, iterations, tmp_path, turns=None, config=None, **settings):

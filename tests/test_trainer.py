@@ -104,7 +104,7 @@ def test_max_turns_ends_an_episode(make_trainer):
     trainer.train()
     logs = trainer.state.log_history[0]
     assert logs["turns/max"] <= 2
-    assert f"stop_reason/{StopReason.completed}" not in logs
+    assert logs[f"stop_reason/{StopReason.completed}"] == 0
 
 
 def test_broken_environment_neither_stops_nor_teaches(make_trainer):
