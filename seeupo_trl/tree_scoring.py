@@ -169,7 +169,7 @@ class TreeScorer(RowScorer):
         """Tokens that a micro-batch of the requested turns would compute."""
         if self._packing == "rows":
             return super().num_tokens(buffer, keys)
-        return self._computed(tree_size([_sequence(buffer, key) for key in keys]))
+        return self._computed(tree_size([sequence_of(buffer, key) for key in keys]))
 
     def attention(self, batch: Any) -> AbstractContextManager:
         """The attention implementation that a batch needs."""
@@ -203,7 +203,7 @@ class TreeScorer(RowScorer):
         return self._scores(model, inputs, (torch.zeros_like(columns), columns, length), labels, sizes)
 
     def _trees(self, buffer: TurnBuffer, keys: list[Key], max_rows: int, together: bool) -> list[TreeBatch]:
-        sequences = {key: _sequence(buffer, key) for key in keys}
+        sequences = {key: sequence_of(buffer, key) for key in keys}
         turns_of: dict[int, list[Key]] = {}
         for key in keys:
             turns_of.setdefault(key[0], []).append(key)
@@ -229,7 +229,7 @@ class TreeScorer(RowScorer):
 
     def _tree(self, buffer: TurnBuffer, keys: list[Key]) -> TreeBatch:
         lengths = [len(buffer.turn(key).action_ids) for key in keys]
-        return TreeBatch(keys, [_sequence(buffer, key) for key in keys], lengths, self._pads)
+        return TreeBatch(keys, [sequence_of(buffer, key) for key in keys], lengths, self._pads)
 
     def _branching_sample(self, buffer: TurnBuffer, keys: Iterable[Key]) -> list[Key]:
         """Two turns each of one or two trajectories whose tree branches; empty when there are none."""
@@ -253,6 +253,7 @@ class TreeScorer(RowScorer):
         return 6 * self._causal_lm.config.hidden_size * batch.num_tokens + batch.num_pairs
 
 
-def _sequence(buffer: TurnBuffer, key: Key) -> np.ndarray:
+def sequence_of(buffer: TurnBuffer, key: Key) -> np.ndarray:
+    """Tokens of a turn's context and action."""
     turn = buffer.turn(key)
     return np.array(turn.context_ids + turn.action_ids, dtype=np.int32)
