@@ -9,7 +9,8 @@ Tokens and FLOPs are counted at full lengths, the FLOPs by torch's `FlopCounterM
 device) for every forward and backward pass that the schedule makes. Attention is counted as its kernels are called:
 query length times key length for each call, causal or not. Seconds and peak memory are measured on a small model with
 all lengths multiplied by `--scale`, each schedule in a process of its own; memory is what the update adds to the
-process (to the device, on CUDA).
+process (to the device, on CUDA). Host seconds are those of laying out micro-batches, trees and block masks at full
+lengths.
 
 Schedules, all with micro-batches of up to 8 trajectories:
 
@@ -27,12 +28,10 @@ without backward pass counts as a third.
 
 import argparse
 import json
-import random
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 
@@ -40,61 +39,39 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl.trainer.utils import add_fused_lm_head
+from update_schedules import (
+    SHAPES,
+    Engine,
+    Recorder,
+    Shape,
+    config_of,
+    make_buffer,
+    reference_passes,
+    schedules_of,
+    updater_of,
+)
 
-from seeupo_trl import SeeUPOConfig
-from seeupo_trl.buffer import Trajectory, Turn, TurnBuffer
-from seeupo_trl.entropy_bonus import EntropyBonus
 from seeupo_trl.packing import tree_size
-from seeupo_trl.scoring import Row, RowBatch, TurnScores
+from seeupo_trl.scoring import RowBatch
 from seeupo_trl.tree_attention import RUNS, use_attention
-from seeupo_trl.tree_scoring import TreeScorer, sequence_of
-from seeupo_trl.update import TurnUpdater
+from seeupo_trl.tree_scoring import TreeScorer
 
 
-GROUP_SIZE = 8
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Lengths in tokens of the episodes of an iteration."""
-
-    prompt: int
-    action: int
-    observation: int
-    turns: int
-    stripped: int = 0  # tokens of an action that later contexts leave out
-    groups: int = 1
-    groups_without_variance: int = 0
-    ragged: bool = False
-
-    def scaled(self, scale: float) -> "Shape":
-        lengths = {name: getattr(self, name) for name in ("prompt", "action", "observation", "stripped")}
-        lengths = {name: max(round(length * scale), 1 if length else 0) for name, length in lengths.items()}
-        return Shape(**{**self.__dict__, **lengths})
-
-
-SHAPES = {
-    "bfcl": Shape(5400, 60, 40, turns=10),
-    "think": Shape(800, 400, 40, turns=8, stripped=300),
-    "long": Shape(2000, 80, 60, turns=40),
-    "mixed": Shape(5400, 60, 40, turns=10, groups=5, groups_without_variance=2, ragged=True),
-}
 # hidden size, intermediate size, layers, heads, key-value heads, head size, vocabulary
 MODELS = {
     "tiny": (128, 384, 4, 4, 2, 32, 2048),
     "0.6B": (1024, 3072, 28, 16, 8, 128, 151936),
     "14B": (5120, 17408, 40, 40, 8, 128, 151936),
 }
-SCHEDULES = ("reference", "rows", "trees", "trees, 4 updates", "trees, 8 updates", "simultaneous")
 
 
-def make_model(name: str, device: str, dtype: torch.dtype) -> Qwen3ForCausalLM:
+def make_model(name: str, device: str, dtype: torch.dtype, num_layers: int | None = None) -> Qwen3ForCausalLM:
     hidden, intermediate, layers, heads, kv_heads, head_dim, vocabulary = MODELS[name]
     config = Qwen3Config(
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=intermediate,
-        num_hidden_layers=layers,
+        num_hidden_layers=num_layers or layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
@@ -107,133 +84,6 @@ def make_model(name: str, device: str, dtype: torch.dtype) -> Qwen3ForCausalLM:
     return model
 
 
-def make_buffer(shape: Shape, vocabulary: int) -> TurnBuffer:
-    rng = random.Random(0)
-
-    def tokens(length):
-        return [rng.randrange(vocabulary) for _ in range(length)]
-
-    trajectories, advantages = [], []
-    for group in range(shape.groups):
-        prompt = tokens(shape.prompt)
-        for member in range(GROUP_SIZE):
-            context, turns = prompt, []
-            for _ in range(rng.randint(1, shape.turns) if shape.ragged else shape.turns):
-                action = tokens(shape.action)
-                turns.append(Turn(context, action))
-                context = context + action[shape.stripped :] + tokens(shape.observation)
-            trajectories.append(Trajectory(turns))
-            advantages.append(0.0 if group < shape.groups_without_variance else (-1.0) ** member)
-    return TurnBuffer(trajectories, advantages, len(trajectories), weight_clip=0.2)
-
-
-# --- Schedules -------------------------------------------------------------------------------------------------------
-
-
-class Engine:
-    """Backward passes and optimizer steps in one process, as `UpdateEngine` makes them."""
-
-    num_processes = 1
-
-    def __init__(self, model: torch.nn.Module, device: str, learning_rate: float = 1e-6):
-        self.model, self.device = model, torch.device(device)
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
-
-    def max_over_processes(self, value: int) -> int:
-        return value
-
-    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.unsqueeze(0)
-
-    def autocast(self):
-        return nullcontext()
-
-    inference = staticmethod(torch.no_grad)
-
-    def micro_batch(self, is_last: bool):
-        return nullcontext()
-
-    def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
-
-    def step(self) -> float:
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return 0.0
-
-
-@dataclass
-class Recorder:
-    """A scorer that computes nothing and remembers what it was asked for."""
-
-    scorer: TreeScorer
-    passes: list = field(default_factory=list)  # (batch, whether there is a backward pass)
-    trained: list = field(default_factory=list)  # turns of each optimizer step
-    seconds: float = 0.0
-
-    def check(self, *args) -> None:
-        pass
-
-    def micro_batches(self, buffer, keys, max_rows, together=True):
-        keys = list(keys)
-        if together:
-            self.trained.append(keys)
-        start = perf_counter()
-        batches = self.scorer.micro_batches(buffer, keys, max_rows, together)
-        for batch in batches:
-            batch.num_pairs  # noqa: B018 (builds the tree)
-        self.seconds += perf_counter() - start
-        return batches
-
-    def attention(self, batch):
-        return nullcontext()
-
-    def score(self, model, batch):
-        self.passes.append((batch, torch.is_grad_enabled()))
-        if isinstance(batch, RowBatch):
-            sizes = {key: end - start for row in batch.rows for key, (start, end) in row.spans.items()}
-        else:
-            sizes = dict(zip(batch.keys, batch.action_lengths, strict=True))
-        return {key: TurnScores(torch.zeros(n, requires_grad=True), torch.zeros(n)) for key, n in sizes.items()}, None
-
-
-def config_of(schedule: str, shape: Shape) -> SeeUPOConfig:
-    options = {"packing": "tree" if "trees" in schedule else "rows"}
-    if schedule == "simultaneous":
-        options["update_order"] = "simultaneous"
-    elif "updates" in schedule:
-        options["max_turn_updates"] = int(schedule.split()[1])
-    return SeeUPOConfig(
-        output_dir="unused",
-        per_device_train_batch_size=GROUP_SIZE,
-        gradient_accumulation_steps=shape.groups,
-        num_generations=GROUP_SIZE,
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        **options,
-    )
-
-
-def updater_of(schedule: str, shape: Shape, buffer: TurnBuffer, engine: Engine, scorer) -> TurnUpdater:
-    config = config_of(schedule, shape)
-    return TurnUpdater(buffer, config, engine, scorer, engine.model, 0, EntropyBonus(config, 0.0, float("inf")))
-
-
-def reference_passes(buffer: TurnBuffer) -> Iterator[list[tuple[RowBatch, bool]]]:
-    """Passes of each turn of the authors' code, last turn first."""
-    longest = max(len(t.context_ids + t.action_ids) for trajectory in buffer.trajectories for t in trajectory.turns)
-    for number in range(buffer.num_turns, 0, -1):
-        rows = []
-        for index, trajectory in enumerate(buffer.trajectories):
-            turn = trajectory.turns[min(number, len(trajectory.turns)) - 1]
-            length = len(turn.context_ids) + len(turn.action_ids)
-            ids = (turn.context_ids + turn.action_ids + [0] * longest)[:longest]
-            rows.append(Row(ids, {(index, number): (len(turn.context_ids), length)}))
-        batches = [RowBatch(rows[start : start + GROUP_SIZE]) for start in range(0, len(rows), GROUP_SIZE)]
-        yield [(batch, with_grad) for with_grad in (False, True, False) for batch in batches]
-
-
 # --- Counting --------------------------------------------------------------------------------------------------------
 
 
@@ -241,9 +91,10 @@ class FlopCount:
     """FLOPs of passes on a model without data; equal passes are counted once."""
 
     def __init__(self, model_name: str):
+        self.num_layers = MODELS[model_name][2]
         # in float64 the scorer takes the plain head, which runs on the `meta` device
-        self.model = make_model(model_name, "meta", torch.float64)
-        self.scorer = TreeScorer(self.model, 0, 0.9, packing="tree")
+        models = [make_model(model_name, "meta", torch.float64, layers) for layers in (1, 2)]
+        self.scorers = [(TreeScorer(model, 0, 0.9, packing="tree"), model) for model in models]
         self._known: dict[tuple, int] = {}
 
     def __call__(self, batch, with_grad: bool) -> int:
@@ -252,17 +103,21 @@ class FlopCount:
             signature = (len(batch.rows), batch.length, scored, with_grad)
         else:
             runs = tuple((run.end - run.start, len(run.path)) for run in batch.tree.runs)
-            signature = (runs, sum(batch.action_lengths), with_grad)
+            signature = (runs, len(batch.scored()[0]), with_grad)
         if signature not in self._known:
-            with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(with_grad):
-                # without data there is no telling whether a mask is needed; this implementation does not ask
-                with use_attention(self.model.config, RUNS):
-                    scores, _ = self.scorer.score(self.model, batch)
-                    if with_grad:
-                        sum(score.logps.sum() for score in scores.values()).backward()
-            self.model.zero_grad()
-            self._known[signature] = counter.get_total_flops()
+            one, two = (self._count(batch, with_grad, *pair) for pair in self.scorers)
+            self._known[signature] = one + (self.num_layers - 1) * (two - one)  # layers are alike
         return self._known[signature]
+
+    @staticmethod
+    def _count(batch, with_grad: bool, scorer: TreeScorer, model: torch.nn.Module) -> int:
+        # without data there is no telling whether a mask is needed; this implementation does not ask
+        attention = use_attention(model.config, RUNS)
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(with_grad), attention:
+            scores, _ = scorer.score(model, batch)
+            if with_grad:
+                sum(score.logps.sum() for score in scores.values()).backward()
+        return counter.get_total_flops()
 
 
 def count(shape: Shape, flop_count: FlopCount) -> dict[str, dict[str, float]]:
@@ -274,7 +129,9 @@ def count(shape: Shape, flop_count: FlopCount) -> dict[str, dict[str, float]]:
         if schedule == "reference":
             passes = [one for turn in reference_passes(buffer) for one in turn]
         else:
-            recorder = Recorder(TreeScorer(flop_count.model, 0, 0.9, packing=config_of(schedule, shape).packing))
+            recorder = Recorder(
+                TreeScorer(flop_count.scorers[0][1], 0, 0.9, packing=config_of(schedule, shape).packing)
+            )
             updater_of(schedule, shape, buffer, Engine(torch.nn.Linear(1, 1), "cpu"), recorder).run()
             passes, host = recorder.passes, recorder.seconds
         results[schedule] = {
@@ -284,7 +141,7 @@ def count(shape: Shape, flop_count: FlopCount) -> dict[str, dict[str, float]]:
             "host": host,
         }
         if schedule != "reference":
-            floor = sum(tree_size([sequence_of(buffer, key) for key in keys]) for keys in recorder.trained)
+            floor = sum(tree_size([buffer.sequence(key) for key in keys]) for keys in recorder.trained)
             results[schedule]["floor"] = floor
         if schedule == "trees":
             results["reference"]["floor"] = floor
@@ -360,11 +217,6 @@ def measure_in_own_process(schedule: str, name: str, args: argparse.Namespace) -
 
 
 # --- Report ----------------------------------------------------------------------------------------------------------
-
-
-def schedules_of(shape: Shape) -> list[str]:
-    """Schedules that make sense for a shape: U updates only where there are more turns."""
-    return [name for name in SCHEDULES if "updates" not in name or int(name.split()[1]) < shape.turns]
 
 
 def print_table(name: str, counted: dict[str, dict[str, float]], measured: dict[str, dict[str, float]]) -> None:

@@ -167,7 +167,7 @@ def test_scores_and_gradients_are_those_of_each_sequence(model, episodes, max_to
     assert all(isinstance(batch, TreeBatch) for batch in batches)
     assert_equal_to_sequences(model, buffer, batches, scorer)
     for batch in batches:
-        trajectories = {index for index, _ in batch.keys}
+        trajectories = {index for index, _ in batch.spans}
         if max_tokens is None:
             assert len(trajectories) <= max_rows
         elif not together:
@@ -175,7 +175,7 @@ def test_scores_and_gradients_are_those_of_each_sequence(model, episodes, max_to
         else:
             assert batch.num_tokens <= max_tokens or len(trajectories) == 1
     if together:
-        assert sum(len({index for index, _ in batch.keys}) for batch in batches) == len(episodes)
+        assert sum(len({index for index, _ in batch.spans}) for batch in batches) == len(episodes)
 
 
 @settings(max_examples=10, deadline=None)
