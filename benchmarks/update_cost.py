@@ -52,7 +52,7 @@ from update_schedules import (
 )
 
 from seeupo_trl.packing import tree_size
-from seeupo_trl.scoring import RowBatch
+from seeupo_trl.scoring import DUMMY_KEY, RowBatch
 from seeupo_trl.tree_attention import RUNS, use_attention
 from seeupo_trl.tree_scoring import TreeScorer
 
@@ -199,6 +199,8 @@ def measure(schedule: str, shape: Shape, args: argparse.Namespace) -> dict[str, 
     if args.device == "cuda":
         run()  # compiles kernels
         torch.cuda.synchronize()
+    else:
+        engine.backward(scorer.score(model, scorer.dummy_batch())[0][DUMMY_KEY].logps.sum())  # loads libraries
     with peak_memory(args.device, result):
         start = perf_counter()
         run()

@@ -175,8 +175,8 @@ class TreeScorer(RowScorer):
         """
         Lay the requested turns out in trees or in rows.
 
-        A micro-batch holds at most `max_rows` rows or the trees of at most `max_rows` trajectories, or `max_tokens`
-        tokens where that is set.
+        A micro-batch holds at most `max_rows` rows, or the tree of at most `max_rows` trajectories with no more tokens
+        than `max_rows` rows of the longest sequence. Where `max_tokens` is set, that is the only limit.
         """
         keys = list(keys)
         if self._packing == "rows":
@@ -227,12 +227,14 @@ class TreeScorer(RowScorer):
         for key in keys:
             turns_of.setdefault(key[0], []).append(key)
         units = list(turns_of.values())
-        max_units, max_tokens = max_rows, inf
+        if self._max_tokens is not None and not together:
+            units = [part for unit in units for part in self._split(buffer, unit)]
+        leaves = [_leaves(buffer, unit) for unit in units]
         if self._max_tokens is not None:
             max_units, max_tokens = inf, self._max_tokens
-            if not together:
-                units = [part for unit in units for part in self._split(buffer, unit)]
-        leaves = [_leaves(buffer, unit) for unit in units]
+        else:
+            longest = max((len(leaf) for unit in leaves for leaf in unit), default=0)
+            max_units, max_tokens = max_rows, max_rows * self._computed(longest)
         parts = partition(leaves, max_units, max_tokens, self._computed)
         return [self._tree(buffer, [key for unit in part for key in units[unit]]) for part in parts]
 
