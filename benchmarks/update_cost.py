@@ -1,7 +1,7 @@
 """
 What the update phase of one iteration costs, schedule by schedule.
 
-    python benchmarks/update_cost.py                                  # a few minutes on two CPU cores
+    python benchmarks/update_cost.py                                  # six minutes on one CPU core
     python benchmarks/update_cost.py --no-run --count-model 14B       # FLOPs only, nothing is computed
     python benchmarks/update_cost.py --device cuda --run-model 0.6B --scale 1
 
