@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+import numpy as np
+
 from .objective import fold_in_ratio
 from .schedule import Block
 
@@ -124,6 +126,7 @@ class TurnBuffer:
         self.advantages = advantages
         self.num_trajectories = num_trajectories
         self.weight_clip = weight_clip
+        self._chains: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
         self._weights = [1.0] * len(trajectories)  # M_i / A_i
         self._unclipped_weights = [1.0] * len(trajectories)
 
@@ -147,6 +150,39 @@ class TurnBuffer:
         """The turn behind a key `(trajectory, turn)`."""
         index, number = key
         return self.trajectories[index].turns[number - 1]
+
+    def sequence(self, key: tuple[int, int]) -> np.ndarray:
+        """Tokens of a turn's context and action, shape `(S,)`."""
+        return self._chain_and_sequence(key)[1]
+
+    def chain(self, key: tuple[int, int]) -> int:
+        """
+        Number of the chain that a turn belongs to. The turns of a chain extend one another: the shorter of two is a
+        prefix of the longer. A trajectory whose contexts are append-only has one chain.
+        """
+        return self._chain_and_sequence(key)[0]
+
+    def _chain_and_sequence(self, key: tuple[int, int]) -> tuple[int, np.ndarray]:
+        if key not in self._chains:
+            leaves: list[tuple[np.ndarray, bytes]] = []
+            turns = self.trajectories[key[0]].turns
+            following: list[int] = []
+            for number in range(len(turns), 0, -1):
+                turn = turns[number - 1]
+                start, end = len(turn.context_ids), len(turn.context_ids) + len(turn.action_ids)
+                if following[start:end] == turn.action_ids and following[:start] == turn.context_ids:
+                    # the usual case, without a conversion: the next turn's context extends this turn
+                    chain, extended = self._chains[key[0], number + 1]
+                    self._chains[key[0], number] = chain, extended[:end]
+                else:
+                    tokens = np.array(turn.context_ids + turn.action_ids, dtype=np.int32)
+                    content = tokens.tobytes()
+                    chain = next((i for i, leaf in enumerate(leaves) if leaf[1].startswith(content)), len(leaves))
+                    if chain == len(leaves):
+                        leaves.append((tokens, content))
+                    self._chains[key[0], number] = chain, leaves[chain][0][:end]
+                following = turn.context_ids
+        return self._chains[key]
 
     def weight(self, index: int) -> float:
         """Turn weight `M` of trajectory `index`: its advantage times the ratios folded in so far (Eq. 7 and 8)."""

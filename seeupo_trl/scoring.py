@@ -113,18 +113,15 @@ def build_rows(buffer: TurnBuffer, keys: Iterable[Key]) -> list[Row]:
         `list[Row]`:
             Rows in the order of the trajectories in `keys`; the rows of one trajectory are next to each other.
     """
-    rows_of: dict[int, list[Row]] = {}
-    # last turn first: an earlier turn that a later context extends then finds its row already there
-    for key in sorted(keys, key=lambda key: -key[1]):
+    rows: dict[tuple[int, int], Row] = {}  # (trajectory, chain) -> row
+    # the last turn of a chain is the row, and the others lie in it
+    for key in sorted(keys, key=lambda key: (key[0], -key[1])):
         turn = buffer.turn(key)
-        sequence = turn.context_ids + turn.action_ids
-        rows = rows_of.setdefault(key[0], [])
-        row = next((row for row in rows if row.input_ids[: len(sequence)] == sequence), None)
-        if row is None:
-            row = Row(input_ids=sequence)
-            rows.append(row)
-        row.spans[key] = (len(turn.context_ids), len(sequence))
-    return [row for index in sorted(rows_of) for row in rows_of[index]]
+        row = rows.setdefault((key[0], buffer.chain(key)), Row(input_ids=[]))
+        if not row.spans:
+            row.input_ids = turn.context_ids + turn.action_ids
+        row.spans[key] = (len(turn.context_ids), len(turn.context_ids) + len(turn.action_ids))
+    return list(rows.values())
 
 
 def group_rows(

@@ -65,7 +65,7 @@ class SeeUPOConfig(GRPOConfig):
             Largest number of tokens of one forward and backward pass, padding included. It takes the place of
             `per_device_train_batch_size` as the limit of a micro-batch. A trajectory whose turns that are trained
             together do not fit is an error. `None` limits a micro-batch to `per_device_train_batch_size` rows, or to
-            the tree of that many trajectories.
+            the tree of that many trajectories with no more tokens than that many rows of the longest sequence.
 
         > Parameters that control the episodes
 

@@ -43,32 +43,56 @@ _LOW_PRECISION_TOLERANCE = 0.05
 
 @dataclass
 class TreeBatch:
-    """The token tree of one forward pass."""
+    """
+    The token tree of one forward pass.
 
-    keys: list[Key]
-    sequences: list[np.ndarray]  # context and action of each key
-    action_lengths: list[int]
+    Args:
+        leaves (`dict[tuple[int, int], np.ndarray]`):
+            Sequences, named by `(trajectory, chain)`.
+        spans (`dict[tuple[int, int], tuple[tuple[int, int], int, int]]`):
+            For each turn its leaf, and where in that sequence its action starts and ends.
+        padded (`bool`):
+            Whether the tree is padded for `flex_attention`.
+    """
+
+    leaves: dict[tuple[int, int], np.ndarray]
+    spans: dict[Key, tuple[tuple[int, int], int, int]]
     padded: bool
 
     @cached_property
     def tree(self) -> TokenTree:
-        """The sequences as a tree."""
-        return build_tree(self.sequences)
-
-    @property
-    def length(self) -> int:
-        """Positions of the forward pass, padding included."""
-        return flex_length(len(self.tree)) if self.padded else len(self.tree)
+        """The sequences as a tree, with their paths in the order of the leaves."""
+        return build_tree(list(self.leaves.values()))
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the forward pass computes."""
-        return self.length
+        """Tokens that the forward pass computes, padding included."""
+        return flex_length(len(self.tree)) if self.padded else len(self.tree)
 
     @property
     def num_pairs(self) -> int:
         """Query-key pairs that attention computes."""
         return sum(run.num_pairs for run in self.tree.runs)
+
+    def scored(self) -> tuple[np.ndarray, np.ndarray, dict[Key, int]]:
+        """Positions whose hidden states are scored, the labels they are scored for, and each action's length."""
+        paths = dict(zip(self.leaves, self.tree.paths, strict=True))
+        # a token is predicted by its parent
+        positions = [paths[leaf][start - 1 : end - 1] for leaf, start, end in self.spans.values()]
+        labels = [self.leaves[leaf][start:end] for leaf, start, end in self.spans.values()]
+        sizes = {key: end - start for key, (_, start, end) in self.spans.items()}
+        return np.concatenate(positions), np.concatenate(labels), sizes
+
+
+def tree_batch(buffer: TurnBuffer, keys: Iterable[Key], padded: bool) -> TreeBatch:
+    """Lay turns out in one tree, with a leaf for the last turn of each chain of turns that extend one another."""
+    leaves: dict[tuple[int, int], np.ndarray] = {}
+    spans: dict[Key, tuple[tuple[int, int], int, int]] = {}
+    for key in sorted(keys, key=lambda key: (key[0], -key[1])):
+        sequence, leaf = buffer.sequence(key), (key[0], buffer.chain(key))
+        leaves.setdefault(leaf, sequence)
+        spans[key] = (leaf, len(sequence) - len(buffer.turn(key).action_ids), len(sequence))
+    return TreeBatch(leaves, spans, padded)
 
 
 class TreeScorer(RowScorer):
@@ -151,8 +175,8 @@ class TreeScorer(RowScorer):
         """
         Lay the requested turns out in trees or in rows.
 
-        A micro-batch holds at most `max_rows` rows or the trees of at most `max_rows` trajectories, or `max_tokens`
-        tokens where that is set.
+        A micro-batch holds at most `max_rows` rows, or the tree of at most `max_rows` trajectories with no more tokens
+        than `max_rows` rows of the longest sequence. Where `max_tokens` is set, that is the only limit.
         """
         keys = list(keys)
         if self._packing == "rows":
@@ -169,7 +193,7 @@ class TreeScorer(RowScorer):
         """Tokens that a micro-batch of the requested turns would compute."""
         if self._packing == "rows":
             return super().num_tokens(buffer, keys)
-        return self._computed(tree_size([_sequence(buffer, key) for key in keys]))
+        return self._computed(tree_size(_leaves(buffer, keys)))
 
     def attention(self, batch: Any) -> AbstractContextManager:
         """The attention implementation that a batch needs."""
@@ -182,7 +206,7 @@ class TreeScorer(RowScorer):
         if isinstance(batch, RowBatch):
             return super().score(model, batch)
         device = next(model.parameters()).device
-        tree, length = batch.tree, batch.length
+        tree, length = batch.tree, batch.num_tokens
         padding = (0, length - len(tree))
         inputs = {
             "input_ids": np.pad(tree.input_ids, padding, constant_values=self._pad_token_id),
@@ -193,43 +217,41 @@ class TreeScorer(RowScorer):
             inputs["attention_mask"] = tree_block_mask(tree.subtree_ends, length, device)
         else:
             inputs["tree_runs"] = TreeRuns(tree, device)
-
-        sizes = dict(zip(batch.keys, batch.action_lengths, strict=True))
-        # a token is predicted by its parent
-        columns = [path[-size - 1 : -1] for path, size in zip(tree.paths, sizes.values(), strict=True)]
-        labels = [seq[-size:] for seq, size in zip(batch.sequences, sizes.values(), strict=True)]
-        columns = torch.from_numpy(np.concatenate(columns)).to(device)
-        labels = torch.from_numpy(np.concatenate(labels)).long().to(device)[None]
-        return self._scores(model, inputs, (torch.zeros_like(columns), columns, length), labels, sizes)
+        positions, labels, sizes = batch.scored()
+        positions = torch.from_numpy(positions).to(device)
+        labels = torch.from_numpy(labels).long().to(device)[None]
+        return self._scores(model, inputs, (torch.zeros_like(positions), positions, length), labels, sizes)
 
     def _trees(self, buffer: TurnBuffer, keys: list[Key], max_rows: int, together: bool) -> list[TreeBatch]:
-        sequences = {key: _sequence(buffer, key) for key in keys}
         turns_of: dict[int, list[Key]] = {}
         for key in keys:
             turns_of.setdefault(key[0], []).append(key)
         units = list(turns_of.values())
-        max_units, max_tokens = max_rows, inf
+        if self._max_tokens is not None and not together:
+            units = [part for unit in units for part in self._split(buffer, unit)]
+        leaves = [_leaves(buffer, unit) for unit in units]
         if self._max_tokens is not None:
             max_units, max_tokens = inf, self._max_tokens
-            if not together:
-                units = [part for unit in units for part in self._split(unit, sequences)]
-        parts = partition([[sequences[key] for key in unit] for unit in units], max_units, max_tokens, self._computed)
+        else:
+            longest = max((len(leaf) for unit in leaves for leaf in unit), default=0)
+            max_units, max_tokens = max_rows, max_rows * self._computed(longest)
+        parts = partition(leaves, max_units, max_tokens, self._computed)
         return [self._tree(buffer, [key for unit in part for key in units[unit]]) for part in parts]
 
-    def _split(self, keys: list[Key], sequences: dict[Key, np.ndarray]) -> list[list[Key]]:
+    def _split(self, buffer: TurnBuffer, keys: list[Key]) -> list[list[Key]]:
         """Distribute turns of a trajectory over as few trees as the budget allows; later turns share the most."""
+        if self.num_tokens(buffer, keys) <= self._max_tokens:
+            return [keys]
         parts: list[list[Key]] = []
         for key in sorted(keys, reverse=True):
-            larger = [*parts[-1], key] if parts else [key]
-            if parts and self._computed(tree_size([sequences[k] for k in larger])) <= self._max_tokens:
-                parts[-1] = larger
+            if parts and self.num_tokens(buffer, [*parts[-1], key]) <= self._max_tokens:
+                parts[-1].append(key)
             else:
                 parts.append([key])
         return parts
 
     def _tree(self, buffer: TurnBuffer, keys: list[Key]) -> TreeBatch:
-        lengths = [len(buffer.turn(key).action_ids) for key in keys]
-        return TreeBatch(keys, [_sequence(buffer, key) for key in keys], lengths, self._pads)
+        return tree_batch(buffer, keys, self._pads)
 
     def _branching_sample(self, buffer: TurnBuffer, keys: Iterable[Key]) -> list[Key]:
         """Two turns each of one or two trajectories whose tree branches; empty when there are none."""
@@ -253,6 +275,5 @@ class TreeScorer(RowScorer):
         return 6 * self._causal_lm.config.hidden_size * batch.num_tokens + batch.num_pairs
 
 
-def _sequence(buffer: TurnBuffer, key: Key) -> np.ndarray:
-    turn = buffer.turn(key)
-    return np.array(turn.context_ids + turn.action_ids, dtype=np.int32)
+def _leaves(buffer: TurnBuffer, keys: Iterable[Key]) -> list[np.ndarray]:
+    return list(tree_batch(buffer, keys, padded=False).leaves.values())

@@ -15,6 +15,7 @@ from test_exactness import (
     as_groups,
     assert_matches_oracle,
     load_model,
+    make_iteration,
     oracle_on_ragged,  # noqa: F401
     parameters_of,
     ragged_rollouts,
@@ -137,6 +138,22 @@ def test_attention_implementation_is_the_users_outside_of_the_update(tiny_dir, t
     model.set_attn_implementation("eager")
     train(model, ragged_rollouts()[:1], tmp_path, **LAYOUTS["trees"])
     assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("packing", ["tree", "rows"])
+def test_old_log_probabilities_that_the_first_turns_pass_yields_cost_no_pass(packing, tiny_dir, tmp_path, monkeypatch):
+    """With append-only contexts the history of the last turn holds all others, at the policy that sampled."""
+    with_gradient = []
+    score = TreeScorer.score
+
+    def recording(self, model, batch):
+        with_gradient.append(torch.is_grad_enabled())
+        return score(self, model, batch)
+
+    monkeypatch.setattr(TreeScorer, "score", recording)
+    iterations = [make_iteration(seed, [4] * NUM_TRAJECTORIES) for seed in (21, 22)]
+    assert_matches_oracle(tiny_dir, iterations, tmp_path, config={"packing": packing, **GROUP})
+    assert with_gradient.count(False) == (2 if packing == "tree" else 0)  # the check of the first tree
 
 
 # --- A trajectory over the budget ------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from oracle import token_logps
 from tiny import load_tiny_model
 from torch.nn.attention.flex_attention import create_block_mask
 
-from seeupo_trl import tree_scoring
+from seeupo_trl import SeeUPOConfig, tree_scoring
 from seeupo_trl.buffer import Trajectory, Turn, TurnBuffer
 from seeupo_trl.packing import build_tree, common_prefix, partition, tree_size
 from seeupo_trl.scoring import RowBatch
@@ -167,7 +167,7 @@ def test_scores_and_gradients_are_those_of_each_sequence(model, episodes, max_to
     assert all(isinstance(batch, TreeBatch) for batch in batches)
     assert_equal_to_sequences(model, buffer, batches, scorer)
     for batch in batches:
-        trajectories = {index for index, _ in batch.keys}
+        trajectories = {index for index, _ in batch.spans}
         if max_tokens is None:
             assert len(trajectories) <= max_rows
         elif not together:
@@ -175,7 +175,7 @@ def test_scores_and_gradients_are_those_of_each_sequence(model, episodes, max_to
         else:
             assert batch.num_tokens <= max_tokens or len(trajectories) == 1
     if together:
-        assert sum(len({index for index, _ in batch.keys}) for batch in batches) == len(episodes)
+        assert sum(len({index for index, _ in batch.spans}) for batch in batches) == len(episodes)
 
 
 @settings(max_examples=10, deadline=None)
@@ -278,3 +278,15 @@ def test_flex_attention_scores_are_those_of_runs(tiny_dir, monkeypatch):
     assert batch.num_tokens == 512
     for key in keys_of(buffer):
         torch.testing.assert_close(scores[0][key].logps, scores[1][key].logps, atol=1e-5, rtol=0)
+
+
+# --- Configuration ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"packing": "trees"}, "'auto', 'tree', 'rows'"), ({"max_tokens_per_microbatch": 0}, "at least 1")],
+)
+def test_wrong_options_are_named(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        SeeUPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **options)
