@@ -117,7 +117,7 @@ class IterationLine(ProgressCallback):
     """A progress bar with one readable line an iteration."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or "turn_weight/mean" not in logs and "turns/mean" not in logs:
+        if not state.is_world_process_zero or "turns/mean" not in logs:
             return
         line = (
             f"iteration {state.global_step}/{state.max_steps}  reward {logs['reward']:.3f}  "

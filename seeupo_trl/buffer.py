@@ -34,6 +34,12 @@ class Turn:
     action_ids: list[int]
     sampling_logps: list[float] | None = None
 
+    def extends(self, earlier: "Turn") -> bool:
+        """Whether this turn's context begins with the context and action of an earlier turn."""
+        start, end = len(earlier.context_ids), len(earlier.context_ids) + len(earlier.action_ids)
+        history = self.context_ids
+        return history[start:end] == earlier.action_ids and history[:start] == earlier.context_ids
+
 
 @dataclass
 class Trajectory:
@@ -166,12 +172,11 @@ class TurnBuffer:
         if key not in self._chains:
             leaves: list[tuple[np.ndarray, bytes]] = []
             turns = self.trajectories[key[0]].turns
-            following: list[int] = []
             for number in range(len(turns), 0, -1):
                 turn = turns[number - 1]
-                start, end = len(turn.context_ids), len(turn.context_ids) + len(turn.action_ids)
-                if following[start:end] == turn.action_ids and following[:start] == turn.context_ids:
-                    # the usual case, without a conversion: the next turn's context extends this turn
+                end = len(turn.context_ids) + len(turn.action_ids)
+                if number < len(turns) and turns[number].extends(turn):
+                    # the usual case, without a conversion
                     chain, extended = self._chains[key[0], number + 1]
                     self._chains[key[0], number] = chain, extended[:end]
                 else:
@@ -181,7 +186,6 @@ class TurnBuffer:
                     if chain == len(leaves):
                         leaves.append((tokens, content))
                     self._chains[key[0], number] = chain, leaves[chain][0][:end]
-                following = turn.context_ids
         return self._chains[key]
 
     def weight(self, index: int) -> float:

@@ -274,7 +274,10 @@ class SeeUPOTrainer(GRPOTrainer):
             trajectory if keep and not _is_quarantined(trajectory) else Trajectory(turns=[])
             for trajectory, keep in zip(self._trajectories, kept, strict=True)
         ]
-        self._correct_logs(advantages.tolist())
+        logged = self._logs["advantages"]  # GRPO's
+        for _ in range(min(len(advantages), len(logged))):
+            logged.pop()
+        logged.extend(advantages.tolist())
         return batch
 
     @contextmanager
@@ -403,15 +406,12 @@ class SeeUPOTrainer(GRPOTrainer):
 
     # ---- Logs ----
 
-    def _correct_logs(self, advantages: list[float]) -> None:
-        """Put SeeUPO's advantages in place of GRPO's, and messages into a form that a table can hold."""
-        logged = self._logs["advantages"]
-        for _ in range(min(len(advantages), len(logged))):
-            logged.pop()
-        logged.extend(advantages)
-        for name in ("prompt", "completion"):
-            conversations = self._logs[name]
-            self._logs[name] = deque(map(_with_plain_arguments, conversations), maxlen=conversations.maxlen)
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.log_completions:
+            for name in ("prompt", "completion"):
+                conversations = self._logs[name]
+                self._logs[name] = deque(map(_with_plain_arguments, conversations), maxlen=conversations.maxlen)
+        super().log(logs, start_time)
 
     def _log_episodes(self, trajectories: list[Trajectory]) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]

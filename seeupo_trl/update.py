@@ -253,13 +253,8 @@ class TurnUpdater:
         covered = set()
         for i in self._members(first):
             *_, last = self.buffer.turns_in(i, first.block)
-            history = self.buffer.turn(last).context_ids
-            for number in range(1, last[1]):
-                turn = self.buffer.turn((i, number))
-                end = len(turn.context_ids) + len(turn.action_ids)
-                start = len(turn.context_ids)
-                if history[start:end] == turn.action_ids and history[:start] == turn.context_ids:
-                    covered.add((i, number))
+            earlier = [(i, number) for number in range(1, last[1])]
+            covered.update(key for key in earlier if self.buffer.turn(last).extends(self.buffer.turn(key)))
         return covered
 
     def _catch_up(self, position: int) -> None:
@@ -375,21 +370,16 @@ class TurnUpdater:
 
     def _sampler_weights(self, indices: list[int], block: Block) -> torch.Tensor:
         """Correction of each action for a sampler that is not exactly theta_k, shape `(n,)`; 1 where unknown."""
+        mode = self.config.vllm_importance_sampling_mode
+        clip_min = self.config.vllm_importance_sampling_clip_min
+        clip_max = self.config.vllm_importance_sampling_clip_max
         weights = []
         for index in indices:
             policy, sampler = self._action(index, block, self._logps_start), self._sampling_logps(index, block)
             if sampler is None:
                 weights.append(policy.new_ones(()))
                 continue
-            config = self.config
-            mode, bounds = (
-                config.vllm_importance_sampling_mode,
-                (
-                    config.vllm_importance_sampling_clip_min,
-                    config.vllm_importance_sampling_clip_max,
-                ),
-            )
-            weights.append(sampler_correction(policy, sampler, mode, *bounds))
+            weights.append(sampler_correction(policy, sampler, mode, clip_min, clip_max))
             difference = (policy - sampler).abs()
             difference = difference[~difference.isnan()]
             if len(difference):
