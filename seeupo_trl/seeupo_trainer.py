@@ -468,10 +468,10 @@ class SeeUPOTrainer(GRPOTrainer):
 
     def _log_tool_calls(self, tool_calls: list[tuple[int, int]]) -> None:
         counts = self.accelerator.gather(torch.tensor(tool_calls, device=self.accelerator.device))  # (N, 2)
-        calls, failures = counts.sum(dim=0).tolist()
+        calls, failures = counts.sum(dim=0)
         metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics["tools/call_frequency"].append(calls / len(counts))
-        metrics["tools/failure_frequency"].append(failures / calls if calls else 0.0)
+        metrics["tools/call_frequency"].append((calls / len(counts)).item())
+        metrics["tools/failure_frequency"].append((failures / calls).item() if calls > 0 else 0.0)
 
     def _log_update(self, updater: TurnUpdater) -> None:
         values = updater.statistics.reduce(updater.engine)
