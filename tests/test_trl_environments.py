@@ -195,23 +195,20 @@ class ScriptedSeeUPO(Scripted, SeeUPOTrainer):
 
 
 @pytest.fixture
-def run(tmp_path):
-    """Train a scripted trainer for a step, and return all that its user can see of the episodes."""
+def make(tmp_path):
+    """A scripted trainer whose reward function keeps what it is given."""
 
-    def run(trainer_class, factory, script, rows, template="qwen2_5", tools=None, rewards=None, steps=1, **config):
-        seen = []
-
-        def watching(prompts, completions, completion_ids, environments=None, **columns):
-            columns = {name: columns[name] for name in rows[0] if name != "prompt"} if rows else {}
-            state = [vars(environment) for environment in environments or []]
+    def make(trainer_class, factory, script, template="qwen2_5", tools=None, **config):
+        def watching(prompts, completions, completion_ids, environments=None, start=None, shelf=None, **columns):
+            state = [vars(environment) for environment in environments]
             state = [{name: repr(value) for name, value in s.items() if name != "connection"} for s in state]
-            seen.append(copy.deepcopy([prompts, completions, completion_ids, state, columns]))
+            trainer.seen.append(copy.deepcopy([prompts, completions, completion_ids, state, start, shelf]))
             return [float(len(str(completion))) for completion in completions]
 
         tokenizer = byte_tokenizer(template)
-        settings = {"max_completion_length": 2000, "num_generations": 2, "per_device_train_batch_size": len(rows) * 2}
-        settings |= {"max_tool_calling_iterations": 20, "learning_rate": 0.0, "shuffle_dataset": False}
-        config_class = GRPOConfig if trainer_class is ScriptedGRPO else SeeUPOConfig
+        settings = {"max_completion_length": 2000, "num_generations": 2, "per_device_train_batch_size": 2}
+        settings |= {"max_tool_calling_iterations": 20, "shuffle_dataset": False, "max_steps": 2, "logging_steps": 1}
+        config_class = GRPOConfig if issubclass(trainer_class, ScriptedGRPO) else SeeUPOConfig
         trainer = trainer_class(
             model=tiny_model(tokenizer),
             args=config_class(
@@ -219,48 +216,54 @@ def run(tmp_path):
                 report_to=[],
                 use_cpu=True,
                 bf16=False,
-                logging_steps=1,
                 save_strategy="no",
-                max_steps=steps,
                 **{**settings, **config},
             ),
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=Dataset.from_dict({"environment": ["counter", "library"]}),
             processing_class=tokenizer,
             reward_funcs=watching,
             tools=tools,
             environment_factory=factory,
         )
-        trainer.script, trainer.generated = script, []
-        trainer.train()
-        metrics = [
-            {name: value for name, value in entry.items() if name.startswith(("tools/", "reward", "completions/", "num_"))}
-            for entry in trainer.state.log_history
-        ]
-        for entry in metrics:  # normalised differently
-            for name in ("reward_std", "frac_reward_zero_std"):
-                entry.pop(name, None)
-        logs = {name: list(trainer._logs[name]) for name in ("prompt", "completion")}
-        return trainer, {"generated": trainer.generated, "rewards": seen, "metrics": metrics, "logs": logs}
+        trainer.script, trainer.generated, trainer.seen = script, [], []
+        trainer.model.train()
+        return trainer
 
-    return run
+    return make
+
+
+def play(trainer, rows):
+    """Play the rows twice each, and return all that the trainer's user can see of the episodes."""
+    for kept in (trainer.generated, trainer.seen, trainer._metrics["train"], *trainer._logs.values()):
+        kept.clear()
+    trainer.state.num_input_tokens_seen = 0
+    trainer._generate_and_score_completions([copy.deepcopy(row) for row in rows for _ in range(2)])
+    metrics = {
+        name: values
+        for name, values in trainer._metrics["train"].items()
+        if name.startswith(("tools/", "rewards/", "completions/")) or name in ("reward", "num_tokens")
+    }
+    logs = {name: list(trainer._logs[name]) for name in ("prompt", "completion")}
+    return {"generated": trainer.generated, "rewards": trainer.seen, "metrics": metrics, "logs": logs}
+
+
+def compare(theirs, ours, rows):
+    """Play the rows with both trainers, compare all they show, and return what it was."""
+    expected, found = play(theirs, rows), play(ours, rows)
+    for name in expected:
+        assert found[name] == expected[name], name
+    return found
 
 
 @pytest.fixture
-def run_both(run):
-    """Run both trainers, compare all they show, and return what it was."""
+def compare_on(make):
+    """Compare a trainer of TRL's and one of ours on rows, which are played as often as `times` says."""
 
-    def run_both(*args, **kwargs):
-        _, theirs = run(ScriptedGRPO, *args, **kwargs)
-        _, ours = run(ScriptedSeeUPO, *args, **kwargs)
-        assert ours["generated"] == theirs["generated"]
-        assert ours["rewards"] == theirs["rewards"]
-        for our_metrics, their_metrics in zip(ours["metrics"], theirs["metrics"], strict=True):
-            assert {k: (v, their_metrics.get(k)) for k, v in our_metrics.items() if v != their_metrics.get(k)} == {}
-            assert our_metrics.keys() == their_metrics.keys()
-        assert ours["logs"] == theirs["logs"]
-        return ours
+    def compare_on(rows, *args, times=1, **kwargs):
+        theirs, ours = (make(trainer_class, *args, **kwargs) for trainer_class in (ScriptedGRPO, ScriptedSeeUPO))
+        return [compare(theirs, ours, rows) for _ in range(times)][-1]
 
-    return run_both
+    return compare_on
 
 
 def row(name, **columns):
@@ -291,15 +294,15 @@ COUNTING = [row(name, start=start) for start, name in enumerate(("one", "several
 
 
 @pytest.mark.parametrize("template", ["qwen2_5", "qwen3", "qwen3_instruct_2507"])
-def test_functions_as_tools(run_both, template):
-    seen = run_both(Counter, SCRIPTS, COUNTING, template, steps=2)
-    assert seen["metrics"][0]["tools/call_frequency"] == pytest.approx(13 / 5)
-    assert seen["metrics"][0]["tools/failure_frequency"] == pytest.approx(6 / 13)
-    assert [m["rewards/Counter/mean"] for m in seen["metrics"][:2]] == [pytest.approx((2 + 2 + 2 + 5 + 5) / 5)] * 2
+def test_functions_as_tools(compare_on, template):
+    seen = compare_on(COUNTING, Counter, SCRIPTS, template, times=2)
+    assert seen["metrics"]["tools/call_frequency"] == [pytest.approx(13 / 5)]
+    assert seen["metrics"]["tools/failure_frequency"] == [pytest.approx(6 / 13)]
+    assert seen["metrics"]["rewards/Counter/mean"] == [pytest.approx((2 + 2 + 2 + 5 + 5) / 5)]
 
 
-def test_coroutines_as_tools(run_both):
-    seen = run_both(Library, SCRIPTS, [row("library", shelf="s1"), row("none", shelf="s2")], steps=2)
+def test_coroutines_as_tools(compare_on):
+    seen = compare_on([row("library", shelf="s1"), row("none", shelf="s2")], Library, SCRIPTS, times=2)
     results = [m for m in seen["generated"][0]["completions"][0] if m["role"] == "tool"]
     # what functions return comes first
     assert [(m["name"], m["content"]) for m in results[:4]] == [
@@ -310,18 +313,18 @@ def test_coroutines_as_tools(run_both):
     ]
 
 
-def test_environments_of_several_kinds(run_both):
+def test_environments_of_several_kinds(compare_on):
     rows = [
         row("one", environment="counter", start=3, shelf="s"),
         row("library", environment="library", start=4, shelf="s"),
         row("none", environment="silent", start=5, shelf="s"),
         row("several", environment="counter", start=6, shelf="s"),
     ]
-    seen = run_both({"counter": Counter, "library": Library, "silent": Silent}, SCRIPTS, rows, steps=2)
-    assert {name for m in seen["metrics"] for name in m} >= {"rewards/Counter/mean", "rewards/watching/mean"}
+    seen = compare_on(rows, {"counter": Counter, "library": Library, "silent": Silent}, SCRIPTS, times=2)
+    assert {"rewards/Counter/mean", "rewards/watching/mean"} <= seen["metrics"].keys()
 
 
-def test_further_tools(run_both):
+def test_further_tools(compare_on):
     def look() -> str:
         """Looks."""
         return "a wall"
@@ -340,34 +343,48 @@ def test_further_tools(run_both):
         return "not called"
 
     script = {"Task": [f"{call('listen')}{call('look')}{call('increment', step=1)}{END}", f"So.{END}"]}
-    run_both(Counter, script, [row("one")], tools=[look, listen, increment])
+    compare_on([row("one")], Counter, script, tools=[look, listen, increment])
 
 
-def test_a_prompt_of_parts_and_of_several_messages(run_both):
-    prompts = [
-        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Task a."}]}],
-        [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": ""}],
-    ]
-    for prompt in prompts:
-        run_both(Counter, {"": SCRIPTS["Task one."]}, [{"prompt": prompt}])
+PROMPTS = {
+    "parts": [{"role": "user", "content": [{"type": "text", "text": "Task a."}]}],
+    "system": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Task a."}],
+    "turns": [
+        {"role": "user", "content": "Hi."},
+        {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYes?"},
+        {"role": "user", "content": ""},
+    ],
+}
 
 
-def test_rows_without_a_prompt(run_both):
+@pytest.mark.parametrize("template, prompt", [("qwen2_5", "system"), *(("qwen3", name) for name in PROMPTS)])
+def test_prompts_of_any_form(compare_on, template, prompt):
+    compare_on([{"prompt": PROMPTS[prompt]}], Counter, {"": SCRIPTS["Task one."]}, template)
+
+
+def test_rows_without_a_prompt(compare_on):
     rows = [{"environment": name, "start": 1} for name in ("counter", "silent")]
-    seen = run_both({"counter": Counter, "silent": Silent}, {"Start": SCRIPTS["Task one."]}, rows)
+    script = {"Start": SCRIPTS["Task one."], "Say": SCRIPTS["Task none."]}
+    seen = compare_on(rows, {"counter": Counter, "silent": Silent}, script)
+    assert "Say something." in str(seen["rewards"][0][0][2])
     assert "prompt" not in seen["rewards"][0][3][0]["row"]
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 3])
-def test_the_limit_of_iterations(run_both, iterations):
-    seen = run_both(Counter, SCRIPTS, COUNTING, max_tool_calling_iterations=iterations)
+def test_the_limit_of_iterations(compare_on, iterations):
+    seen = compare_on(COUNTING, Counter, SCRIPTS, max_tool_calling_iterations=iterations)
     assistant = [sum(m["role"] == "assistant" for m in c) for c in seen["generated"][0]["completions"]]
     assert max(assistant) == iterations + 1
 
 
-def test_the_limit_of_tokens(run_both):
-    """At whatever token the budget ends: in a response, in a call, in a result, or just behind one."""
+def test_the_limit_of_tokens(make):
+    """Wherever the budget ends: in a response, in a call, in a result, or just behind one."""
+    theirs, ours = (make(trainer_class, Counter, SCRIPTS) for trainer_class in (ScriptedGRPO, ScriptedSeeUPO))
     rows = [row("one", start=1)]
-    whole = len(run_both(Counter, SCRIPTS, rows)["generated"][0]["completion_ids"][0])
+    whole = len(compare(theirs, ours, rows)["generated"][0]["completion_ids"][0])
+    reasons = set()
     for limit in range(1, whole + 2):
-        run_both(Counter, SCRIPTS, rows, max_completion_length=limit)
+        theirs.max_completion_length = ours.max_completion_length = limit
+        compare(theirs, ours, rows)
+        reasons |= {trajectory.stop_reason.value for trajectory in ours._trajectories}
+    assert reasons == {"completed", "response_truncated"}
