@@ -81,7 +81,7 @@ class Episode:
         """The environment failed: the episode is over and carries no reward."""
         self.error = error
         self.stop_reason = StopReason.env_timeout if isinstance(error, TimeoutError) else StopReason.env_error
-        self.info["error"] = f"{type(error).__name__}: {shorten(error)}"
+        self.info["error"] = describe(error)
         columns = {name: value for name, value in self.task.items() if name != "prompt"} or self.task
         logger.warning(
             "Environment error in task %s: %s. The episode is left out of training.",
@@ -98,6 +98,15 @@ class Episode:
             messages=self.messages,
             info=self.info,
         )
+
+
+def describe(error: Exception) -> str:
+    """Type and text of an error as a short line, also of one that cannot be printed."""
+    try:
+        text = shorten(error)
+    except Exception:
+        text = "(no text)"
+    return f"{type(error).__name__}: {text}"
 
 
 def shorten(value: Any) -> str:

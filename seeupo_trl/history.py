@@ -32,6 +32,10 @@ THINK, END_OF_THINK = "<think>", "</think>"
 LONGEST_HEADER = 64  # tokens of a generation prompt
 
 
+class HistoryError(RuntimeError):
+    """A function given as history failed: a mistake of the script, not a fault of an environment."""
+
+
 def check_history(history: History) -> None:
     """
     Raises:
@@ -175,7 +179,7 @@ class RewrittenContexts(Contexts):
         return self.chat.render(Observation(episode.shown, episode.observation.tools))
 
     def next(self, episode: Episode) -> list[int]:
-        appended = [*episode.shown, episode.last_message, *episode.new_messages]
+        appended = [*episode.shown, *episode.messages[-len(episode.new_messages) - 1 :]]
         episode.shown = self._shown(episode)
         if episode.shown == appended:
             context_ids = episode.context_ids
@@ -183,9 +187,13 @@ class RewrittenContexts(Contexts):
         return self.chat.render_history(Observation(episode.shown, episode.observation.tools))
 
     def _shown(self, episode: Episode) -> list[Message]:
-        shown = self._history(copy.deepcopy([*episode.observation.messages, *episode.messages]))
+        messages = copy.deepcopy([*episode.observation.messages, *episode.messages])
+        try:
+            shown = self._history(messages)
+        except Exception as error:
+            raise HistoryError(f"The function given as history raised {type(error).__name__}: {error}") from error
         if not isinstance(shown, list) or not shown or not all(isinstance(message, dict) for message in shown):
-            raise TypeError(f"history must return the list of messages to show; it returned {str(shown)[:100]!r}.")
+            raise HistoryError(f"history must return the list of messages to show; it returned {str(shown)[:100]!r}.")
         return shown
 
 

@@ -70,7 +70,7 @@ def _check_messages(messages: Any) -> list[Message]:
             raise TypeError(f"A message must be a dict with a role; got {_brief(message)}.")
         content = message.get("content")
         if content is not None and not isinstance(content, (str, list)):
-            raise TypeError(f"The content of a message must be a text, or a list of parts; got {_brief(content)}.")
+            raise TypeError(f"The content of a message must be a text; got {_brief(content)}.")
         message = copy.deepcopy(message)
         if isinstance(content, str):
             # lone surrogates, as in '\ud83d', have no UTF-8 form

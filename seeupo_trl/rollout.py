@@ -33,8 +33,8 @@ from .buffer import Turn
 from .chat_format import ChatFormat, RewritingTemplateError, shared_length
 from .environment_pool import EnvironmentPool, NotAnEnvironmentError, Outcome
 from .envs.base import MultiTurnEnvironment, StepResult, StopReason
-from .episode import Episode, shorten
-from .history import Contexts, History, contexts_for
+from .episode import Episode, describe, shorten
+from .history import Contexts, History, HistoryError, contexts_for
 from .observations import CHARACTERS_PER_TOKEN, check_observation, check_step_result, cut_to_tokens
 from .rollout_settings import RolloutSettings
 
@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 Message = dict[str, Any]
 
+# Errors that are the script's, not an environment's.
+MISTAKES = (NotAnEnvironmentError, RewritingTemplateError, HistoryError)
 RETRY_PAUSE = 0.1  # seconds before the first retry of a reset; four times as many before each further one
 
 
@@ -257,7 +259,7 @@ class MultiTurnRollout:
                 try:
                     episode.begin(check_observation(outcome.value()))
                     self._open_context(episode)
-                except (NotAnEnvironmentError, RewritingTemplateError):
+                except MISTAKES:
                     raise
                 except Exception as error:
                     errors[episode.key] = error
@@ -295,7 +297,7 @@ class MultiTurnRollout:
                     episode.context_ids = self._contexts.next(episode)
                     if not self._has_room(episode):
                         episode.stop_reason = self._limit(episode)[1]
-            except RewritingTemplateError:
+            except MISTAKES:
                 raise
             except Exception as error:
                 self._drop_environment(episode, outcome, [episode.environment])
@@ -431,7 +433,7 @@ def _raise_if_too_many_failed(episodes: list[Episode], allowed: float, trainer: 
     failed, played = counts.tolist()
     if failed == 0 or (failed < played and failed <= allowed * played):
         return
-    first = next(filter(None, gather_object([f"{type(e).__name__}: {e}" for e in errors[:1]] or [None])))
+    first = next(filter(None, gather_object([describe(error) for error in errors[:1]] or [None])))
     number = f"All {played}" if failed == played else f"{failed} of {played}"
     raise RuntimeError(
         f"{number} environments of the batch failed. The first error: {first}. Mend the environment, or raise "

@@ -57,6 +57,12 @@ class RolloutSettings:
             raise ValueError(f"max_env_failure_rate is {self.max_env_failure_rate}; give a fraction from 0 to 1.")
 
     @classmethod
+    def from_arguments(cls, arguments: dict[str, Any]) -> "RolloutSettings":
+        """The settings among a trainer's arguments, in which `None` is no limit; defaults for those it has not."""
+        names = cls.__dataclass_fields__.keys() & arguments.keys()
+        return cls(**{name: math.inf if arguments[name] is None else arguments[name] for name in names})
+
+    @classmethod
     def of(cls, given: dict[str, Any], trainer: "GRPOTrainer") -> "RolloutSettings":
         """
         The settings in force for a trainer.
@@ -68,13 +74,10 @@ class RolloutSettings:
                 A stock GRPOConfig has none of the options. In a [`~seeupo_trl.SeeUPOConfig`], `None` is no limit.
         """
         values = {name: value for name, value in given.items() if value is not None}
-        for name in cls.__dataclass_fields__.keys() - values.keys():
-            if name in vars(trainer.args):
-                value = getattr(trainer.args, name)
-                values[name] = math.inf if value is None else value
+        values = vars(cls.from_arguments(vars(trainer.args))) | values
         # State-space models have no number of positions.
         positions = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        length = values.get("max_context_length", math.inf)
+        length = values["max_context_length"]
         engine_length = trainer.args.vllm_max_model_length if trainer.args.use_vllm else None
         values["max_context_length"] = min(positions if length == math.inf else length, engine_length or math.inf)
         return cls(**values)

@@ -3,9 +3,6 @@
 import copy
 import json
 import sqlite3
-import threading
-import time
-from functools import partial
 
 import pytest
 from datasets import Dataset
@@ -182,7 +179,9 @@ class Scripted:
     def _generate(self, prompts):
         output = super()._generate(prompts)
         names = ("prompt_ids", "completion_ids", "tool_mask", "completions")
-        self.generated.append({"prompts": copy.deepcopy(prompts), **dict(zip(names, copy.deepcopy(output), strict=False))})
+        self.generated.append(
+            {"prompts": copy.deepcopy(prompts), **dict(zip(names, copy.deepcopy(output), strict=False))}
+        )
         return output
 
 
