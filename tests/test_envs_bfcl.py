@@ -12,11 +12,11 @@ import pytest
 pytest.importorskip("bfcl_eval", reason="BFCL's package is optional")
 
 from seeupo_trl.envs.bfcl import BfclEnvironment, ground_truth_messages, load_bfcl
-from seeupo_trl.envs.bfcl_backend import Services, load_entries, load_function_docs
+from seeupo_trl.envs.bfcl_backend import Services
+from seeupo_trl.envs.bfcl_data import CATEGORIES, load_entries, load_function_docs
 
 
 ANSWER = {"role": "assistant", "content": "Done."}
-CATEGORIES = ["multi_turn_base", "multi_turn_miss_param", "multi_turn_long_context"]
 
 
 def ids(category="multi_turn_base"):
@@ -105,7 +105,7 @@ def test_a_wrong_episode_leaves_nothing_behind():
 
 def test_a_long_context_episode_leaves_the_package_as_it_was():
     """The scenarios hand dicts of the package's modules to the services."""
-    task_id = next(i for i in ids("multi_turn_long_context") if "TravelAPI" in str(load_entries(CATEGORIES[2])[i]))
+    task_id = next(i for i in ids("multi_turn_long_context") if "TravelAPI" in str(load_entries("multi_turn_long_context")[i]))
     outputs = [
         [message["content"] for step in play(BfclEnvironment(), task_id) for message in step.messages]
         for _ in range(3)
@@ -128,7 +128,7 @@ def test_outputs_equal_the_official_executors(category):
     code = f"""
 import json
 from bfcl_eval.eval_checker.multi_turn_eval.multi_turn_utils import execute_multi_turn_func_call as execute
-from seeupo_trl.envs.bfcl_backend import load_entries
+from seeupo_trl.envs.bfcl_data import load_entries
 outputs = {{}}
 for task_id, entry in load_entries({category!r}).items():
     outputs[task_id] = [
@@ -307,7 +307,7 @@ def test_a_user_turn_lasts_until_an_answer_without_calls():
     assert [message["name"] for message in step.messages] == ["cd", "pwd"] and not step.terminated
     step = environment.step(calling(("ls", {})))
     assert [message["name"] for message in step.messages] == ["ls"]
-    assert step.info == {"success": False, "turns_passed": [], "failure": None}
+    assert step.info == {"category": "multi_turn_base", "success": False, "turns_passed": [], "failure": None}
     step = environment.step({**ANSWER, "parse_error": True})
     assert step.messages == entry["question"][1]
     assert step.info["turns_passed"] == [False] and "GorillaFileSystem" in step.info["failure"]
@@ -429,11 +429,15 @@ def test_wrong_options_say_what_is_allowed(options):
         BfclEnvironment(**options)
 
 
-def test_categories_that_are_not_supported_are_refused():
-    with pytest.raises(ValueError, match="'multi_turn_miss_func'; it must be one of 'multi_turn_base'"):
-        load_bfcl("multi_turn_miss_func")
-    with pytest.raises(ValueError, match="'multi_turn_miss_func'; it must be one of 'multi_turn_base'"):
-        BfclEnvironment().reset(id="multi_turn_miss_func_0")
+def test_categories_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="'composite'; it must be one of 'multi_turn_base'.*, short 'base'"):
+        load_bfcl("composite")
+    with pytest.raises(ValueError, match="'multi_turn_composite'; it must be one of 'multi_turn_base'"):
+        load_bfcl(["base", "multi_turn_composite"])
+    with pytest.raises(ValueError, match="'multi_turn_composite_0' is 'multi_turn_composite'; it must be one of"):
+        BfclEnvironment().reset(id="multi_turn_composite_0")
+    with pytest.raises(ValueError, match="There is no task 'multi_turn_base_200'; .*multi_turn_base_0 to _199"):
+        BfclEnvironment().reset(id="multi_turn_base_200")
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
