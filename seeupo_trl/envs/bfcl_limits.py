@@ -15,17 +15,17 @@ import math
 from typing import Any
 
 
-# Python's own limits. A longer integer cannot be printed, more brackets cannot be parsed: the official executor, which
-# prints and parses every call, fails there.
+# Python's own limits. A longer integer cannot be printed, more brackets (those of the call included) cannot be parsed:
+# the official executor, which prints and parses every call, fails there.
 MAX_INTEGER_DIGITS = 4300
-MAX_NESTING = 199
+MAX_NESTING = 200
 INTEGER_BOUND = 10**MAX_INTEGER_DIGITS
 
-# The ground truth needs 10 digits of precision at most.
+# The ground truth needs 10 digits of precision at most, and the longest search of a whole tree lists 5120 characters.
 MAX_PRECISION = 1000
 MAX_NUMBER_TEXT = 1000
 MAX_POWER_DIGITS = 2 * MAX_INTEGER_DIGITS
-MAX_PATH_CHARACTERS = 2_000_000
+MAX_PATH_CHARACTERS = 500_000
 
 # A message takes one of 90,000 numbers, drawn until a free one is found.
 MAX_MESSAGES = 50_000
