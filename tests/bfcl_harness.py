@@ -19,10 +19,10 @@ for missing in ("openai", "tenacity", "tree_sitter", "tree_sitter_java", "tree_s
     sys.modules[missing] = MagicMock()
 sys.modules["overrides"] = SimpleNamespace(final=lambda f: f, override=lambda f: f, EnforceOverrides=object)
 
-from bfcl_eval.model_handler.local_inference.qwen_fc import QwenFCHandler
-from bfcl_eval.utils import load_dataset_entry
+from bfcl_eval.model_handler.local_inference.qwen_fc import QwenFCHandler  # noqa: E402
+from bfcl_eval.utils import load_dataset_entry  # noqa: E402
 
-from seeupo_trl.envs.bfcl import BfclEnvironment
+from seeupo_trl.envs.bfcl import BfclEnvironment  # noqa: E402
 
 
 class Scripted(QwenFCHandler):

@@ -172,7 +172,9 @@ class Mutator:
 
     def read(self, turns):
         """An extra call that changes nothing, most of the time."""
-        readers = [d["name"] for d in self.docs if d["name"].split("_")[0] in ("get", "ls", "pwd", "view", "list", "find")]
+        readers = [
+            d["name"] for d in self.docs if d["name"].split("_")[0] in ("get", "ls", "pwd", "view", "list", "find")
+        ]
         self.insert(turns, self.call(self.rng.choice(readers or ["pwd"])))
 
     def add(self, turns):
@@ -241,11 +243,17 @@ class Mutator:
             ]  # fmt: skip
         elif isinstance(value, str):
             choices += [
-                lambda: value + " ", lambda: value[:-1], lambda: value.upper(), lambda: [value], lambda: value + "'\"\\\n",
-                lambda: "", lambda: value * 2, lambda: value + "/", lambda: value + "\u00e9\u4e16",
+                lambda: value + " ", lambda: value[:-1], lambda: value.upper(), lambda: [value],
+                lambda: value + "'\"\\\n", lambda: "", lambda: value * 2, lambda: value + "/",
+                lambda: value + "\u00e9\u4e16",
             ]  # fmt: skip
         elif isinstance(value, list):
-            choices += [lambda: value[::-1], lambda: value[:-1], lambda: value + value, lambda: value[0] if value else 0]
+            choices += [
+                lambda: value[::-1],
+                lambda: value[:-1],
+                lambda: value + value,
+                lambda: value[0] if value else 0,
+            ]
         return copy.deepcopy(self.rng.choice(choices)())
 
 

@@ -8,9 +8,11 @@ the services' state and the results of the calls with those of the ground truth.
 The protocol is by default the official one of function-calling models that are prompted with text (`QwenFCHandler`):
 no system prompt but the tools, 20 steps a user turn. The functions held back in `miss_func` arrive as documents in a
 user message, at the user turn the task names, while the list of tools stays as it was; a call of them works all along,
-as in the official executor. It departs from the official protocol where the constructor's options say so, and in three
+as in the official executor. It departs from the official protocol where the constructor's options say so, and in a few
 details:
 - a call whose arguments are not a JSON object is answered with an error, instead of ending the user turn;
+- text is never evaluated or rewritten: the official executor runs names and argument names as Python code, and edits
+  strings that look like calls (`"sort (x)"`), of which the ground truth has none;
 - a call that would do an absurd amount of work is answered with an error, see `bfcl_limits.py`;
 - a result of more than `MAX_RESULT_CHARACTERS` is shown cut, and what cannot be encoded as UTF-8 is shown escaped.
 
@@ -322,8 +324,8 @@ def ground_truth_messages(
         id (`str`):
             Id of the task.
         environment ([`BfclEnvironment`], *optional*):
-            Environment to play in, for its options (`max_user_turns`). The tools that go with the conversation are
-            `environment.reset(id=id).tools`.
+            Environment to play in, for its options (`max_user_turns`); limits of messages and steps do not count. The
+            tools that go with the conversation are `environment.reset(id=id).tools`.
         one_call_a_message (`bool`, *optional*, defaults to `False`):
             Write one assistant message for each call, instead of one with all the calls of a user turn.
         closing (`str`, *optional*, defaults to `"Done."`):
@@ -332,7 +334,8 @@ def ground_truth_messages(
     Returns:
         `list[dict]`: chat messages of the roles user, assistant (with `tool_calls`) and tool.
     """
-    environment = environment or BfclEnvironment()
+    environment = copy.copy(environment or BfclEnvironment())
+    environment.max_messages = environment.max_steps_per_turn = None
     messages = list(environment.reset(id=id).messages)
     done = False
     while not done:

@@ -45,14 +45,14 @@ def category_names(category: str | Sequence[str]) -> list[str]:
 
     Args:
         category (`str` or `list[str]`):
-            Official names (`"multi_turn_base"`) or short ones (`"base"`), or `"all"`.
+            Official names (`"multi_turn_base"`) or short ones (`"base"`); `"all"` for all of them.
 
     Returns:
         `list[str]`: each category once, in the order given.
     """
-    if category == "all":
-        return list(CATEGORIES)
     given = [category] if isinstance(category, str) else list(category)
+    if "all" in given:
+        return list(CATEGORIES)
     names = [name if str(name).startswith(PREFIX) else f"{PREFIX}{name}" for name in given]
     for name, official in zip(given, names, strict=True):
         if official not in CATEGORIES:
