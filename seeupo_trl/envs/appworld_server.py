@@ -3,7 +3,11 @@ AppWorld's own server, in processes that are started, checked, restarted and sto
 
 AppWorld (`appworld==0.1.3.post1`) needs libraries that TRL cannot be installed with, so it lives in a virtual
 environment of its own and is never imported here: its server answers over HTTP, on a Unix socket. A server holds one
-world, therefore concurrency is a pool of processes. Code of the model runs inside a server process.
+world, therefore concurrency is a pool of processes.
+
+Code of the model runs inside the server's process, where it can replace what it likes, and some of what it does stays
+(AppWorld itself keeps about 1 MB of each task). So every episode gets a process of its own: one process imports
+AppWorld, and servers are forked from it, in a few hundredths of a second and sharing its memory.
 
 What a server did wrong and what the model's code did wrong are told apart: [`AppWorldServerError`] is a fault of the
 environment, [`BrokenByCodeError`] says that the code hung or killed its server.
@@ -11,7 +15,6 @@ environment, [`BrokenByCodeError`] says that the code hung or killed its server.
 
 import http.client
 import json
-import logging
 import os
 import shutil
 import signal
@@ -22,12 +25,9 @@ import threading
 import time
 import uuid
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-
-logger = logging.getLogger(__name__)
 
 VERSION = "0.1.3.post1"
 PYTHON_VARIABLE = "SEEUPO_APPWORLD_PYTHON"
@@ -43,7 +43,8 @@ INSTALL = f"""
 # The rest of the environment may hold keys and tokens, which are none of the model's business.
 INHERITED_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TZ")
 MAX_ANSWER_BYTES = 64 * 2**20
-SOCKET_PATH_LENGTH = 100  # the limit of the operating systems is 104 (macOS) or 108 (Linux)
+LAUNCHER_TIMEOUT = 60.0  # seconds; it answers in milliseconds
+DIRECTORY_LENGTH = 80  # characters; the path of a Unix socket may have 104 (macOS) or 108 (Linux)
 
 PROBE = """
 import importlib.metadata, importlib.util, json, os
@@ -87,7 +88,7 @@ def find_python(python: str | os.PathLike | None = None) -> Path:
             f"AppWorld needs a virtual environment of its own, and none is named: {PYTHON_VARIABLE} is not set and no "
             f"`python` was given. Run\n{INSTALL}"
         )
-    path = Path(python).expanduser()
+    path = Path(os.path.abspath(Path(python).expanduser()))  # not resolved: a link is what makes it the environment's
     try:
         probe = subprocess.run([path, "-I", "-c", PROBE], capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError) as error:
@@ -134,23 +135,19 @@ def find_root(root: str | os.PathLike | None = None) -> Path:
 
 class AppWorldServer:
     """
-    One server process and the world in it. Starts in the constructor, when everything it needs is imported.
+    One server process and the world in it, for one episode. Starts in the constructor.
 
     Args:
-        python (`Path`):
-            Interpreter of AppWorld's environment.
+        launcher ([`Launcher`]):
+            Forks the process.
         root (`Path`):
             Directory with AppWorld's `data`.
         execution_timeout (`int`):
             Seconds after which AppWorld interrupts code.
         request_timeout (`float`):
             Seconds after which the server counts as hung.
-        start_timeout (`float`):
-            Seconds the server may take to start.
-        memory_limit (`int`, *optional*):
-            Most bytes of address space.
         keep_outputs (`Path`, *optional*):
-            Where the files of all episodes are kept.
+            Directory for the files that AppWorld writes. `None` deletes them with the server.
 
     Raises:
         [`AppWorldServerError`]:
@@ -159,98 +156,51 @@ class AppWorldServer:
 
     def __init__(
         self,
-        python: Path,
+        launcher: "Launcher",
         root: Path,
         *,
         execution_timeout: int,
         request_timeout: float,
-        start_timeout: float,
-        memory_limit: int | None,
         keep_outputs: Path | None,
     ):
-        self.episodes = 0
+        self._launcher = launcher
         self._execution_timeout = execution_timeout
         self._request_timeout = request_timeout
-        self._keep_outputs = keep_outputs is not None
         self._task_id: str | None = None
-        self._experiment: str | None = None
-
-        # A root of its own: the data may be read-only, and the socket is out of reach of other users.
-        self._directory = Path(tempfile.mkdtemp(prefix="appworld-"))
-        self._socket = self._directory / "socket"
-        self._log = self._directory / "log"
-        pipe, self._pipe = os.pipe()
+        # A root of its own: the data may be read-only, and others cannot reach the socket.
+        self._directory = Path(tempfile.mkdtemp(dir=launcher.directory))
+        (self._directory / "data").symlink_to(root / "data")
+        if keep_outputs is not None:
+            keep_outputs.mkdir(parents=True, exist_ok=True)
+            (self._directory / "experiments").mkdir()
+            (self._directory / "experiments" / "outputs").symlink_to(keep_outputs.resolve())
+        self.pid = int(launcher.request("start", self._directory))
         try:
-            if len(os.fsencode(self._socket)) > SOCKET_PATH_LENGTH:
-                raise AppWorldServerError(
-                    f"The path {self._socket} is too long for a Unix socket. Set TMPDIR to a shorter directory."
-                )
-            (self._directory / "data").symlink_to(root / "data")
-            if keep_outputs is not None:
-                keep_outputs.mkdir(parents=True, exist_ok=True)
-                (self._directory / "experiments").mkdir()
-                (self._directory / "experiments" / "outputs").symlink_to(keep_outputs.resolve())
-            self._process = self._launch(python, pipe, memory_limit or 0)
-        except BaseException:
-            os.close(self._pipe)
-            shutil.rmtree(self._directory, ignore_errors=True)
-            raise
-        finally:
-            os.close(pipe)
-        try:
-            self._wait_until_ready(start_timeout)
+            self._wait_until_ready()
         except BaseException:
             self.stop()
             raise
 
-    def _launch(self, python: Path, pipe: int, memory_limit: int) -> subprocess.Popen:
-        worker = Path(__file__).with_name("appworld_worker.py")
-        environment = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
-        with open(self._log, "wb") as log:
-            return subprocess.Popen(
-                [python, "-I", worker, self._socket, str(pipe), str(memory_limit)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=self._directory,
-                env={
-                    **environment,
-                    "HOME": str(self._directory),
-                    ROOT_VARIABLE: str(self._directory),
-                    "APPWORLD_CACHE": str(self._directory),
-                },
-                pass_fds=[pipe],
-                start_new_session=True,
-            )
-
-    def _wait_until_ready(self, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
-        while not self.is_healthy():
-            if self._process.poll() is not None:
-                raise AppWorldServerError(f"AppWorld's server did not start: {self._obituary()}")
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self._request_timeout
+        while not self._answers():
+            if self._launcher.request("poll", self.pid) != "running":
+                raise AppWorldServerError(f"AppWorld's server did not start: {self._obituary()}.{self._last_words()}")
             if time.monotonic() > deadline:
                 raise AppWorldTimeoutError(
-                    f"AppWorld's server did not start within {timeout:g} seconds. {self._last_words()}"
+                    f"AppWorld's server did not start within {self._request_timeout:g} seconds.{self._last_words()}"
                 )
-            time.sleep(0.05)
+            time.sleep(0.02)
 
-    @property
-    def pid(self) -> int:
-        """Process id of the server, which is also that of its process group."""
-        return self._process.pid
-
-    def is_healthy(self) -> bool:
-        """Whether the process lives and answers."""
-        if self._process.poll() is not None:
-            return False
+    def _answers(self) -> bool:
         try:
-            return self._request("GET", "/", timeout=min(self._request_timeout, 10.0)) is not None
-        except (OSError, http.client.HTTPException, AppWorldServerError):
+            return bool(self._request("GET", "/"))
+        except (OSError, http.client.HTTPException):
             return False
 
     def initialize(self, task_id: str) -> dict[str, Any]:
         """
-        Begin an episode.
+        Begin the episode.
 
         Args:
             task_id (`str`):
@@ -259,13 +209,9 @@ class AppWorldServer:
         Returns:
             `dict`: `instruction`, `supervisor` (names, email and phone number) and `datetime` of the task.
         """
-        self._delete_outputs()
         self._task_id = task_id
-        self._experiment = f"seeupo-{uuid.uuid4().hex}"
-        self.episodes += 1
-        return self._post(
-            "initialize", experiment_name=self._experiment, timeout_seconds=self._execution_timeout
-        )
+        experiment = f"seeupo-{uuid.uuid4().hex}"
+        return self._post("initialize", experiment_name=experiment, timeout_seconds=self._execution_timeout)
 
     def execute(self, code: str) -> str:
         """
@@ -277,25 +223,23 @@ class AppWorldServer:
 
         Raises:
             [`BrokenByCodeError`]:
-                When the code hung or killed the server, or left it unable to answer.
+                When the code hung or ended the server, or left it unable to answer.
             [`AppWorldServerError`]:
                 When the server had died before, or was killed from outside (also by the out-of-memory killer).
         """
-        if self._process.poll() is not None:
-            raise AppWorldServerError(f"AppWorld's server has died: {self._obituary()}")
+        if self._launcher.request("poll", self.pid) != "running":
+            raise AppWorldServerError(f"AppWorld's server has died: {self._obituary()}.{self._last_words()}")
         try:
             return self._request("POST", "/execute", {"task_id": self._task_id, "code": code})
         except TimeoutError as error:
             raise BrokenByCodeError(f"it did not end within {self._request_timeout:g} seconds") from error
-        except _TooLongError as error:
-            raise BrokenByCodeError("it printed far too much") from error
         except (OSError, http.client.HTTPException) as error:
-            if self._exit_code() in (None, -signal.SIGKILL):
-                raise AppWorldServerError(f"AppWorld's server has died: {self._obituary()}") from error
-            raise BrokenByCodeError(f"it ended its process ({self._obituary()})") from error
+            obituary = self._obituary()
+            if obituary in ("it closed the connection", "signal SIGKILL"):
+                raise AppWorldServerError(f"AppWorld's server has died: {obituary}.{self._last_words()}") from error
+            raise BrokenByCodeError(f"it ended its process ({obituary})") from error
         except AppWorldServerError as error:
-            # Either the code made a mess of its world, or nothing works here.
-            self.initialize(self._task_id)
+            # The process is new, it could begin the task, and nothing but the model's code has run in it.
             raise BrokenByCodeError("AppWorld could not return its output") from error
 
     def task_completed(self) -> bool:
@@ -306,26 +250,10 @@ class AppWorldServer:
         """AppWorld's evaluation of the present state: `success`, `difficulty`, and lists of `passes` and `failures`."""
         return self._post("evaluate", suppress_errors=True)
 
-    def close_world(self) -> None:
-        """End the episode, and delete its files."""
-        self._post("close")
-        self._delete_outputs()
-
     def stop(self) -> None:
         """Kill the server with its process group, and delete its files."""
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self._process.wait()
-        if self._pipe is not None:
-            os.close(self._pipe)
-            self._pipe = None
+        self._launcher.request("stop", self.pid)
         shutil.rmtree(self._directory, ignore_errors=True)
-
-    def _delete_outputs(self) -> None:
-        if self._experiment is not None and not self._keep_outputs:
-            shutil.rmtree(self._directory / "experiments" / "outputs" / self._experiment, ignore_errors=True)
 
     def _post(self, method: str, **arguments: Any) -> Any:
         try:
@@ -336,64 +264,137 @@ class AppWorldServer:
                 f"{self._request_timeout:g} seconds."
             ) from error
         except (OSError, http.client.HTTPException) as error:
-            self._exit_code()
             raise AppWorldServerError(
-                f"AppWorld's server has died, at /{method} of task {self._task_id}: {self._obituary()}"
+                f"AppWorld's server has died, at /{method} of task {self._task_id}: "
+                f"{self._obituary()}.{self._last_words()}"
             ) from error
 
-    def _request(self, verb: str, path: str, body: dict | None = None, timeout: float | None = None) -> Any:
-        connection = _UnixConnection(self._socket, timeout or self._request_timeout)
+    def _request(self, verb: str, path: str, body: dict | None = None) -> Any:
+        connection = _UnixConnection(self._directory / "socket", self._request_timeout)
         try:
-            payload = None if body is None else json.dumps(body)
-            connection.request(verb, path, payload, {"Content-Type": "application/json"})
+            connection.request(verb, path, body and json.dumps(body), {"Content-Type": "application/json"})
             response = connection.getresponse()
             answer = response.read(MAX_ANSWER_BYTES + 1)
         finally:
             connection.close()
         if len(answer) > MAX_ANSWER_BYTES:
-            raise _TooLongError(f"AppWorld's server answered {path} with more than {MAX_ANSWER_BYTES} bytes.")
+            raise AppWorldServerError(f"AppWorld's server answered {path} with more than {MAX_ANSWER_BYTES} bytes.")
         if response.status != 200:
             raise AppWorldServerError(
-                f"AppWorld's server answered {path} of task {self._task_id} with status {response.status}. "
-                f"{self._last_words()}"
+                f"AppWorld's server answered {path} of task {self._task_id} with status "
+                f"{response.status}.{self._last_words()}"
             )
         answer = json.loads(answer)
-        return answer.get("output", answer.get("message"))
-
-    def _exit_code(self) -> int | None:
-        """How the process ended; its connections break a moment before that is known."""
-        try:
-            return self._process.wait(5.0)
-        except subprocess.TimeoutExpired:
-            return None
+        return answer.get("output", answer)
 
     def _obituary(self) -> str:
-        code = self._process.poll()
-        if code is None:
-            manner = "it closed the connection"
-        else:
-            manner = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return f"{manner}. {self._last_words()}"
+        deadline = time.monotonic() + 5.0  # connections break a moment before the process has ended
+        while (code := self._launcher.request("poll", self.pid)) == "running" and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if code == "running":
+            return "it closed the connection"
+        return f"signal {signal.Signals(-int(code)).name}" if int(code) < 0 else f"exit code {code}"
 
     def _last_words(self) -> str:
+        return _end_of(self._directory / "log")
+
+
+class Launcher:
+    """
+    The process that has imported AppWorld, and that servers are forked from (`appworld_worker.py`).
+
+    Args:
+        python (`Path`):
+            Interpreter of AppWorld's environment.
+        start_timeout (`float`):
+            Seconds it may take to start.
+        memory_limit (`int`, *optional*):
+            Most bytes of address space of a server.
+
+    Raises:
+        [`AppWorldServerError`]:
+            When the process does not start.
+    """
+
+    def __init__(self, python: Path, *, start_timeout: float, memory_limit: int | None):
+        self.directory = Path(tempfile.mkdtemp(prefix="appworld-"))
+        if len(os.fsencode(self.directory)) > DIRECTORY_LENGTH:
+            self.directory.rmdir()
+            raise AppWorldServerError(
+                f"The path {self.directory} is too long for a Unix socket in it. Set TMPDIR to a shorter directory."
+            )
+        self._lock = threading.Lock()
+        self._log = self.directory / "log"
+        self._connection, other_end = socket.socketpair()
+        environment = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
+        paths = dict.fromkeys(("HOME", ROOT_VARIABLE, "APPWORLD_CACHE"), str(self.directory))
+        worker = Path(__file__).with_name("appworld_worker.py")
+        with other_end, open(self._log, "wb") as log:
+            self._process = subprocess.Popen(
+                [python, "-I", worker, str(memory_limit or 0)],
+                stdin=other_end,
+                stdout=other_end,
+                stderr=log,
+                cwd=self.directory,
+                env={**environment, **paths},
+                start_new_session=True,
+            )
+        self._answers = self._connection.makefile("r")
+        self.close = weakref.finalize(
+            self, _end_launcher, self._process, self._connection, self._answers, self.directory, os.getpid()
+        )
+        self._read(start_timeout)
+        self._connection.settimeout(LAUNCHER_TIMEOUT)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process.poll() is None
+
+    def request(self, verb: str, argument: Any) -> str:
+        """
+        Send one of the commands of `appworld_worker.py`.
+
+        Args:
+            verb (`str`):
+                `"start"`, `"poll"` or `"stop"`.
+            argument (`Any`):
+                A directory or a process id.
+        """
+        with self._lock:
+            try:
+                self._connection.sendall(f"{verb} {argument}\n".encode())
+            except OSError as error:
+                raise AppWorldServerError(f"The process that starts AppWorld's servers has died: {error}.") from error
+            return self._read(LAUNCHER_TIMEOUT)
+
+    def _read(self, timeout: float) -> str:
+        self._connection.settimeout(timeout)
         try:
-            lines = self._log.read_text(errors="replace").strip().splitlines()
-        except OSError:
-            lines = []
-        return "The end of its log:\n" + "\n".join(lines[-15:]) if lines else "Its log is empty."
+            answer = self._answers.readline()
+        except TimeoutError as error:
+            last_words = _end_of(self._log)
+            self.close()
+            raise AppWorldTimeoutError(
+                f"The process that starts AppWorld's servers did not answer within {timeout:g} seconds.{last_words}"
+            ) from error
+        except OSError as error:
+            answer = f"{error}"
+        if not answer.endswith("\n"):
+            raise AppWorldServerError(f"The process that starts AppWorld's servers has died.{_end_of(self._log)}")
+        return answer.strip()
 
 
 class AppWorldServers:
     """
     A pool of AppWorld servers. An environment leases one for an episode, and gives it back.
 
-    A server is started when it is first needed (or all at once by [`start`]); one that died, hung or failed is killed
-    and another one started in its place. All are stopped by [`close`], when the object is deleted, when the
-    interpreter exits, and on their own when this process is killed.
+    Each episode gets a fresh process, and at most `num_servers` run at a time. They are stopped when they are given
+    back, by [`close`], when the object is deleted, when the interpreter exits, and also when this process is killed.
 
     Args:
         num_servers (`int`, *optional*, defaults to `8`):
-            Most servers at a time, which is the most episodes at a time: about 300 MB each. Not less than the
+            Most servers at a time, which is the most episodes at a time in this process. Not less than the
             `max_concurrent_envs` of the trainer.
         python (`str` or `PathLike`, *optional*):
             Python interpreter of the virtual environment AppWorld is installed in. Defaults to
@@ -403,16 +404,15 @@ class AppWorldServers:
         execution_timeout (`int`, *optional*, defaults to `60`):
             Seconds after which AppWorld interrupts code of the model, which then reads of it.
         request_timeout (`float`, *optional*, defaults to `90.0`):
-            Seconds after which a server that does not answer is killed, because code cannot always be interrupted.
-            Must be more than `execution_timeout`, and less than the `env_timeout` of the trainer.
+            Seconds after which a server that does not answer is killed, because not all code can be interrupted. Must
+            be more than `execution_timeout`, and less than the `env_timeout` of the trainer.
         start_timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds a server may take to start: about 5 s of computation.
+            Seconds that importing AppWorld may take, once for all servers: about 5 s of computation.
         lease_timeout (`float`, *optional*, defaults to `60.0`):
             Seconds to wait for a server while all are leased.
         memory_limit (`int`, *optional*, defaults to `4 * 2**30`):
-            Most bytes of address space of a server (Linux). `None` is no limit.
-        max_episodes (`int`, *optional*, defaults to `100`):
-            Episodes after which a server is replaced: AppWorld keeps about 1 MB of each.
+            Most bytes of address space of a server (Linux). Code that asks for more gets a `MemoryError`. `None` is no
+            limit.
         keep_outputs (`str` or `PathLike`, *optional*):
             Directory where the files that AppWorld writes in each episode are kept. `None` deletes them.
 
@@ -434,14 +434,9 @@ class AppWorldServers:
         start_timeout: float = 120.0,
         lease_timeout: float = 60.0,
         memory_limit: int | None = 4 * 2**30,
-        max_episodes: int = 100,
         keep_outputs: str | os.PathLike | None = None,
     ):
-        for name, value in (
-            ("num_servers", num_servers),
-            ("execution_timeout", execution_timeout),
-            ("max_episodes", max_episodes),
-        ):
+        for name, value in (("num_servers", num_servers), ("execution_timeout", execution_timeout)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; give at least 1.")
         if request_timeout <= execution_timeout:
@@ -452,118 +447,67 @@ class AppWorldServers:
         self.num_servers = num_servers
         self.root = find_root(root)
         self.lease_timeout = lease_timeout
-        self.max_episodes = max_episodes
         self._python = find_python(python)
+        self._launcher_options = {"start_timeout": start_timeout, "memory_limit": memory_limit}
         self._server_options = {
             "execution_timeout": execution_timeout,
             "request_timeout": request_timeout,
-            "start_timeout": start_timeout,
-            "memory_limit": memory_limit,
             "keep_outputs": None if keep_outputs is None else Path(keep_outputs).expanduser(),
         }
-        self._changed = threading.Condition()
+        self._places = threading.Semaphore(num_servers)
+        self._lock = threading.Lock()
+        self._launcher: Launcher | None = None
         self._closed = False
-        self._places = num_servers  # for servers that do not exist yet
-        self._idle: list[AppWorldServer] = []
-        self._servers: set[AppWorldServer] = set()
-        weakref.finalize(self, _stop_all, self._servers, os.getpid())
 
     def start(self) -> None:
-        """Start all servers that are not running yet, as many at a time as there are processors."""
-        with ThreadPoolExecutor(min(self.num_servers, os.cpu_count() or 1)) as threads:
-            started = [threads.submit(self._start) for _ in range(self._take_places())]
-        for server in [future.result() for future in started]:
-            self._put(server)
+        """Import AppWorld now, instead of in the first episode. Returns when that is done."""
+        self._launch()
 
     def lease(self) -> AppWorldServer:
         """
-        A healthy server for one episode. Give it back by [`give_back`].
+        A new server for one episode. Give it back by [`give_back`].
 
         Raises:
             [`AppWorldTimeoutError`]:
                 When all servers stay leased for `lease_timeout` seconds.
             [`AppWorldServerError`]:
-                When a server does not start.
+                When the server does not start.
         """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._closed or self._idle or self._places, self.lease_timeout):
-                raise AppWorldTimeoutError(
-                    f"All {self.num_servers} AppWorld servers were in use for {self.lease_timeout:g} seconds. An "
-                    "environment keeps its server until its episode ends: raise `num_servers`, or lower the "
-                    "trainer's `max_concurrent_envs` to it."
-                )
-            if self._closed:
-                raise AppWorldServerError("The pool of AppWorld servers is closed.")
-            server = self._idle.pop() if self._idle else None
-            if server is None:
-                self._places -= 1
-        if server is not None and not server.is_healthy():
-            logger.warning("An idle AppWorld server (process %d) does not answer; it is replaced.", server.pid)
-            self._servers.discard(server)
-            server.stop()
-            server = None
-        return server or self._start()
+        if not self._places.acquire(timeout=self.lease_timeout):
+            raise AppWorldTimeoutError(
+                f"All {self.num_servers} AppWorld servers were in use for {self.lease_timeout:g} seconds. An "
+                "environment keeps its server until it is reset or closed, or its task is completed: raise "
+                "`num_servers`, or lower the trainer's `max_concurrent_envs` to it."
+            )
+        try:
+            return AppWorldServer(self._launch(), self.root, **self._server_options)
+        except BaseException:
+            self._places.release()
+            raise
 
     def give_back(self, server: AppWorldServer) -> None:
-        """End the episode on a leased server. If that fails, or it is time, the server is stopped."""
+        """Stop a leased server, which may have died, and let another one take its place."""
         try:
-            server.close_world()
-            healthy = True
-        except AppWorldServerError as error:
-            logger.warning("An AppWorld server (process %d) is replaced. %s", server.pid, error)
-            healthy = False
-        if healthy and server.episodes < self.max_episodes:
-            self._put(server)
-        else:
-            self.discard(server)
-
-    def discard(self, server: AppWorldServer) -> None:
-        """Stop a leased server. Another one is started when it is needed."""
-        self._servers.discard(server)
-        server.stop()
-        with self._changed:
-            self._places += 1
-            self._changed.notify()
+            server.stop()
+        except AppWorldServerError:
+            pass  # the process it was forked from is gone, and took it along
+        finally:
+            self._places.release()
 
     def close(self) -> None:
         """Stop all servers, also leased ones. Nothing can be leased afterwards."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._idle.clear()
-            self._changed.notify_all()
-        _stop_all(self._servers, os.getpid())
+            if self._launcher is not None:
+                self._launcher.close()
 
-    def _take_places(self) -> int:
-        with self._changed:
-            places, self._places = self._places, 0
-        return places
-
-    def _start(self) -> AppWorldServer:
-        """Start a server in a place that was taken."""
-        try:
-            server = AppWorldServer(self._python, self.root, **self._server_options)
-        except BaseException:
-            with self._changed:
-                self._places += 1
-                self._changed.notify()
-            raise
-        with self._changed:
-            closed = self._closed
-            if not closed:
-                self._servers.add(server)
-        if closed:
-            server.stop()
-            raise AppWorldServerError("The pool of AppWorld servers is closed.")
-        return server
-
-    def _put(self, server: AppWorldServer) -> None:
-        with self._changed:
-            self._idle.append(server)
-            self._changed.notify()
-
-
-class _TooLongError(Exception):
-    pass
+    def _launch(self) -> Launcher:
+        with self._lock:
+            if self._closed:
+                raise AppWorldServerError("The pool of AppWorld servers is closed.")
+            if self._launcher is None or not self._launcher.is_alive:
+                self._launcher = Launcher(self._python, **self._launcher_options)
+            return self._launcher
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -579,8 +523,24 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(str(self._path))
 
 
-def _stop_all(servers: set[AppWorldServer], owner: int) -> None:
-    if os.getpid() != owner:  # a fork of the process that started them
+def _end_launcher(
+    process: subprocess.Popen, connection: socket.socket, answers: TextIO, directory: Path, owner: int
+) -> None:
+    if os.getpid() != owner:  # a fork of the process that started it
         return
-    while servers:
-        servers.pop().stop()
+    answers.close()
+    connection.close()  # at which it kills its servers and ends
+    try:
+        process.wait(10.0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _end_of(log: Path) -> str:
+    try:
+        lines = log.read_text(errors="replace").strip().splitlines()
+    except OSError:
+        lines = []
+    return " The end of its log:\n" + "\n".join(lines[-15:]) if lines else " Its log is empty."
