@@ -247,7 +247,7 @@ class AppWorldServer:
         return self._post("task_completed")
 
     def evaluate(self) -> dict[str, Any]:
-        """AppWorld's evaluation of the present state: `success`, `difficulty`, and lists of `passes` and `failures`."""
+        """AppWorld's evaluation of the state: `success`, `difficulty`, and lists of `passes` and `failures`."""
         return self._post("evaluate", suppress_errors=True)
 
     def stop(self) -> None:
