@@ -19,9 +19,11 @@ the tests and answers of the tasks. Use a container where that matters.
 import json
 import os
 import re
+import textwrap
 from typing import TYPE_CHECKING, Any, Literal
 
-from .appworld_server import AppWorldServer, AppWorldServers, BrokenByCodeError, find_root
+from .appworld_install import find_root
+from .appworld_server import AppWorldServer, AppWorldServers, BrokenByCodeError
 from .base import MultiTurnEnvironment, Observation, StepResult
 
 
@@ -144,7 +146,7 @@ class AppWorldEnvironment(MultiTurnEnvironment):
                 Other columns of the dataset; not used.
 
         Raises:
-            [`~seeupo_trl.envs.appworld_server.AppWorldServerError`]:
+            [`~seeupo_trl.envs.appworld_launcher.AppWorldServerError`]:
                 When there is no server, or it does not know the task.
         """
         self._release()
@@ -167,7 +169,7 @@ class AppWorldEnvironment(MultiTurnEnvironment):
             answer = NO_CODE
         else:
             try:
-                answer = f"Output:\n```\n{self._shorten(self._server.execute(block[1]))}\n```"
+                answer = f"Output:\n```\n{self._shorten(self._server.execute(textwrap.dedent(block[1])))}\n```"
             except BrokenByCodeError as error:
                 return self._broken(error)
         completed = self._server.task_completed()

@@ -19,118 +19,22 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import tempfile
 import threading
 import time
 import uuid
-import weakref
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from .appworld_install import find_python, find_root
+from .appworld_launcher import AppWorldServerError, AppWorldTimeoutError, Launcher, end_of
 
 
-VERSION = "0.1.3.post1"
-PYTHON_VARIABLE = "SEEUPO_APPWORLD_PYTHON"
-ROOT_VARIABLE = "APPWORLD_ROOT"
-INSTALL = f"""
-    python3.11 -m venv ~/appworld/venv
-    ~/appworld/venv/bin/pip install appworld=={VERSION}
-    ~/appworld/venv/bin/appworld install
-    ~/appworld/venv/bin/appworld download data --root ~/appworld
-    export {PYTHON_VARIABLE}=~/appworld/venv/bin/python {ROOT_VARIABLE}=~/appworld
-"""
-
-# The rest of the environment may hold keys and tokens, which are none of the model's business.
-INHERITED_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TZ")
 MAX_ANSWER_BYTES = 64 * 2**20
-LAUNCHER_TIMEOUT = 60.0  # seconds; it answers in milliseconds
-DIRECTORY_LENGTH = 80  # characters; the path of a Unix socket may have 104 (macOS) or 108 (Linux)
-
-PROBE = """
-import importlib.metadata, importlib.util, json, os
-spec = importlib.util.find_spec("appworld")
-folder = spec and spec.submodule_search_locations[0]
-print(json.dumps({
-    "version": importlib.metadata.version("appworld") if spec else None,
-    "unpacked": bool(spec) and os.path.isfile(os.path.join(folder, "apps", "supervisor", "apis.py")),
-}))
-"""
-
-
-class AppWorldServerError(RuntimeError):
-    """A server did not start, died, or answered with an error: a fault of the environment."""
-
-
-class AppWorldTimeoutError(AppWorldServerError, TimeoutError):
-    """A server, or the wait for one, took too long: a fault of the environment."""
 
 
 class BrokenByCodeError(Exception):
     """The code that was to be executed hung its server, killed it, or left it unable to answer."""
-
-
-def find_python(python: str | os.PathLike | None = None) -> Path:
-    """
-    The Python interpreter AppWorld is installed for.
-
-    Args:
-        python (`str` or `PathLike`, *optional*):
-            Path of the interpreter. Defaults to `$SEEUPO_APPWORLD_PYTHON`.
-
-    Raises:
-        `ImportError`:
-            When there is no such interpreter, or AppWorld is not (or not completely) installed for it, or in another
-            version; the message has the commands that install it.
-    """
-    python = python or os.environ.get(PYTHON_VARIABLE)
-    if not python:
-        raise ImportError(
-            f"AppWorld needs a virtual environment of its own, and none is named: {PYTHON_VARIABLE} is not set and no "
-            f"`python` was given. Run\n{INSTALL}"
-        )
-    path = Path(os.path.abspath(Path(python).expanduser()))  # not resolved: a link is what makes it the environment's
-    try:
-        probe = subprocess.run([path, "-I", "-c", PROBE], capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ImportError(f"{path} is not a Python interpreter that runs: {error}. Run\n{INSTALL}") from error
-    found = json.loads(probe.stdout)
-    if found["version"] is None:
-        raise ImportError(f"AppWorld is not installed for {path}. Run\n{INSTALL}")
-    if found["version"] != VERSION:
-        raise ImportError(f"AppWorld {found['version']} is installed for {path}; need {VERSION}. Run\n{INSTALL}")
-    if not found["unpacked"]:
-        appworld = path.with_name("appworld")
-        raise ImportError(f"AppWorld is installed for {path}, but not unpacked. Run\n\n    {appworld} install\n")
-    return path
-
-
-def find_root(root: str | os.PathLike | None = None) -> Path:
-    """
-    The directory whose `data` holds AppWorld's tasks.
-
-    Args:
-        root (`str` or `PathLike`, *optional*):
-            The directory. Defaults to `$APPWORLD_ROOT`.
-
-    Raises:
-        `FileNotFoundError`:
-            When the data is not there; the message has the commands that download it.
-    """
-    root = root or os.environ.get(ROOT_VARIABLE)
-    if not root:
-        raise FileNotFoundError(
-            f"Where AppWorld's data is, is not known: {ROOT_VARIABLE} is not set and no `root` was given. "
-            f"Run\n{INSTALL}"
-        )
-    path = Path(root).expanduser().resolve()
-    for part in ("datasets", "tasks", "api_docs"):
-        if not (path / "data" / part).is_dir():
-            raise FileNotFoundError(
-                f"AppWorld's data is not in {path}: there is no directory data/{part}. Run\n\n"
-                f"    appworld download data --root {path}\n\n"
-                f"with the `appworld` of its virtual environment, or if there is none yet:\n{INSTALL}"
-            )
-    return path
 
 
 class AppWorldServer:
@@ -156,7 +60,7 @@ class AppWorldServer:
 
     def __init__(
         self,
-        launcher: "Launcher",
+        launcher: Launcher,
         root: Path,
         *,
         execution_timeout: int,
@@ -296,93 +200,7 @@ class AppWorldServer:
         return f"signal {signal.Signals(-int(code)).name}" if int(code) < 0 else f"exit code {code}"
 
     def _last_words(self) -> str:
-        return _end_of(self._directory / "log")
-
-
-class Launcher:
-    """
-    The process that has imported AppWorld, and that servers are forked from (`appworld_worker.py`).
-
-    Args:
-        python (`Path`):
-            Interpreter of AppWorld's environment.
-        start_timeout (`float`):
-            Seconds it may take to start.
-        memory_limit (`int`, *optional*):
-            Most bytes of address space of a server.
-
-    Raises:
-        [`AppWorldServerError`]:
-            When the process does not start.
-    """
-
-    def __init__(self, python: Path, *, start_timeout: float, memory_limit: int | None):
-        self.directory = Path(tempfile.mkdtemp(prefix="appworld-"))
-        if len(os.fsencode(self.directory)) > DIRECTORY_LENGTH:
-            self.directory.rmdir()
-            raise AppWorldServerError(
-                f"The path {self.directory} is too long for a Unix socket in it. Set TMPDIR to a shorter directory."
-            )
-        self._lock = threading.Lock()
-        self._log = self.directory / "log"
-        self._connection, other_end = socket.socketpair()
-        environment = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
-        paths = dict.fromkeys(("HOME", ROOT_VARIABLE, "APPWORLD_CACHE"), str(self.directory))
-        worker = Path(__file__).with_name("appworld_worker.py")
-        with other_end, open(self._log, "wb") as log:
-            self._process = subprocess.Popen(
-                [python, "-I", worker, str(memory_limit or 0)],
-                stdin=other_end,
-                stdout=other_end,
-                stderr=log,
-                cwd=self.directory,
-                env={**environment, **paths},
-                start_new_session=True,
-            )
-        self._answers = self._connection.makefile("r")
-        self.close = weakref.finalize(
-            self, _end_launcher, self._process, self._connection, self._answers, self.directory, os.getpid()
-        )
-        self._read(start_timeout)
-        self._connection.settimeout(LAUNCHER_TIMEOUT)
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether the process runs."""
-        return self._process.poll() is None
-
-    def request(self, verb: str, argument: Any) -> str:
-        """
-        Send one of the commands of `appworld_worker.py`.
-
-        Args:
-            verb (`str`):
-                `"start"`, `"poll"` or `"stop"`.
-            argument (`Any`):
-                A directory or a process id.
-        """
-        with self._lock:
-            try:
-                self._connection.sendall(f"{verb} {argument}\n".encode())
-            except OSError as error:
-                raise AppWorldServerError(f"The process that starts AppWorld's servers has died: {error}.") from error
-            return self._read(LAUNCHER_TIMEOUT)
-
-    def _read(self, timeout: float) -> str:
-        self._connection.settimeout(timeout)
-        try:
-            answer = self._answers.readline()
-        except TimeoutError as error:
-            last_words = _end_of(self._log)
-            self.close()
-            raise AppWorldTimeoutError(
-                f"The process that starts AppWorld's servers did not answer within {timeout:g} seconds.{last_words}"
-            ) from error
-        except OSError as error:
-            answer = f"{error}"
-        if not answer.endswith("\n"):
-            raise AppWorldServerError(f"The process that starts AppWorld's servers has died.{_end_of(self._log)}")
-        return answer.strip()
+        return end_of(self._directory / "log")
 
 
 class AppWorldServers:
@@ -521,26 +339,3 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(self.timeout)
         self.sock.connect(str(self._path))
-
-
-def _end_launcher(
-    process: subprocess.Popen, connection: socket.socket, answers: TextIO, directory: Path, owner: int
-) -> None:
-    if os.getpid() != owner:  # a fork of the process that started it
-        return
-    answers.close()
-    connection.close()  # at which it kills its servers and ends
-    try:
-        process.wait(10.0)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    shutil.rmtree(directory, ignore_errors=True)
-
-
-def _end_of(log: Path) -> str:
-    try:
-        lines = log.read_text(errors="replace").strip().splitlines()
-    except OSError:
-        lines = []
-    return " The end of its log:\n" + "\n".join(lines[-15:]) if lines else " Its log is empty."

@@ -26,6 +26,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -40,6 +41,8 @@ def start(directory: str, memory_limit: int) -> str:
     if pid == 0:
         try:
             serve(directory, memory_limit, parent)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(1)
     try:
