@@ -251,15 +251,45 @@ def find_files(run_dir: str | Path) -> list[Path]:
 
 def read_trajectories(run_dir: str | Path) -> pa.Table:
     """
-    All saved turns of a run, sorted by iteration, split, trajectory and turn. For a part of a large run, read its
-    files with [`find_files`] or `datasets.load_dataset("parquet", data_files=...)`.
+    All saved turns of a run in the order of their files, trajectories and turns. To stream a large run, use
+    `datasets.load_dataset("parquet", data_files=...)`.
 
     Args:
         run_dir (`str` or `Path`):
             As in [`find_files`].
     """
-    table = pa.concat_tables([pq.read_table(file, schema=SCHEMA) for file in find_files(run_dir)])
-    return table.sort_by([(name, "ascending") for name in ("iteration", "split", "trajectory", "turn")])
+    return read_rows(find_files(run_dir)).drop_columns(["file"])
+
+
+def read_rows(
+    paths: list[Path], splits: list[str] | None = None, iterations: list[int] | None = None, newest_first: bool = False
+) -> pa.Table:
+    """
+    Rows of some files, with one more column: `file`, a number that the files of one evaluation or iteration share.
+
+    Args:
+        paths (`list[Path]`):
+            The files.
+        splits (`list[str]`, *optional*), iterations (`list[int]`, *optional*):
+            Read these only.
+        newest_first (`bool`, *optional*, defaults to `False`):
+            Whether the latest iterations come first.
+    """
+    wanted = [("split", "in", splits), ("iteration", "in", iterations)]
+    filters = [condition for condition in wanted if condition[2] is not None] or None
+    sets = sorted({_without_process(path) for path in paths})
+    tables = []
+    for path in paths:
+        table = pq.read_table(path, schema=SCHEMA, filters=filters)
+        number = pa.repeat(pa.scalar(sets.index(_without_process(path)), pa.int32()), len(table))
+        tables.append(table.append_column("file", number))
+    keys = [("iteration", "descending" if newest_first else "ascending")]
+    keys += [(name, "ascending") for name in ("split", "file", "trajectory", "turn")]
+    return pa.concat_tables(tables).sort_by(keys)
+
+
+def _without_process(path: Path) -> str:
+    return str(path.parent / path.name.split(".")[0])
 
 
 def restore_turns(rows: list[dict[str, Any]]) -> list[Turn]:
