@@ -6,10 +6,12 @@ One process of `test_evaluation.py`: evaluates sets of awkward sizes, trains one
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from tiny import load_tiny_model, tiny_tokenizer
 
@@ -95,15 +97,15 @@ def make_trainer(model_dir, output_dir, options, environment_factory=Scripted, *
     )
 
 
-def main() -> None:
-    model_dir, output = sys.argv[1], Path(sys.argv[2])
-    torch.set_num_threads(1)
+def evaluate_and_train(model_dir: str, output: Path) -> dict:
+    """What evaluations of awkward sizes report, and the outcomes that they and an iteration of training save."""
     stream = IterableDataset.from_generator(lambda: iter(tasks(3)))
     eval_dataset = {"1": tasks(1), "3": tasks(3), "5": tasks(5), "stream": stream}
     per_device = 2 * K // int(os.environ.get("WORLD_SIZE", "1"))
     options = {"per_device_train_batch_size": per_device, "save_trajectories": True}
     trainer = make_trainer(model_dir, output, options, eval_dataset=eval_dataset)
     metrics = trainer.evaluate()
+    metrics = {name: value for name, value in metrics.items() if re.match("eval_(1|3|5|stream)_", name)}
     trainer.train()
     trainer.accelerator.wait_for_everyone()
 
@@ -112,9 +114,16 @@ def main() -> None:
         if row["turn"] <= 1:
             outcome = [row["trajectory"], row["task"], row["turns"], row["success"], row["reward"], row["stop_reason"]]
             saved.setdefault(row["split"], []).append(outcome)
-    result = {"metrics": metrics, "trajectories": saved}
-    (output / f"result-{trainer.accelerator.process_index}.json").write_text(json.dumps(result))
-    trainer.accelerator.end_training()
+    return {"metrics": metrics, "trajectories": saved}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    output = Path(sys.argv[2])
+    result = evaluate_and_train(sys.argv[1], output)
+    state = PartialState()
+    (output / f"result-{state.process_index}.json").write_text(json.dumps(result))
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":
