@@ -34,18 +34,22 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import PreTrainedTokenizerBase
 
-from .buffer import Trajectory, Turn
-from .episode import Episode
-from .scoring import Key
-from .update import TurnUpdate
+
+# the viewer reads files without waiting for torch
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .buffer import Trajectory, Turn
+    from .episode import Episode
+    from .scoring import Key
+    from .update import TurnUpdate
 
 
 SCHEMA = pa.schema(
@@ -99,7 +103,7 @@ class TrajectoryLog:
     def __init__(
         self,
         output_dir: str | Path,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: "PreTrainedTokenizerBase",
         process_index: int = 0,
         num_processes: int = 1,
     ):
@@ -111,7 +115,10 @@ class TrajectoryLog:
         self._times_written: dict[tuple[str, int], int] = {}
 
     def add(
-        self, episodes: list[Episode], trajectories: list[Trajectory], updates: Mapping[Key, TurnUpdate] | None = None
+        self,
+        episodes: "list[Episode]",
+        trajectories: "list[Trajectory]",
+        updates: "Mapping[Key, TurnUpdate] | None" = None,
     ) -> None:
         """
         Take in trajectories, to be written by the next [`write`].
@@ -179,7 +186,7 @@ class TrajectoryLog:
         process = f".process-{self._process_index}-of-{self._num_processes}" if several else ""
         return directory / f"{stem}{number}{process}.parquet"
 
-    def _rows(self, episode: Episode, trajectory: Trajectory) -> Iterator[dict[str, Any]]:
+    def _rows(self, episode: "Episode", trajectory: "Trajectory") -> Iterator[dict[str, Any]]:
         shared = {
             "task": _plain_text(episode.task),
             "category": _plain_text(episode.category),
@@ -189,7 +196,7 @@ class TrajectoryLog:
             "reward": episode.reward,
             "rewards": to_json(episode.rewards),
             "advantage": episode.advantage,
-            "stop_reason": episode.stop_reason,
+            "stop_reason": _plain_text(episode.stop_reason),
             "success": episode.success,
             "info": to_json(trajectory.info),
         }
@@ -292,7 +299,7 @@ def _without_process(path: Path) -> str:
     return str(path.parent / path.name.split(".")[0])
 
 
-def restore_turns(rows: list[dict[str, Any]]) -> list[Turn]:
+def restore_turns(rows: list[dict[str, Any]]) -> "list[Turn]":
     """
     The turns of a trajectory with their whole contexts.
 
@@ -300,6 +307,8 @@ def restore_turns(rows: list[dict[str, Any]]) -> list[Turn]:
         rows (`list[dict]`):
             The rows of one trajectory in the order of its turns.
     """
+    from .buffer import Turn
+
     turns: list[Turn] = []
     for row in rows:
         if row["turn"] == 0:
@@ -310,7 +319,7 @@ def restore_turns(rows: list[dict[str, Any]]) -> list[Turn]:
     return turns
 
 
-def messages_by_turn(trajectory: Trajectory) -> list[tuple[dict[str, Any], list[dict[str, Any]]]] | None:
+def messages_by_turn(trajectory: "Trajectory") -> list[tuple[dict[str, Any], list[dict[str, Any]]]] | None:
     """
     Each turn's assistant message and the messages that answered it; `None` where the trajectory's messages do not have
     one assistant message for each turn.
@@ -336,8 +345,8 @@ def _plain(value: Any, depth: int) -> Any:
         return value
     if isinstance(value, float) and np.isfinite(value):
         return value
-    if isinstance(value, int) and abs(value) < 10**1000:  # Python does not write out larger ones than 10**4300
-        return value
+    if isinstance(value, int):  # Python refuses to write out more than 4,300 digits
+        return value if value.bit_length() < 10_000 else f"an integer of {value.bit_length()} bits"
     if isinstance(value, Mapping) and depth:
         return {str(key): _plain(item, depth - 1) for key, item in value.items()}
     if isinstance(value, list | tuple) and depth:
@@ -353,7 +362,7 @@ def _plain_text(value: Any) -> str | None:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _num_kept(previous: Turn | None, turn: Turn) -> int:
+def _num_kept(previous: "Turn | None", turn: "Turn") -> int:
     """Length of the longest common prefix of a turn's context and the previous turn's context and action."""
     if previous is None:
         return 0

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import html
 import json
+import re
 import sys
 import webbrowser
 from collections.abc import Iterable
@@ -25,6 +26,7 @@ from .trajectory_log import find_files, read_rows
 
 DEFAULT_MAX_TRAJECTORIES = 1000
 _SHORTEST_SHARED_TEXT = 64
+_LONGEST_LINE = 100
 _NUMBERS = ("reward", "advantage")
 _TURN_NUMBERS = ("ratio", "turn_weight", "relative_turn_weight")
 
@@ -47,17 +49,15 @@ def render(rows: Iterable[dict[str, Any]], title: str, note: str = "") -> str:
     folder = files("seeupo_trl") / "viewer"
     script = (folder / "script.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # the data comes last: nothing in it is taken for a placeholder
+    values = {
+        "policy": f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
+        "title": html.escape(title),
+        "style": (folder / "style.css").read_text(encoding="utf-8"),
+        "script": script,
+        "data": data,
+    }
     page = (folder / "page.html").read_text(encoding="utf-8")
-    for name, value in (
-        ("policy", f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"),
-        ("title", html.escape(title)),
-        ("style", (folder / "style.css").read_text(encoding="utf-8")),
-        ("script", script),
-        ("data", data),
-    ):
-        page = page.replace(f"@{name}@", value)
-    return page
+    return re.sub("@([a-z]+)@", lambda name: values[name[1]], page)
 
 
 def _page_data(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def _page_data(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
                     **{name: row[name] for name in ("iteration", "split", "group", "trajectory", "stop_reason")},
                     **{name: row[name] for name in ("task", "category", "success")},
                     **{name: _number(row[name]) for name in _NUMBERS},
-                    "info": text(_indented(row["info"])),
+                    "info": None if row["info"] == "{}" else text(_readable(json.loads(row["info"]))),
                     "rewards": json.loads(row["rewards"]),
                     "turns": [],
                 }
@@ -109,19 +109,23 @@ def _number(value: float | None) -> float | str | None:
     return value if value is None or abs(value) < float("inf") else str(value)
 
 
-def _indented(value: str | None) -> str | None:
-    # JavaScript would round long integers if it parsed this
-    return None if value in (None, "{}") else json.dumps(json.loads(value), indent=1, ensure_ascii=False)
+def _readable(value: Any) -> str:
+    """JSON as text: JavaScript would round long integers if it parsed this. Short JSON stays on one line."""
+    line = json.dumps(value, ensure_ascii=False)
+    return line if len(line) <= _LONGEST_LINE else json.dumps(value, ensure_ascii=False, indent=1)
 
 
 def _calls(value: str | None, text: Any) -> list[dict[str, Any]]:
     calls = []
     for call in json.loads(value or "[]"):
-        function = call.get("function", call) if isinstance(call, dict) else {"name": "", "arguments": call}
-        arguments = function.get("arguments")
-        if not isinstance(arguments, str):
-            arguments = json.dumps(arguments, indent=1, ensure_ascii=False)
-        calls.append({"name": str(function.get("name", "")), "arguments": text(arguments)})
+        function = call.get("function", call) if isinstance(call, dict) else call
+        if isinstance(function, dict):
+            name, arguments = str(function.get("name", "")), function.get("arguments")
+        else:
+            name, arguments = "", function
+        calls.append(
+            {"name": name, "arguments": text(arguments if isinstance(arguments, str) else _readable(arguments))}
+        )
     return calls
 
 
@@ -131,10 +135,13 @@ def _observations(value: str | None, text: Any) -> list[dict[str, Any]] | None:
     observations = []
     for message in json.loads(value):
         content = message.get("content")
-        if not isinstance(content, str):
-            content = json.dumps(content, indent=1, ensure_ascii=False)
         role, name = str(message.get("role", "")), message.get("name")
-        observations.append({"role": f"{role} {name}" if name else role, "content": text(content)})
+        observations.append(
+            {
+                "role": f"{role} {name}" if name else role,
+                "content": text(content if isinstance(content, str) else _readable(content)),
+            }
+        )
     return observations
 
 

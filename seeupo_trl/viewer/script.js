@@ -9,6 +9,7 @@ const list = document.getElementById("list");
 const detail = document.getElementById("detail");
 let shown = [];
 let current = null;
+let lowered = null;  // the texts in lower case, once somebody searches
 
 const SORTS = {
   "": ["Newest first", null],
@@ -102,7 +103,8 @@ function wanted() {
   const values = Object.fromEntries(fields.map((name) => [name, input[name].value]));
   if (values.search !== "") {
     const needle = values.search.toLowerCase();
-    values.hits = new Set(data.texts.flatMap((value, at) => (value.toLowerCase().includes(needle) ? [at] : [])));
+    lowered ??= data.texts.map((value) => value.toLowerCase());
+    values.hits = new Set(lowered.flatMap((value, at) => (value.includes(needle) ? [at] : [])));
   }
   return values;
 }
@@ -208,7 +210,7 @@ function show(trajectory) {
   if (trajectory.info !== null) {
     const info = folded("What the environment reported", trajectory.info);
     const box = make("section", { class: "turn" }, info);
-    info.open = trajectory.turns.length === 0 || text(trajectory.info).length < 400;
+    info.open ||= trajectory.turns.length === 0 || text(trajectory.info).length < 400;
     children.push(box);
   }
   children.push(...trajectory.turns.map((turn, at) => turnCard(turn, at + 1)));
@@ -241,7 +243,7 @@ function overview(trajectory) {
         format(turn.ratio, 4) + (turn.clipped ? " \u2702" : "")));
       cells.push(make("td", {}, format(turn.turn_weight)), make("td", {}, format(turn.relative_turn_weight, 4)));
     }
-    cells.push(make("td", { class: "calls" }, turn.calls.map((call) => visible(call.name)).join(", ")));
+    cells.push(make("td", { class: "calls" }, turn.calls.map((call) => visible(call.name)).join(", ") || "-"));
     return make("tr", {}, ...cells);
   });
   return make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows));
@@ -267,7 +269,7 @@ function turnCard(turn, at) {
   card.append(folded(at === 1
     ? `Context: ${count(fresh, "token")}`
     : `Context: ${count(fresh, "new token")} after ${turn.kept.toLocaleString("en")} shared with turn ${at - 1}`,
-  turn.context));
+  turn.context, true));
   const parsed = turn.content !== null || turn.reasoning !== null || turn.calls.length > 0;
   if (text(turn.reasoning)) {
     const reasoning = folded("Reasoning", turn.reasoning);
@@ -293,12 +295,19 @@ function part(title, children, kind) {
   return make("div", { class: `part ${kind}` }, make("h4", {}, title), ...children);
 }
 
-// The text of a folded part is drawn when it is opened for the first time.
-function folded(title, value) {
+// The text of a folded part is drawn when it is opened for the first time. Of a context the end matters most.
+function folded(title, value, fromEnd = false) {
   const details = make("details", { class: "part" }, make("summary", {}, title));
   details.addEventListener("toggle", () => {
-    if (details.open && details.children.length === 1) details.append(block(value));
+    if (!details.open || details.children.length > 1) return;
+    const pre = block(value);
+    details.append(pre);
+    const found = pre.querySelector("mark");
+    if (found) pre.scrollTop = found.offsetTop - pre.offsetTop - 40;
+    else if (fromEnd) pre.scrollTop = pre.scrollHeight;
   });
+  const needle = input.search.value.toLowerCase();
+  details.open = needle !== "" && (text(value) || "").toLowerCase().includes(needle);
   return details;
 }
 
