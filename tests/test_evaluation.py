@@ -13,10 +13,12 @@ import torch
 import yaml
 from datasets import Dataset, IterableDataset
 from evaluation_run import evaluate_and_train, make_trainer, tasks
+from tiny import save_tiny_model
 
 from seeupo_trl.envs import StopReason
 from seeupo_trl.episode import Episode, describe_episodes, task_of
 from seeupo_trl.evaluation import Evaluation, attempts, bootstrap_interval, pass_at, pass_hat, summarize
+from seeupo_trl.trajectory_log import read_trajectories
 
 
 SCRIPT = Path(__file__).with_name("evaluation_run.py")
@@ -245,6 +247,38 @@ def test_threshold_gives_success_to_environments_that_report_none(tiny_dir, tmp_
     metrics = trainer.evaluate(rows)
     assert metrics["eval_reward/avg"] >= 1.0
     assert not any("success" in name for name in metrics)
+
+
+def test_example_evaluates_categories_and_says_how_to_look(tiny_dir, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("bfcl_eval", reason="bfcl-eval is installed without its dependencies, see the README")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    import evaluate_bfcl
+    from trl import ModelConfig, TrlParser
+
+    model = save_tiny_model(tmp_path / "model", max_position_embeddings=4096)
+    options = {"model_name_or_path": model, "output_dir": str(tmp_path / "out"), "num_tasks": 2}
+    options |= {"num_generations_eval": 2, "per_device_eval_batch_size": 8, "max_completion_length": 8, "bf16": False}
+    command = [
+        "--config",
+        str(evaluate_bfcl.DEMONSTRATION),
+        "--categories",
+        "multi_turn_base",
+        "multi_turn_miss_param",
+    ]
+    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    parser = TrlParser((evaluate_bfcl.EvaluationArguments, evaluate_bfcl.Config, ModelConfig))
+    metrics = evaluate_bfcl.main(*parser.parse_args_and_config(command))
+    assert metrics["eval_success/multi_turn_miss_param/pass@2"] == 0
+    assert (metrics["eval_episodes/valid"], metrics["eval_episodes/tasks"]) == (8, 4)
+    assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_success/pass^2"] == 0
+    rows = read_trajectories(tmp_path / "out").to_pylist()
+    assert {row["task"] for row in rows} == {f"multi_turn_{c}_{i}" for c in ("base", "miss_param") for i in (100, 150)}
+    lines = capsys.readouterr().out.splitlines()
+    header = next(line for line in lines if "pass^2" in line)
+    assert header.split() == ["avg@2", "pass@2", "pass^2", "tasks", "spoiled", "episodes"]
+    row = next(line for line in lines if line.startswith("multi_turn_base"))
+    assert row.split()[1:] == ["0.000", "[0.000,", "0.000]"] * 3 + ["2", "0"]
+    assert any("python -m seeupo_trl.view" in line for line in lines)
 
 
 @pytest.mark.slow
