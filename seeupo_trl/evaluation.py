@@ -26,7 +26,7 @@ from accelerate.utils import gather_object
 from transformers.trainer_utils import has_length
 
 from .envs.base import StopReason
-from .episode import Episode
+from .outcome import Outcome
 
 
 if TYPE_CHECKING:
@@ -103,13 +103,13 @@ def attempts(k: int) -> list[int]:
     return sorted({2**power for power in range(k.bit_length())} | {k})
 
 
-def summarize(episodes: list[Episode], k: int, seed: int = 0) -> dict[str, float]:
+def summarize(outcomes: list[Outcome], k: int, seed: int = 0) -> dict[str, float]:
     """
     Metrics of an evaluation, over all episodes and for each category.
 
     Args:
-        episodes (`list[Episode]`):
-            All episodes of the evaluation.
+        outcomes (`list[Outcome]`):
+            Outcomes of all episodes of the evaluation.
         k (`int`):
             Number of times each task was played.
         seed (`int`, *optional*, defaults to `0`):
@@ -123,28 +123,28 @@ def summarize(episodes: list[Episode], k: int, seed: int = 0) -> dict[str, float
             counts. Those of a category are called `success/<category>/avg@k` and so on. What the episodes do not
             determine is left out.
     """
-    categories = _category_of_groups(episodes)
-    reports_success = any(episode.success is not None for episode in episodes if not episode.is_quarantined)
-    metrics = _summarize(episodes, k, seed, reports_success, "")
+    categories = _category_of_groups(outcomes)
+    reports_success = any(outcome.success is not None for outcome in outcomes if not outcome.is_quarantined)
+    metrics = _summarize(outcomes, k, seed, reports_success, "")
     for category in sorted(set(categories.values())):
-        members = [episode for episode in episodes if categories.get(episode.group) == category]
+        members = [outcome for outcome in outcomes if categories.get(outcome.group) == category]
         metrics |= _summarize(members, k, seed, reports_success, f"{category}/")
     return metrics
 
 
-def _category_of_groups(episodes: list[Episode]) -> dict[int, str]:
+def _category_of_groups(outcomes: list[Outcome]) -> dict[int, str]:
     """Category by group: an episode that failed early may not know the one that others of its task report."""
-    return {episode.group: episode.category for episode in reversed(episodes) if episode.category is not None}
+    return {outcome.group: outcome.category for outcome in reversed(outcomes) if outcome.category is not None}
 
 
-def _summarize(episodes: list[Episode], k: int, seed: int, reports_success: bool, category: str) -> dict[str, float]:
-    if not episodes:
+def _summarize(outcomes: list[Outcome], k: int, seed: int, reports_success: bool, category: str) -> dict[str, float]:
+    if not outcomes:
         return {}
-    groups: dict[int, list[Episode]] = {}
-    for episode in episodes:
-        groups.setdefault(episode.group, [])
-        if not episode.is_quarantined:
-            groups[episode.group].append(episode)
+    groups: dict[int, list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault(outcome.group, [])
+        if not outcome.is_quarantined:
+            groups[outcome.group].append(outcome)
 
     by_task: dict[str, list[float]] = {}  # one value for each task that has one
     if reports_success:
@@ -162,27 +162,27 @@ def _summarize(episodes: list[Episode], k: int, seed: int, reports_success: bool
             if interval is not None:
                 metrics[f"{name}_low"], metrics[f"{name}_high"] = interval
 
-    reasons = [episode.stop_reason for episode in episodes]
+    reasons = [outcome.stop_reason for outcome in outcomes]
     if any(reasons):
         metrics |= {f"stop_reason/{category}{reason}": reasons.count(reason) / len(reasons) for reason in StopReason}
-    turns = [episode.turns for episode in episodes]
+    turns = [outcome.turns for outcome in outcomes]
     metrics |= {
         f"turns/{category}mean": sum(turns) / len(turns),
         f"turns/{category}min": float(min(turns)),
         f"turns/{category}max": float(max(turns)),
         f"episodes/{category}valid": float(sum(map(len, groups.values()))),
-        f"episodes/{category}quarantined": float(sum(episode.is_quarantined for episode in episodes)),
+        f"episodes/{category}quarantined": float(sum(outcome.is_quarantined for outcome in outcomes)),
         f"episodes/{category}tasks": float(len(groups)),
     }
     return metrics
 
 
-def _success_by_task(groups: Iterable[list[Episode]], k: int) -> dict[str, list[float]]:
+def _success_by_task(groups: Iterable[list[Outcome]], k: int) -> dict[str, list[float]]:
     """
     Estimates by task. An episode that reports no success, where others do, ended before its environment could say so:
     it has failed.
     """
-    counts = [(len(group), sum(episode.success is True for episode in group)) for group in groups if group]
+    counts = [(len(group), sum(outcome.success is True for outcome in group)) for group in groups if group]
     values = {f"avg@{k}": [c / n for n, c in counts]}
     for j in attempts(k):
         values[f"pass@{j}"] = [pass_at(j, n, c) for n, c in counts if n >= j]
@@ -222,7 +222,7 @@ class Evaluation:
         self._num_rows = len(dataset) if has_length(dataset) else None
         self._num_processes = num_processes
         self._seed = seed
-        self._batches: list[list[Episode]] = []
+        self._batches: list[list[Outcome]] = []
 
     @property
     def num_seen(self) -> int:
@@ -236,27 +236,27 @@ class Evaluation:
             return min(self._num_rows * self.k, self.num_seen)
         return self.num_seen - (self._num_repeated() if self._num_processes > 1 else 0)
 
-    def add(self, episodes: list[Episode]) -> None:
+    def add(self, outcomes: list[Outcome]) -> None:
         """Take in this process's part of a batch. A collective operation."""
-        self._batches.append(gather_object(episodes))
+        self._batches.append(gather_object(outcomes))
 
-    def episodes(self) -> list[Episode]:
+    def outcomes(self) -> list[Outcome]:
         """
-        The episodes of the evaluation, each once. So that several processes get full batches, the data loader fills
+        The outcomes of the episodes, each once. So that several processes get full batches, the data loader fills
         the last one with rows from the beginning; those come last, and are left out.
         """
-        seen = [episode for batch in self._batches for episode in batch]
+        seen = [outcome for batch in self._batches for outcome in batch]
         return seen[: self.num_episodes]
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the evaluation, see [`summarize`]; the same on all processes."""
-        return summarize(self.episodes(), self.k, self._seed)
+        return summarize(self.outcomes(), self.k, self._seed)
 
     def rewards(self) -> dict[str, float]:
         """What TRL logs as `reward` and `rewards/<function>/mean`, over all episodes."""
-        values = {"reward": [episode.reward for episode in self.episodes()]}
-        for episode in self.episodes():
-            for name, reward in episode.rewards.items():
+        values = {"reward": [outcome.reward for outcome in self.outcomes()]}
+        for outcome in self.outcomes():
+            for name, reward in outcome.rewards.items():
                 values.setdefault(f"rewards/{name}/mean", []).append(reward)
         scored = {name: [reward for reward in rewards if reward is not None] for name, rewards in values.items()}
         return {name: sum(rewards) / len(rewards) for name, rewards in scored.items() if rewards}
@@ -265,7 +265,7 @@ class Evaluation:
         """Length of the longest end of the last batch that repeats the beginning of the first."""
         if not self._batches:
             return 0
-        last = [episode.task for episode in self._batches[-1]]
-        first = [episode.task for episode in self._batches[0]]
+        last = [outcome.task for outcome in self._batches[-1]]
+        first = [outcome.task for outcome in self._batches[0]]
         lengths = range(len(last) - self.k, 0, -self.k)
         return next((length for length in lengths if last[-length:] == first[:length]), 0)

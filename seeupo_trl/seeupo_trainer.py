@@ -32,10 +32,10 @@ from .buffer import Trajectory, TurnBuffer, turns_from_mask
 from .engine import UpdateEngine
 from .entropy_bonus import EntropyBonus
 from .envs.base import MultiTurnEnvironment, StopReason
-from .episode import Episode, describe_episodes
 from .evaluation import Evaluation
 from .multimodal import SampleScorer
 from .objective import center_by_group, k3_divergence, normalize_over_batch
+from .outcome import Outcome, describe_outcomes
 from .resume import ResumableRepeatSampler, last_complete_checkpoint
 from .rollout import MultiTurnRollout, environment_reward
 from .rollout_checks import checked_rollout
@@ -176,7 +176,7 @@ class SeeUPOTrainer(GRPOTrainer):
             self._ref_scorer = TreeScorer(ref_model, pad_token_id, **options)
         self.rollout_inputs: list[dict[str, Any]] = []
         self._trajectories: list[Trajectory] = []
-        self._episodes: list[Episode] = []
+        self._outcomes: list[Outcome] = []
         self._rewards_per_func = torch.empty(0)
         self._evaluation: Evaluation | None = None
         self._trajectory_log: TrajectoryLog | None = None
@@ -254,7 +254,7 @@ class SeeUPOTrainer(GRPOTrainer):
         self._last_world_entropy = updater.entropy_bonus.last_entropy
         self._log_update(updater)
         if self._trajectory_log is not None:
-            self._trajectory_log.add(self._episodes, self._trajectories, updater.turn_updates)
+            self._trajectory_log.add(self._outcomes, self._trajectories, updater.turn_updates)
             self._trajectory_log.write("train", self.state.global_step + 1)
         if self._is_idle:
             # no gradient, no step: momentum and weight decay must not move the parameters either
@@ -293,7 +293,7 @@ class SeeUPOTrainer(GRPOTrainer):
         for _ in range(min(len(advantages), len(logged))):
             logged.pop()
         logged.extend(advantages.tolist())
-        self._episodes = describe_episodes(
+        self._outcomes = describe_outcomes(
             inputs,
             self._trajectories,
             self._rewards_per_func[local],
@@ -305,9 +305,9 @@ class SeeUPOTrainer(GRPOTrainer):
             success_threshold=self.config.success_threshold,
         )
         if self._evaluation is not None:
-            self._evaluation.add(self._episodes)
+            self._evaluation.add(self._outcomes)
             if self._trajectory_log is not None:
-                self._trajectory_log.add(self._episodes, self._trajectories)
+                self._trajectory_log.add(self._outcomes, self._trajectories)
         return batch
 
     @contextmanager

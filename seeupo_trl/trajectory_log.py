@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .buffer import Trajectory, Turn
-    from .episode import Episode
+    from .outcome import Outcome
     from .scoring import Key
     from .update import TurnUpdate
 
@@ -116,7 +116,7 @@ class TrajectoryLog:
 
     def add(
         self,
-        episodes: "list[Episode]",
+        outcomes: "list[Outcome]",
         trajectories: "list[Trajectory]",
         updates: "Mapping[Key, TurnUpdate] | None" = None,
     ) -> None:
@@ -124,15 +124,15 @@ class TrajectoryLog:
         Take in trajectories, to be written by the next [`write`].
 
         Args:
-            episodes (`list[Episode]`), trajectories (`list[Trajectory]`):
+            outcomes (`list[Outcome]`), trajectories (`list[Trajectory]`):
                 What became of them, and the trajectories themselves, in the same order.
             updates (`dict[tuple[int, int], TurnUpdate]`, *optional*):
                 How the turns were trained on, by position in `trajectories` and number of the turn.
         """
         updates = {} if updates is None else updates
         rows = []
-        for position, (episode, trajectory) in enumerate(zip(episodes, trajectories, strict=True)):
-            for row in self._rows(episode, trajectory):
+        for position, (outcome, trajectory) in enumerate(zip(outcomes, trajectories, strict=True)):
+            for row in self._rows(outcome, trajectory):
                 update = updates.get((position, row["turn"]))
                 if update is not None:
                     row["ratio"], row["clipped"] = update.ratio, update.is_clipped
@@ -186,18 +186,18 @@ class TrajectoryLog:
         process = f".process-{self._process_index}-of-{self._num_processes}" if several else ""
         return directory / f"{stem}{number}{process}.parquet"
 
-    def _rows(self, episode: "Episode", trajectory: "Trajectory") -> Iterator[dict[str, Any]]:
+    def _rows(self, outcome: "Outcome", trajectory: "Trajectory") -> Iterator[dict[str, Any]]:
         shared = {
-            "task": _plain_text(episode.task),
-            "category": _plain_text(episode.category),
-            "group": episode.group,
-            "trajectory": episode.index,
-            "turns": episode.turns,
-            "reward": episode.reward,
-            "rewards": to_json(episode.rewards),
-            "advantage": episode.advantage,
-            "stop_reason": _plain_text(episode.stop_reason),
-            "success": episode.success,
+            "task": _plain_text(outcome.task),
+            "category": _plain_text(outcome.category),
+            "group": outcome.group,
+            "trajectory": outcome.index,
+            "turns": outcome.turns,
+            "reward": outcome.reward,
+            "rewards": to_json(outcome.rewards),
+            "advantage": outcome.advantage,
+            "stop_reason": _plain_text(outcome.stop_reason),
+            "success": outcome.success,
             "info": to_json(trajectory.info),
         }
         if not trajectory.turns:

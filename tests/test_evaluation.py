@@ -16,8 +16,8 @@ from evaluation_run import evaluate_and_train, make_trainer, tasks
 from tiny import save_tiny_model
 
 from seeupo_trl.envs import StopReason
-from seeupo_trl.episode import Episode, describe_episodes, task_of
 from seeupo_trl.evaluation import Evaluation, attempts, bootstrap_interval, pass_at, pass_hat, summarize
+from seeupo_trl.outcome import Outcome, describe_outcomes, task_of
 from seeupo_trl.trajectory_log import read_trajectories
 
 
@@ -36,9 +36,9 @@ LAUNCHER = {
 }
 
 
-def episode(group=0, success=None, reward=0.0, stop_reason=StopReason.completed, category=None, turns=1, **kwargs):
+def outcome(group=0, success=None, reward=0.0, stop_reason=StopReason.completed, category=None, turns=1, **kwargs):
     options = {"index": 0, "task": str(group), "rewards": {}, **kwargs}
-    return Episode(
+    return Outcome(
         group=group,
         success=success,
         reward=reward,
@@ -103,8 +103,8 @@ def test_intervals_depend_on_the_seed_alone_and_need_two_tasks():
 
 
 def test_success_is_a_mean_over_tasks():
-    episodes = [episode(0, s) for s in (True, True, False, False)] + [episode(1, s) for s in [False] * 4]
-    metrics = summarize(episodes, 4)
+    outcomes = [outcome(0, s) for s in (True, True, False, False)] + [outcome(1, s) for s in [False] * 4]
+    metrics = summarize(outcomes, 4)
     assert metrics["success/avg@4"] == metrics["success/pass@1"] == 0.25
     assert metrics["success/pass@2"] == pytest.approx((1 - 1 / 6) / 2)
     assert metrics["success/pass@4"] == 0.5
@@ -116,10 +116,10 @@ def test_success_is_a_mean_over_tasks():
 
 def test_spoiled_episodes_are_left_out_and_counted():
     spoiled = [
-        episode(0, reward=None, stop_reason=StopReason.env_error),
-        episode(0, success=True, reward=None, stop_reason=StopReason.env_timeout),
+        outcome(0, reward=None, stop_reason=StopReason.env_error),
+        outcome(0, success=True, reward=None, stop_reason=StopReason.env_timeout),
     ]
-    metrics = summarize([episode(0, True, 1.0), episode(0, False), *spoiled], 4)
+    metrics = summarize([outcome(0, True, 1.0), outcome(0, False), *spoiled], 4)
     assert metrics["success/avg@4"] == 0.5
     assert metrics["success/pass@2"] == 1.0
     # two attempts say nothing about four
@@ -130,10 +130,10 @@ def test_spoiled_episodes_are_left_out_and_counted():
 
 
 def test_categories_are_reported_one_by_one():
-    episodes = [episode(0, True, 1.0, category="easy"), episode(1, False, category="hard"), episode(2, False)]
+    outcomes = [outcome(0, True, 1.0, category="easy"), outcome(1, False, category="hard"), outcome(2, False)]
     # an episode that failed early does not know what the other of its task reported
-    episodes.append(episode(1, None, None, StopReason.env_error))
-    metrics = summarize(episodes, 1)
+    outcomes.append(outcome(1, None, None, StopReason.env_error))
+    metrics = summarize(outcomes, 1)
     assert metrics["success/avg@1"] == pytest.approx(1 / 3)
     assert (metrics["success/easy/avg@1"], metrics["success/hard/avg@1"]) == (1, 0)
     assert (metrics["stop_reason/hard/completed"], metrics["stop_reason/hard/env_error"]) == (0.5, 0.5)
@@ -141,14 +141,14 @@ def test_categories_are_reported_one_by_one():
 
 
 def test_without_success_there_are_rewards_alone():
-    metrics = summarize([episode(i, reward=float(i)) for i in range(10)], 1)
+    metrics = summarize([outcome(i, reward=float(i)) for i in range(10)], 1)
     assert metrics["reward/avg"] == 4.5
     assert 2 < metrics["reward/avg_low"] < 4.5 < metrics["reward/avg_high"] < 7
     assert not any(name.startswith("success") for name in metrics)
 
 
 def test_an_episode_that_ends_before_it_can_report_success_has_failed():
-    metrics = summarize([episode(0, True), episode(0, None, stop_reason=StopReason.context_overflow)], 2)
+    metrics = summarize([outcome(0, True), outcome(0, None, stop_reason=StopReason.context_overflow)], 2)
     assert metrics["success/avg@2"] == 0.5
 
 
@@ -162,7 +162,7 @@ def test_success_comes_from_the_environment_before_the_threshold():
         Trajectory([]),
     ]
     rewards = torch.tensor([[1.0, 1.0], [0.5, 0.9], [0.0, 0.2], [torch.nan, torch.nan]])
-    episodes = describe_episodes(
+    outcomes = describe_outcomes(
         [{"id": 7, "category": "row"}] * 4,
         trajectories,
         rewards,
@@ -173,11 +173,11 @@ def test_success_comes_from_the_environment_before_the_threshold():
         group_size=2,
         success_threshold=0.9,  # not a float32 number
     )
-    assert [e.success for e in episodes] == [False, True, False, None]
-    assert [e.category for e in episodes] == ["reported", "row", "row", "row"]
-    assert [(e.index, e.group, e.task) for e in episodes] == [(4, 2, "7"), (5, 2, "7"), (6, 3, "7"), (7, 3, "7")]
-    assert episodes[1].rewards == {"a": 0.5, "b": pytest.approx(0.9)}
-    assert episodes[3].reward is None
+    assert [e.success for e in outcomes] == [False, True, False, None]
+    assert [e.category for e in outcomes] == ["reported", "row", "row", "row"]
+    assert [(e.index, e.group, e.task) for e in outcomes] == [(4, 2, "7"), (5, 2, "7"), (6, 3, "7"), (7, 3, "7")]
+    assert outcomes[1].rewards == {"a": 0.5, "b": pytest.approx(0.9)}
+    assert outcomes[3].reward is None
 
 
 def test_a_task_without_id_is_known_by_its_prompt():
@@ -198,8 +198,8 @@ def test_rows_that_fill_the_last_batch_of_a_stream_are_found(num_rows):
         stream = stream[: -(-num_rows * 2 // 4) * 4]
     evaluation = Evaluation(IterableDataset.from_generator(iter), k=2, batch_size=2, num_processes=2, seed=0)
     for start in range(0, len(stream), 4):
-        evaluation._batches.append([episode(group=row) for row in stream[start : start + 4]])
-    assert [e.task for e in evaluation.episodes()] == [str(row) for row in range(num_rows) for _ in range(2)]
+        evaluation._batches.append([outcome(group=row) for row in stream[start : start + 4]])
+    assert [e.task for e in evaluation.outcomes()] == [str(row) for row in range(num_rows) for _ in range(2)]
 
 
 @pytest.mark.parametrize("batch_size", [2, 8])

@@ -13,7 +13,7 @@ from tiny import tiny_tokenizer
 
 from seeupo_trl import Trajectory, Turn
 from seeupo_trl.envs import StopReason
-from seeupo_trl.episode import Episode
+from seeupo_trl.outcome import Outcome
 from seeupo_trl.trajectory_log import (
     SCHEMA,
     TrajectoryLog,
@@ -30,7 +30,7 @@ WORDS = tiny_tokenizer().convert_tokens_to_ids([f"w{i}" for i in range(60)])
 
 def outcome(index=0, **kwargs):
     settings = {"task": "t", "category": None, "turns": 0, "stop_reason": "completed", "success": None, "reward": 1.0}
-    return Episode(index=index, group=index, **{**settings, **kwargs})
+    return Outcome(index=index, group=index, **{**settings, **kwargs})
 
 
 def make_log(output_dir, num_trajectories, num_turns, prompt=tuple(WORDS)):

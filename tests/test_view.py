@@ -10,7 +10,7 @@ from test_trajectory_log import WORDS, make_log
 from tiny import tiny_tokenizer
 
 from seeupo_trl import Trajectory, Turn
-from seeupo_trl.episode import Episode
+from seeupo_trl.outcome import Outcome
 from seeupo_trl.trajectory_log import TrajectoryLog
 from seeupo_trl.update import TurnUpdate
 from seeupo_trl.view import main
@@ -40,7 +40,7 @@ class Verbatim:
 
 
 def outcome(index, task, reward, stop_reason="completed", success=None, turns=1, **kwargs):
-    return Episode(
+    return Outcome(
         index=index,
         group=index // 2,
         task=task,
@@ -69,12 +69,12 @@ def run_dir(tmp_path_factory):
     second = Turn(WORDS[:10], WORDS[10:12])
     for iteration in (1, 2):
         trajectories = [Trajectory([first, second], messages=messages, info={"failure": None}), Trajectory([first])]
-        episodes = [
+        outcomes = [
             outcome(0, "lamp", 1.0, success=True, turns=2),
             outcome(1, "lamp", float(iteration) / 4, "max_turns", False),
         ]
         updates = {(0, 1): TurnUpdate(1.25, True, -0.3, 1.2), (0, 2): TurnUpdate(1.0, False, -0.25, 1.0)}
-        log.add(episodes, trajectories, updates if iteration == 2 else None)
+        log.add(outcomes, trajectories, updates if iteration == 2 else None)
         log.write("train", iteration)
     log.add([outcome(0, "door", None, "env_error", turns=0)], [Trajectory([], info={"error": "the key broke"})])
     log.write("eval_doors", 2)
@@ -163,15 +163,15 @@ def test_page_follows_the_colour_scheme(run_dir, tmp_path, dark):
 @needs_browser
 def test_no_text_of_a_model_or_an_environment_runs(tmp_path):
     log = TrajectoryLog(tmp_path, Verbatim(HOSTILE))
-    trajectories, episodes = [], []
+    trajectories, outcomes = [], []
     for index, text in enumerate(HOSTILE):
         call = {"function": {"name": text, "arguments": {text: [text]}}}
         message = {"role": "assistant", "content": text, "reasoning_content": text, "tool_calls": [call, text, 3]}
         answers = [{"role": text, "name": text, "content": text}, {"role": "tool", "content": [{"text": text}]}]
         turns = [Turn([index], [index]), Turn([index, index], [index])]
         trajectories.append(Trajectory(turns, messages=[message, *answers, message], info={text: text}))
-        episodes.append(outcome(index, text, 1.0, text, category=text, turns=2))
-    log.add(episodes, trajectories)
+        outcomes.append(outcome(index, text, 1.0, text, category=text, turns=2))
+    log.add(outcomes, trajectories)
     log.write("eval_</script>", 0)
     run_dir = tmp_path / "<script>window.harmed = 1<" / "@data@"
     run_dir.mkdir(parents=True)

@@ -13,7 +13,7 @@ from .envs.base import StopReason
 
 
 @dataclass
-class Episode:
+class Outcome:
     """
     The outcome of one trajectory.
 
@@ -58,7 +58,7 @@ class Episode:
         return self.stop_reason in (StopReason.env_error, StopReason.env_timeout)
 
 
-def describe_episodes(
+def describe_outcomes(
     rows: list[dict[str, Any]],
     trajectories: list[Trajectory],
     rewards_per_func: torch.Tensor,
@@ -69,7 +69,7 @@ def describe_episodes(
     first_index: int,
     group_size: int,
     success_threshold: float | None = None,
-) -> list[Episode]:
+) -> list[Outcome]:
     """
     Outcomes of this process's part of a batch.
 
@@ -92,12 +92,12 @@ def describe_episodes(
             Smallest reward of a success, for episodes whose environment does not report `success`.
 
     Returns:
-        `list[Episode]`:
+        `list[Outcome]`:
             One for each trajectory.
     """
     scored = ~rewards_per_func.isnan().all(dim=1)  # (n,)
     totals = (rewards_per_func * reward_weights.to(rewards_per_func)).nansum(dim=1)  # (n,)
-    episodes = []
+    outcomes = []
     parts = zip(
         rows, trajectories, rewards_per_func.tolist(), totals.tolist(), scored.tolist(), advantages, strict=True
     )
@@ -110,8 +110,8 @@ def describe_episodes(
         category = trajectory.info.get("category")
         if category is None:
             category = row.get("category")
-        episodes.append(
-            Episode(
+        outcomes.append(
+            Outcome(
                 index=first_index + offset,
                 group=(first_index + offset) // group_size,
                 task=task_of(row),
@@ -127,7 +127,7 @@ def describe_episodes(
                 advantage=advantage,
             )
         )
-    return episodes
+    return outcomes
 
 
 def task_of(row: dict[str, Any]) -> str:
