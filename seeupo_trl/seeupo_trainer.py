@@ -21,7 +21,9 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset, IterableDataset
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id, use_adapter
@@ -31,14 +33,17 @@ from .engine import UpdateEngine
 from .entropy_bonus import EntropyBonus
 from .envs.base import StopReason
 from .envs.tools import EMPTY_PROMPT
+from .evaluation import Evaluation
 from .multimodal import SampleScorer
 from .objective import center_by_group, k3_divergence, normalize_over_batch
+from .outcome import Outcome, describe_outcomes
 from .resume import ResumableRepeatSampler, last_complete_checkpoint
 from .rollout import MultiTurnRollout, environment_reward
 from .rollout_checks import checked_rollout
 from .scoring import Scorer, score_without_gradient
 from .seeupo_config import SeeUPOConfig
 from .tool_rollout import ToolRollout, tool_rollout_for
+from .trajectory_log import TrajectoryLog
 from .tree_scoring import TreeScorer
 from .update import Reference, TurnUpdater
 
@@ -181,7 +186,13 @@ class SeeUPOTrainer(GRPOTrainer):
             self._ref_scorer = TreeScorer(ref_model, pad_token_id, **options)
         self.rollout_inputs: list[dict[str, Any]] = []
         self._trajectories: list[Trajectory] = []
+        self._outcomes: list[Outcome] = []
         self._rewards_per_func = torch.empty(0)
+        self._evaluation: Evaluation | None = None
+        self._trajectory_log: TrajectoryLog | None = None
+        if args.save_trajectories:
+            processes = self.accelerator.process_index, self.accelerator.num_processes
+            self._trajectory_log = TrajectoryLog(args.output_dir, self._tokenizer, *processes)
         # set while the Trainer's own optimizer step is due: label of the block it belongs to, or None for no step
         self._block_of_last_step: str | None = None
         self._is_idle = False
@@ -263,6 +274,9 @@ class SeeUPOTrainer(GRPOTrainer):
         self.entropy_coef = updater.entropy_bonus.coef
         self._last_world_entropy = updater.entropy_bonus.last_entropy
         self._log_update(updater)
+        if self._trajectory_log is not None:
+            self._trajectory_log.add(self._outcomes, self._trajectories, updater.turn_updates)
+            self._trajectory_log.write("train", self.state.global_step + 1)
         if self._is_idle:
             # no gradient, no step: momentum and weight decay must not move the parameters either
             self.accelerator.gradient_state._set_sync_gradients(False)
@@ -289,7 +303,8 @@ class SeeUPOTrainer(GRPOTrainer):
         group_size = self.num_generations if self.model.training else self.num_generations_eval
         advantages = self._group_relative_advantages(self._rewards_per_func, group_size)  # (N,)
         first = self.accelerator.process_index * len(inputs)
-        batch["advantages"] = advantages[first : first + len(inputs)]
+        local = slice(first, first + len(inputs))
+        batch["advantages"] = advantages[local]
         batch["num_trajectories"] = len(advantages)
         # TRL empties the mask of a completion that `mask_truncated_completions` leaves out
         kept = batch["completion_mask"].any(dim=1).tolist()
@@ -301,6 +316,21 @@ class SeeUPOTrainer(GRPOTrainer):
         for _ in range(min(len(advantages), len(logged))):
             logged.pop()
         logged.extend(advantages.tolist())
+        self._outcomes = describe_outcomes(
+            inputs,
+            self._trajectories,
+            self._rewards_per_func[local],
+            self.reward_func_names,
+            self.reward_weights,
+            advantages[local].tolist(),
+            first_index=first + (0 if self._evaluation is None else self._evaluation.num_seen),
+            group_size=group_size,
+            success_threshold=self.config.success_threshold,
+        )
+        if self._evaluation is not None:
+            self._evaluation.add(self._outcomes)
+            if self._trajectory_log is not None:
+                self._trajectory_log.add(self._outcomes, self._trajectories)
         return batch
 
     @contextmanager
@@ -329,7 +359,7 @@ class SeeUPOTrainer(GRPOTrainer):
 
     def _generate(self, prompts: list) -> tuple:
         output = list(super()._generate(prompts))
-        prompt_ids, completion_ids, tool_mask, _, logprobs, extra_fields = output[:6]
+        prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields = output[:6]
         if self._tool_rollout is not None:
             self.environments = extra_fields.pop("environments")
             prompts[:] = extra_fields.pop("prompts")  # for reward functions and logs, with what `reset` returned
@@ -339,8 +369,8 @@ class SeeUPOTrainer(GRPOTrainer):
             masks = tool_mask or [None] * len(prompt_ids)
             logps = logprobs or [None] * len(prompt_ids)
             trajectories = [
-                Trajectory(turns=turns_from_mask(*sample))
-                for sample in zip(prompt_ids, completion_ids, masks, logps, strict=True)
+                Trajectory(turns=turns_from_mask(*sample), messages=messages if isinstance(messages, list) else [])
+                for *sample, messages in zip(prompt_ids, completion_ids, masks, logps, completions, strict=True)
             ]
         elif is_conversational({"prompt": prompts[0]}):
             # reward functions may read the last message, also where an environment failed before there was one
@@ -417,6 +447,31 @@ class SeeUPOTrainer(GRPOTrainer):
 
     # ---- Evaluation ----
 
+    def evaluation_loop(
+        self, dataloader: DataLoader, *args, metric_key_prefix: str = "eval", **kwargs
+    ) -> EvalLoopOutput:
+        """
+        Evaluate as [`~transformers.Trainer.evaluation_loop`] does, and report what [`~seeupo_trl.evaluation`] defines
+        over all episodes: success, rewards and stop reasons, with confidence intervals and by category.
+        """
+        self._evaluation = evaluation = Evaluation(
+            dataloader.dataset,
+            self.num_generations_eval,
+            self.args.eval_batch_size,
+            self.accelerator.num_processes,
+            self.args.seed,
+        )
+        try:
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            self._evaluation = None
+        # TRL averages over batches, whose sizes may differ
+        self._metrics["eval"].update({name: [value] for name, value in evaluation.rewards().items()})
+        output.metrics.update({f"{metric_key_prefix}_{n}": value for n, value in evaluation.metrics().items()})
+        if self._trajectory_log is not None:
+            self._trajectory_log.write(metric_key_prefix, self.state.global_step, evaluation.num_episodes)
+        return output
+
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """Loss of an evaluation batch: all turns at once, at a ratio of 1. Training does not go through here."""
         buffer = TurnBuffer(inputs["trajectories"], inputs["advantages"].tolist(), inputs["num_trajectories"])
@@ -455,6 +510,8 @@ class SeeUPOTrainer(GRPOTrainer):
         super().log(logs, start_time)
 
     def _log_episodes(self, trajectories: list[Trajectory]) -> None:
+        if self._evaluation is not None:
+            return  # which reports the same over all its batches
         metrics = self._metrics["train" if self.model.training else "eval"]
         turns = torch.tensor([float(len(t.turns)) for t in trajectories], device=self.accelerator.device)
         turns = self.accelerator.gather(turns)
