@@ -156,9 +156,9 @@ class CachedGeneration:
                 if row.num_new == 0:
                     row.layers = row.take_from_source()
             for batch in into_batches(wave):
-                compute(model, batch)
+                compute(model, batch, accelerator.device)
         for _ in range(most - count):
-            compute(model, [Row(np.array(contexts[0][:1]))])
+            compute(model, [Row(np.array(contexts[0][:1]))], accelerator.device)
         return as_batch([row.layers for row in rows], width)
 
     def _plan(self, keys: Sequence[Hashable], contexts: list[list[int]]) -> list[Row]:
