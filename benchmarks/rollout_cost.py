@@ -297,10 +297,10 @@ def own_table(args: argparse.Namespace) -> None:
     print("|---|---:|---:|")
     for name, seconds in (("environments", in_environments[0]), ("own", own)):
         print(f"| {name} | {seconds:.2f} | {1000 * seconds / turns:.2f} |")
+    share = own / (own + in_environments[0] + generation)
     print(
-        f"\nWall {wall:.1f} s. With {args.generation_seconds:g} s of generation for a turn of all episodes, own time is"
+        f"\nIf generation takes {args.generation_seconds:g} s for a turn of all episodes: {share:.1%} of the rollout."
     )
-    print(f"{own / (own + in_environments[0] + generation):.1%} of the rollout.")
 
 
 def main() -> None:

@@ -110,6 +110,12 @@ class CachedGeneration:
         batches: list[tuple[DynamicCache, int]] = []
 
         def generate_from_cache(input_ids: torch.Tensor, generation_config: GenerationConfig, **inputs: Any) -> Any:
+            if batches or len(input_ids) != len(contexts):
+                raise RuntimeError(
+                    "Keys and values can be kept from turn to turn only if the trainer's `_generate_single_turn` "
+                    f"calls `model.generate` once, for all {len(contexts)} contexts; it called it with "
+                    f"{len(input_ids)}."
+                )
             width = input_ids.shape[1]
             cache = self._encode(_causal_lm(model), keys, contexts, width - 1)
             batches.append((cache, width))
@@ -119,8 +125,8 @@ class CachedGeneration:
 
         with _replaced(model, "generate", generate_from_cache):
             responses, _ = self.trainer._generate_single_turn(contexts, None, {}, 1)
-        ((cache, width),) = batches
-        self._keep(keys, contexts, responses, cache, width)
+        for cache, width in batches:  # none where a subclass of the trainer generates by other means
+            self._keep(keys, contexts, responses, cache, width)
         return responses
 
     def forget(self, keys: Iterable[Hashable]) -> None:
@@ -150,9 +156,9 @@ class CachedGeneration:
                 if row.num_new == 0:
                     row.layers = row.take_from_source()
             for batch in into_batches(wave):
-                compute(model, batch)
+                compute(model, batch, accelerator.device)
         for _ in range(most - count):
-            compute(model, [Row(np.array(contexts[0][:1]))])
+            compute(model, [Row(np.array(contexts[0][:1]))], accelerator.device)
         return as_batch([row.layers for row in rows], width)
 
     def _plan(self, keys: Sequence[Hashable], contexts: list[list[int]]) -> list[Row]:

@@ -119,7 +119,7 @@ def into_batches(rows: list[Row]) -> list[list[Row]]:
     return batches
 
 
-def compute(model: nn.Module, rows: list[Row]) -> None:
+def compute(model: nn.Module, rows: list[Row], device: torch.device) -> None:
     """
     Compute the new tokens of some rows in one forward pass, and set the rows' `layers`.
 
@@ -128,6 +128,8 @@ def compute(model: nn.Module, rows: list[Row]) -> None:
             Causal language model.
         rows (`list[Row]`):
             Rows whose sources are there.
+        device (`torch.device`):
+            Where the model computes.
     """
     past, new = max(row.start for row in rows), max(row.num_new for row in rows)
     input_ids = torch.zeros(len(rows), new, dtype=torch.long)
@@ -140,12 +142,12 @@ def compute(model: nn.Module, rows: list[Row]) -> None:
     cache = as_batch([row.take_from_source() for row in rows], past)
 
     accepted = inspect.signature(model.forward).parameters
-    options = {"position_ids": positions.to(model.device)} if "position_ids" in accepted else {}
+    options = {"position_ids": positions.to(device)} if "position_ids" in accepted else {}
     if "logits_to_keep" in accepted:
         options["logits_to_keep"] = 1
     model(
-        input_ids=input_ids.to(model.device),
-        attention_mask=mask.to(model.device),
+        input_ids=input_ids.to(device),
+        attention_mask=mask.to(device),
         past_key_values=cache,
         use_cache=True,
         **options,

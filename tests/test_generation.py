@@ -393,6 +393,24 @@ def test_other_backends_are_left_to_trl(make_trainer, caplog):
     assert not CachedGeneration.supports(trainer)
 
 
+def test_trainers_that_generate_by_other_means_keep_nothing(make_trainer):
+    trainer = make_trainer()
+    trainer._generate_single_turn = lambda contexts, *args: ([[40, EOS] for _ in contexts], None)
+    cached = CachedGeneration(trainer)
+    assert cached.generate([0, 1], [[30], [31, 32]]) == [[40, EOS]] * 2
+
+
+def test_a_trainer_that_generates_in_parts_is_told_so(make_trainer):
+    trainer = make_trainer()
+    generate = trainer._generate_single_turn
+    trainer._generate_single_turn = lambda contexts, *args: (
+        [generate([context], *args)[0][0] for context in contexts],
+        None,
+    )
+    with pytest.raises(RuntimeError, match="calls `model.generate` once, for all 2 contexts"):
+        CachedGeneration(trainer).generate([0, 1], [[30], [31, 32]])
+
+
 def test_the_models_own_generate_is_back_afterwards_also_after_an_error(make_trainer):
     trainer = make_trainer()
     cached = CachedGeneration(trainer)
