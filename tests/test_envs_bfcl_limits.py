@@ -144,7 +144,35 @@ def files():
     return Services(task_with("GorillaFileSystem"))
 
 
-def test_a_search_in_a_directory_that_contains_itself_ends_in_an_error(files):
+@pytest.fixture
+def official_files():
+    """The services of the checks, where a directory may contain itself."""
+    return Services(task_with("GorillaFileSystem"), circles=True)
+
+
+def test_a_copy_of_a_directory_into_itself_ends_in_an_error(files):
+    timed(files, "mkdir", {"dir_name": "a"})
+    before = timed(files, "find", {})
+    assert timed(files, "cp", {"source": "a", "destination": "a"}).startswith("Error during execution: cp: 'a' cannot")
+    assert timed(files, "find", {}) == before
+    timed(files, "mkdir", {"dir_name": "."})  # now officially a name of the current directory
+    for function in ("cp", "mv"):
+        assert "into itself" in timed(files, function, {"source": ".", "destination": "b"})
+    assert timed(files, "cp", {"source": "a", "destination": "b"}) == """{"result": "'a' copied to 'b'"}"""
+
+
+def test_a_directory_that_copies_share_cannot_be_put_into_itself(files):
+    for call in ("mkdir a", "cd a", "mkdir s", "cd ..", "cp a b", "mv b a", "cd a"):
+        name, *words = call.split()
+        keys = {"mkdir": ["dir_name"], "cd": ["folder"]}.get(name, ["source", "destination"])
+        assert "error" not in timed(files, name, dict(zip(keys, words, strict=True)))
+    for function in ("cp", "mv"):  # b/s is s
+        assert "into itself" in timed(files, function, {"source": "b", "destination": "s"})
+    assert "matches" in timed(files, "find", {"path": "/"})
+
+
+def test_a_search_in_a_directory_that_contains_itself_ends_in_an_error(official_files):
+    files = official_files
     name = "long name " * 1000
     timed(files, "mkdir", {"dir_name": name})
     assert "copied" in timed(files, "cp", {"source": name, "destination": name})

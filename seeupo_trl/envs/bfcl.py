@@ -13,7 +13,8 @@ details:
 - a call whose arguments are not a JSON object is answered with an error, instead of ending the user turn;
 - text is never evaluated or rewritten: the official executor runs names and argument names as Python code, and edits
   strings that look like calls (`"sort (x)"`), of which the ground truth has none;
-- a call that would do an absurd amount of work is answered with an error, see `bfcl_limits.py`;
+- a call that would do an absurd amount of work, or put a directory into itself, is answered with an error, see
+  `bfcl_limits.py`;
 - a result of more than `MAX_RESULT_CHARACTERS` is shown cut, and what cannot be encoded as UTF-8 is shown escaped.
 
 The score is the one of the official `multi_turn_checker`, see `bfcl_checks.py`.

@@ -21,7 +21,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 from .bfcl_data import category_of, load_entry, load_function_docs
-from .bfcl_limits import plain_copy, refuse_expensive
+from .bfcl_limits import plain_copy, refuse_circle, refuse_expensive
 from .bfcl_package import CLASS_FILE_PATH_MAPPING, STATELESS_CLASSES, mpmath
 
 
@@ -43,9 +43,12 @@ class Services:
         beside ([`Services`], *optional*):
             Services of the same entry to share with what two sets of services share in the official executor: default
             arguments and dicts of the package's modules. `None` shares nothing.
+        circles (`bool`, *optional*, defaults to `False`):
+            Let a directory be copied into itself, as the official executor does, instead of refusing it.
     """
 
-    def __init__(self, entry: dict[str, Any], beside: "Services | None" = None):
+    def __init__(self, entry: dict[str, Any], beside: "Services | None" = None, circles: bool = False):
+        self._circles = circles
         self.instances: dict[str, Any] = {}
         self._methods: dict[str, Any] = {}
         self._defaults: dict[str, dict[str, Any]] = {}
@@ -77,6 +80,8 @@ class Services:
             method = self._methods[name]
             arguments = plain_copy(arguments)
             refuse_expensive(method.__self__, name, arguments)
+            if not self._circles:
+                refuse_circle(method.__self__, name, arguments)
             arguments = {**self._defaults.get(name, {}), **arguments}
             if name != WRITES_TO_MODULE and method.__self__ is not self.instances.get("MathAPI"):
                 return _as_text(method(**arguments))

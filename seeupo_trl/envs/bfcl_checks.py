@@ -28,8 +28,8 @@ class TrajectoryCheck:
     def __init__(self, task_id: str):
         entry = load_entry(task_id)
         self._truth_calls = ground_truth(task_id)
-        self._model = Services(entry)
-        self._truth = Services(entry, beside=self._model)
+        self._model = Services(entry, circles=True)
+        self._truth = Services(entry, beside=self._model, circles=True)
         self._model_results: list[str] = []
         self._turn = 0
 

@@ -8,7 +8,8 @@ listed in `refuse_expensive` and get an error in place of a result. Arguments th
 evaluate are refused with its words.
 
 None of this changes a score: what is refused is an error in the official executor as well, or it reads only and no
-ground truth contains its result.
+ground truth contains its result. `refuse_circle` is the exception, for the services a model talks to; the checks play
+such a call as the official executor does, which makes a directory that contains itself.
 """
 
 import math
@@ -89,6 +90,46 @@ def refuse_expensive(service: Any, name: str, arguments: dict[str, Any]) -> None
         _limit_search(service._current_dir)
     elif name == "send_message" and len(service.generated_ids) > MAX_MESSAGES:
         raise ValueError(f"More than {MAX_MESSAGES} messages were sent")
+
+
+def refuse_circle(service: Any, name: str, arguments: dict[str, Any]) -> None:
+    """
+    Raise an error if a call would put a directory into itself, where searches never end.
+
+    Args:
+        service (`GorillaFileSystem`):
+            The service, before the call.
+        name (`str`):
+            Name of the method. Only `cp` and `mv` can do so.
+        arguments (`dict`):
+            Arguments, as returned by [`plain_copy`].
+    """
+    if name not in ("cp", "mv"):
+        return
+    here = service._current_dir
+    source, destination = (here.contents.get(arguments.get(key)) for key in ("source", "destination"))
+    if (
+        arguments.get("source") == "."
+    ):  # officially a name of the current directory, once there is an entry of that name
+        source = here if source else None
+    if type(source) is not type(here):
+        return
+    into_itself = source is here or (source is destination and name == "cp")
+    # copies share what they contain, so that the destination may be inside of the source
+    if into_itself or (source is not destination and _contains(source, destination)):
+        raise ValueError(f"{name}: '{arguments['source']}' cannot be put into itself")
+
+
+def _contains(directory: Any, wanted: Any) -> bool:
+    seen, pending = set(), [directory]
+    while pending:
+        for item in pending.pop().contents.values():
+            if item is wanted:
+                return True
+            if type(item) is type(directory) and id(item) not in seen:
+                seen.add(id(item))
+                pending.append(item)
+    return False
 
 
 def _limit_precision(name: str, arguments: dict[str, Any]) -> None:
