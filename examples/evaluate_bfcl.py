@@ -142,7 +142,8 @@ def table(metrics: dict[str, float], k: int) -> str:
     categories = [match[1] for match in names if match]
     success = [["", *measures, "tasks", "spoiled episodes"]]
     stops = [["", *(reason.replace("_", " ") for reason in reasons)]]
-    for name, infix in [*((category, f"{category}/") for category in categories), ("all", "")]:
+    together = [("all", "")] if len(categories) > 1 else []
+    for name, infix in [*((category, f"{category}/") for category in categories), *together]:
         cells = [interval(metrics, f"eval_success/{infix}{measure}") for measure in measures]
         counts = [f"{metrics[f'eval_episodes/{infix}{count}']:.0f}" for count in ("tasks", "quarantined")]
         success.append([name, *cells, *counts])

@@ -275,6 +275,7 @@ class SeeUPOTrainer(GRPOTrainer):
         self._last_world_entropy = updater.entropy_bonus.last_entropy
         self._log_update(updater)
         if self._trajectory_log is not None:
+            self._trajectory_log.clear()
             self._trajectory_log.add(self._outcomes, self._trajectories, updater.turn_updates)
             self._trajectory_log.write("train", self.state.global_step + 1)
         if self._is_idle:
@@ -461,6 +462,8 @@ class SeeUPOTrainer(GRPOTrainer):
             self.accelerator.num_processes,
             self.args.seed,
         )
+        if self._trajectory_log is not None:
+            self._trajectory_log.clear()
         try:
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         finally:

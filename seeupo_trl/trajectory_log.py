@@ -140,6 +140,10 @@ class TrajectoryLog:
                 rows.append(row)
         self._tables.append(pa.Table.from_pylist(rows, schema=SCHEMA))
 
+    def clear(self) -> None:
+        """Forget what was added and not written, by an evaluation that failed."""
+        self._tables = []
+
     def write(self, split: str, iteration: int, num_episodes: int | None = None) -> Path:
         """
         Write what was added since the last call.
@@ -157,7 +161,7 @@ class TrajectoryLog:
                 The file of this process.
         """
         table = pa.concat_tables([SCHEMA.empty_table(), *self._tables])
-        self._tables = []
+        self.clear()
         if num_episodes is not None:
             table = table.filter(pa.compute.less(table["trajectory"], num_episodes))
         for name, value in (("iteration", iteration), ("split", split)):

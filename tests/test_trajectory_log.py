@@ -222,7 +222,26 @@ def test_trainer_saves_what_it_trained_on(tiny_dir, tmp_path):
     assert len(dataset["train"]) == len(rows)
 
 
-def test_tools_of_trl_are_saved_with_their_messages(tiny_dir, tmp_path):
+def test_an_evaluation_that_fails_leaves_nothing_behind(tiny_dir, tmp_path):
+    trainer = make_trainer(tiny_dir, tmp_path, {"save_trajectories": True, "per_device_eval_batch_size": 2})
+    step, calls = trainer.prediction_step, []
+
+    def fail_at_the_second_batch(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    trainer.prediction_step = fail_at_the_second_batch
+    with pytest.raises(KeyboardInterrupt):
+        trainer.evaluate(tasks(3))
+    trainer.prediction_step = step
+    trainer.train()
+    assert set(read_trajectories(tmp_path)["split"].to_pylist()) == {"train"}
+    assert len(set(read_trajectories(tmp_path)["trajectory"].to_pylist())) == 2
+
+
+def test_rollout_function_of_trl_is_saved_with_its_messages(tiny_dir, tmp_path):
     from seeupo_trl import SeeUPOConfig, SeeUPOTrainer
 
     def rollout(prompts, trainer):

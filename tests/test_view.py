@@ -220,7 +220,7 @@ def test_a_thousand_trajectories_are_shown_at_once(tmp_path):
         milliseconds = browser.run(
             "(start => { move(1); update(); return performance.now() - start })(performance.now())"
         )
-        assert milliseconds < 3000  # measured: about 60
+        assert milliseconds < 3000  # measured: 0.25 s beside other programs
         assert len(filter_by(browser, search="w59")) <= 1000
 
 
