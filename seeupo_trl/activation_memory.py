@@ -20,9 +20,13 @@ from accelerate.utils import is_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
-from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from trl.trainer.utils import add_fused_lm_head
 
 from .live_bytes import LiveBytes
+from .scoring import MicroBatch, RowBatch
+from .tree_attention import RUNS, use_attention
+from .tree_scoring import TreeScorer
 
 
 # tiles of trl's fused head (trl 1.15 and 1.16)
@@ -31,6 +35,7 @@ HEAD_TILE_VOCABULARY = 32768
 
 _FUSED = "seeupo_plan_fused"
 _MASKED = "seeupo_plan_masked"
+_CAUSAL = "seeupo_plan_causal"
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,9 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, mask):
+        ctx.dtypes = query.dtype, key.dtype, value.dtype
+        if torch.is_autocast_enabled("cpu"):
+            query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
         output = torch.empty_like(query)  # (B, heads, S, head_dim)
         log_sum_exp = query.new_empty(query.shape[:3], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, output, log_sum_exp, mask)
@@ -119,9 +127,9 @@ class _FusedAttention(torch.autograd.Function):
     def backward(ctx, grad):
         query, key, value, output, log_sum_exp, _ = ctx.saved_tensors
         delta = torch.empty_like(log_sum_exp)
-        gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        gradients = [torch.empty_like(tensor) for tensor in (query, key, value)]
         del delta
-        return *gradients, None
+        return *(gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)), None
 
 
 def _fused_attention(module, query, key, value, attention_mask, **kwargs):
@@ -136,6 +144,12 @@ def _masked_attention(module, query, key, value, attention_mask, **kwargs):
     return _FusedAttention.apply(query, key, value, mask).transpose(1, 2).contiguous(), None
 
 
+def _causal_attention(module, query, key, value, attention_mask, **kwargs):
+    """Scaled dot product attention without a look at the mask, which has no data."""
+    return sdpa_attention_forward(module, query, key, value, None, **kwargs)
+
+
+AttentionInterface.register(_CAUSAL, _causal_attention)
 AttentionInterface.register(_FUSED, _fused_attention)
 AttentionInterface.register(_MASKED, _masked_attention)
 
@@ -259,15 +273,18 @@ def add_lora(model: nn.Module, rank: int) -> nn.Module:
     return get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"), low_cpu_mem_usage=True)
 
 
-def trace_pass(config: PreTrainedConfig, one: Pass) -> PassMemory:
+def trace_pass(config: PreTrainedConfig, one: Pass, batch: MicroBatch | None = None) -> PassMemory:
     """
-    Memory of a pass of a model on a GPU, without the model or the GPU.
+    Memory of a pass of a model, without the model.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]):
             Shape of the model.
         one ([`Pass`]):
             The pass.
+        batch ([`~seeupo_trl.scoring.MicroBatch`], *optional*):
+            A micro-batch that is computed on a CPU, exactly as [`~seeupo_trl.tree_scoring.TreeScorer`] does it; rows
+            must have the same length. `None`: a micro-batch of the pass's size on a GPU.
 
     Returns:
         [`PassMemory`]
@@ -280,9 +297,10 @@ def trace_pass(config: PreTrainedConfig, one: Pass) -> PassMemory:
     types = set(getattr(config.get_text_config(), "layer_types", None) or ["all"])  # not a field of every architecture
     try:
         if layers <= 3 or len(types) > 1:
-            return _trace(config, one)
+            return _trace(config, one, batch)
         # layers are alike, and every part of the pass is a linear function of their number
-        return _trace(_with_layers(config, 2), one).extrapolated(_trace(_with_layers(config, 3), one), layers - 2)
+        two, three = (_trace(_with_layers(config, number), one, batch) for number in (2, 3))
+        return two.extrapolated(three, layers - 2)
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(
             f"The code of {config.model_type} models does not run without data, so their activations cannot be "
@@ -290,31 +308,52 @@ def trace_pass(config: PreTrainedConfig, one: Pass) -> PassMemory:
         ) from error
 
 
-def _trace(config: PreTrainedConfig, one: Pass) -> PassMemory:
-    config = copy.deepcopy(config)
-    config._attn_implementation = _FUSED if one.rows is None else _MASKED
+def _trace(config: PreTrainedConfig, one: Pass, batch: MicroBatch | None) -> PassMemory:
     model = build_model(config, one.dtype, one.lora_rank).train()
     causal_lm = model.get_base_model() if is_peft_model(model) else model
     if one.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         if one.lora_rank is not None:
             causal_lm.enable_input_require_grads()
-    with FakeTensorMode():
+    if batch is None:
+        attention = _FUSED if (one.rows or 1) == 1 else _MASKED
+    else:
+        attention = _CAUSAL if isinstance(batch, RowBatch) else RUNS
+        add_fused_lm_head(causal_lm, outputs=("log_probs", "entropy"))
+    with FakeTensorMode(allow_non_fake_inputs=True), use_attention(causal_lm.config, attention):
         _on_fake_cpu(model)
-        rows = one.rows or 1
-        input_ids = torch.zeros(rows, -(-one.tokens // rows), dtype=torch.long)
-        positions = torch.zeros(one.scored, dtype=torch.long)
+        forward = _forward_on_gpu(causal_lm, one) if batch is None else _forward_on_cpu(model, batch)
 
-        def forward() -> torch.Tensor:
-            autocast = torch.autocast("cpu", torch.bfloat16) if one.autocast else nullcontext()
-            with autocast:
-                hidden = causal_lm.base_model(input_ids=input_ids, position_ids=input_ids, use_cache=False)
-                scored = hidden.last_hidden_state[positions, positions]  # (n, H)
-                del hidden
-                dtype = torch.bfloat16 if one.autocast else scored.dtype
-                return _FusedHead.apply(scored, causal_lm.get_output_embeddings().weight, dtype).sum()
+        def with_autocast() -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=one.autocast):
+                return forward()
 
-        return measure_pass(model, forward, one.keeps_gradients)
+        return measure_pass(model, with_autocast, one.keeps_gradients)
+
+
+def _forward_on_gpu(causal_lm: nn.Module, one: Pass) -> Callable[[], torch.Tensor]:
+    rows = one.rows or 1
+    input_ids = torch.zeros(rows, -(-one.tokens // rows), dtype=torch.long)
+    positions = torch.zeros(one.scored, dtype=torch.long)
+
+    def forward() -> torch.Tensor:
+        output = causal_lm.base_model(input_ids=input_ids, position_ids=input_ids, use_cache=False)
+        hidden = output.last_hidden_state[positions, positions]  # (n, H)
+        del output
+        dtype = torch.bfloat16 if one.autocast else hidden.dtype
+        return _FusedHead.apply(hidden, causal_lm.get_output_embeddings().weight, dtype).sum()
+
+    return forward
+
+
+def _forward_on_cpu(model: nn.Module, batch: MicroBatch) -> Callable[[], torch.Tensor]:
+    scorer = TreeScorer(model, pad_token_id=0, temperature=1.0)
+
+    def forward() -> torch.Tensor:
+        scores, _ = scorer.score(model, batch)
+        return sum(score.logps.sum() for score in scores.values())
+
+    return forward
 
 
 def _with_layers(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
