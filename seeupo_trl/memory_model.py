@@ -294,7 +294,9 @@ class Estimate:
         return self.peak <= self.limit and fits_host and not self.problems
 
 
-def estimate(run: Run, strategy: Strategy, pass_memory: PassMemory | None = None) -> Estimate:
+def estimate(
+    run: Run, strategy: Strategy, pass_memory: PassMemory | None = None, shape: ModelShape | None = None
+) -> Estimate:
     """
     Memory of a run under a strategy.
 
@@ -305,11 +307,13 @@ def estimate(run: Run, strategy: Strategy, pass_memory: PassMemory | None = None
             How it is distributed.
         pass_memory ([`~seeupo_trl.activation_memory.PassMemory`], *optional*):
             Of the largest micro-batch, where it is known. `None` finds it out.
+        shape ([`ModelShape`], *optional*):
+            Of the model with the strategy's adapters, where it is known. `None` finds it out.
 
     Returns:
         [`Estimate`]
     """
-    shape = model_shape(run.config, strategy.lora_rank)
+    shape = shape or model_shape(run.config, strategy.lora_rank)
     one = update_pass(run, strategy)
     memory = trace_pass(run.config, one) if pass_memory is None else pass_memory
     kept, step, transient, host = _training_state(run, strategy, shape)
@@ -458,6 +462,7 @@ def largest_micro_batch(run: Run, strategy: Strategy, step: int = 128) -> int:
     is traced at two lengths, and once more at the result.
     """
     few, many = 4096, 16384
+    shape = model_shape(run.config, strategy.lora_rank)
     short, long = (
         trace_pass(run.config, update_pass(replace(run, tokens=tokens), strategy)) for tokens in (few, many)
     )
@@ -465,7 +470,7 @@ def largest_micro_batch(run: Run, strategy: Strategy, step: int = 128) -> int:
     def fits(tokens: int, memory: PassMemory | None = None) -> bool:
         if memory is None:
             memory = short.extrapolated(long, (tokens - few) / (many - few))
-        return estimate(replace(run, tokens=tokens), strategy, memory).peak <= run.gpu_memory - run.reserve
+        return estimate(replace(run, tokens=tokens), strategy, memory, shape).peak <= run.gpu_memory - run.reserve
 
     low, high = 0, 1 << 22
     while high - low > step:
