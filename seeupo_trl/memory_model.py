@@ -294,6 +294,18 @@ class Estimate:
         return self.peak <= self.limit and fits_host and not self.problems
 
 
+_traced: dict[tuple[str, Pass], PassMemory] = {}
+
+
+def _trace(run: Run, strategy: Strategy) -> PassMemory:
+    """Memory of the largest micro-batch; strategies that make the same pass share it."""
+    one = update_pass(run, strategy)
+    key = run.config.to_json_string(), one
+    if key not in _traced:
+        _traced[key] = trace_pass(run.config, one)
+    return _traced[key]
+
+
 def estimate(
     run: Run, strategy: Strategy, pass_memory: PassMemory | None = None, shape: ModelShape | None = None
 ) -> Estimate:
@@ -315,7 +327,7 @@ def estimate(
     """
     shape = shape or model_shape(run.config, strategy.lora_rank)
     one = update_pass(run, strategy)
-    memory = trace_pass(run.config, one) if pass_memory is None else pass_memory
+    memory = pass_memory or _trace(run, strategy)
     kept, step, transient, host = _training_state(run, strategy, shape)
     problems: list[str] = []
     notes: list[str] = []
@@ -463,9 +475,7 @@ def largest_micro_batch(run: Run, strategy: Strategy, step: int = 128) -> int:
     """
     few, many = 4096, 16384
     shape = model_shape(run.config, strategy.lora_rank)
-    short, long = (
-        trace_pass(run.config, update_pass(replace(run, tokens=tokens), strategy)) for tokens in (few, many)
-    )
+    short, long = (_trace(replace(run, tokens=tokens), strategy) for tokens in (few, many))
 
     def fits(tokens: int, memory: PassMemory | None = None) -> bool:
         if memory is None:
@@ -476,6 +486,6 @@ def largest_micro_batch(run: Run, strategy: Strategy, step: int = 128) -> int:
     while high - low > step:
         middle = (low + high) // 2 // step * step
         low, high = (middle, high) if fits(middle) else (low, middle)
-    while low and not fits(low, trace_pass(run.config, update_pass(replace(run, tokens=low), strategy))):
+    while low and not fits(low, _trace(replace(run, tokens=low), strategy)):
         low = low * 97 // 100 // step * step
     return low
