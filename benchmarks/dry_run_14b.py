@@ -103,7 +103,9 @@ def choose_shape(options: argparse.Namespace, strategy: Strategy, state: Partial
         if peak * (state.num_processes if on_cpu else 1) <= options.memory:
             state.print("shape", ",".join(map(str, shape)))
             return config
-    raise SystemExit(f"Not even the smallest shape fits {options.memory / GIB:.1f} GiB; give --shape or more --memory.")
+    raise SystemExit(
+        f"Not even the smallest shape fits {options.memory / GIB:.1f} GiB; give --shape or more --memory."
+    )
 
 
 def stub(options: argparse.Namespace, vocabulary: int):
@@ -124,7 +126,9 @@ def stub(options: argparse.Namespace, vocabulary: int):
             outcome.append(float(index % GROUP_SIZE))
         return {
             "prompt_ids": [t.turns[0].context_ids for t in trajectories],
-            "completion_ids": [t.turns[-1].context_ids[options.prompt :] + t.turns[-1].action_ids for t in trajectories],
+            "completion_ids": [
+                t.turns[-1].context_ids[options.prompt :] + t.turns[-1].action_ids for t in trajectories
+            ],
             "logprobs": None,
             "trajectories": trajectories,
             "outcome": outcome,
@@ -252,7 +256,6 @@ def main() -> None:
     args.output_dir = str(Path(directory[0], "run"))
     on_cpu = state.device.type == "cpu"
     strategy = strategy_of(args)
-    say = state.print
 
     model = options.model
     if model is None:
@@ -283,7 +286,9 @@ def main() -> None:
 
     measured = gather_object([(memory.kept, memory.peak)])
     if state.is_main_process:
-        report(config, replace(run, tokens=largest[0].num_tokens), strategy, largest[0], measured, steps, equal, on_cpu)
+        report(
+            config, replace(run, tokens=largest[0].num_tokens), strategy, largest[0], measured, steps, equal, on_cpu
+        )
     again.accelerator.end_training()
 
 

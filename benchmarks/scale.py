@@ -1,8 +1,8 @@
 """
 How long the update phase of an iteration takes on 8 to 512 GPUs, for episodes of 1 to 40 turns, and what limits it.
 
-    python benchmarks/scale.py                     # Qwen3-14B on H100s, ZeRO-3, a minute or two on a CPU
-    python benchmarks/scale.py --calibrate         # the same formula against measured runs on this machine
+    python benchmarks/scale.py                  # Qwen3-14B on H100s, ZeRO-3, a minute or two on a CPU
+    python benchmarks/scale.py --calibrate      # the same formula against measured runs on this machine
 
 Every rank's forward and backward passes come from the package itself: `TurnUpdater` runs on BFCL-shaped episodes with a
 scorer that lays out micro-batches (the real packer) and computes nothing. Per pass,
@@ -369,7 +369,9 @@ def calibrate() -> None:
     rows = []
     for number in range(len(MEASURED)):
         shape, updates, tokens = measured_shape(number)
-        work = work_of(episodes_of(shape, EPISODES), update_config(tokens, EPISODES, updates), model, scorer_for(tokens))
+        work = work_of(
+            episodes_of(shape, EPISODES), update_config(tokens, EPISODES, updates), model, scorer_for(tokens)
+        )
         gathers = sum(3 if with_grad else 1 for _, with_grad in work.flops)
         rows.append([sum(flops for flops, _ in work.flops) / 1e9, gathers, work.optimizer_steps])
     features = np.array(rows, dtype=float)
@@ -378,7 +380,11 @@ def calibrate() -> None:
     rates = np.linalg.lstsq(features[fitted] / seconds[fitted, None], np.ones(len(seconds[fitted])), rcond=None)[0]
     predicted = features @ rates
     print(f"1 GFLOP {rates[0]:.4f} s, a gather {rates[1]:.4f} s, an optimizer step {rates[2]:.4f} s (CPU seconds)\n")
-    print("| turns | updates | prompt | GFLOP | gathers | steps | measured | formula | error | |\n|" + "---:|" * 9 + "---|")
+    print(
+        "| turns | updates | prompt | GFLOP | gathers | steps | measured | formula | error | |\n|"
+        + "---:|" * 9
+        + "---|"
+    )
     for number, (turns, updates, prompt, _) in enumerate(MEASURED):
         flops, gathers, steps = features[number]
         error = predicted[number] / seconds[number] - 1
@@ -396,7 +402,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, nargs="+", default=[1, 5, 10, 20, 40])
     parser.add_argument("--max-turn-updates", type=int, nargs="*", default=[4], help="beside one update a turn")
     parser.add_argument("--episodes", type=int, default=256, help="of an iteration, over all GPUs (at least one each)")
-    parser.add_argument("--completions-per-gpu", type=int, help="in place of --episodes: the batch grows with the GPUs")
+    parser.add_argument(
+        "--completions-per-gpu", type=int, help="in place of --episodes: the batch grows with the GPUs"
+    )
     parser.add_argument("--prompt", type=int, default=5400)
     parser.add_argument("--action", type=int, default=60)
     parser.add_argument("--observation", type=int, default=40)

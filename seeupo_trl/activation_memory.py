@@ -10,7 +10,6 @@ and nothing is computed, so a 14B model takes seconds. Two things are stood in f
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -270,7 +269,9 @@ def add_lora(model: nn.Module, rank: int) -> nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ImportError("Planning for LoRA needs `peft`: pip install 'seeupo-trl[peft]'.") from error
-    return get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"), low_cpu_mem_usage=True)
+    return get_peft_model(
+        model, LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"), low_cpu_mem_usage=True
+    )
 
 
 def trace_pass(config: PreTrainedConfig, one: Pass, batch: MicroBatch | None = None) -> PassMemory:

@@ -217,7 +217,9 @@ class Run:
     def __post_init__(self):
         allowed = (*_OPTIMIZER_STATES, *_EIGHT_BIT_OPTIMIZERS)
         if self.optimizer not in allowed:
-            raise ValueError(f"The state of optimizer {self.optimizer!r} is not known; known are {', '.join(allowed)}.")
+            raise ValueError(
+                f"The state of optimizer {self.optimizer!r} is not known; known are {', '.join(allowed)}."
+            )
         if self.generation not in ("transformers", "vllm-colocate", "vllm-server"):
             raise ValueError(
                 f"`generation={self.generation!r}` is not one of 'transformers', 'vllm-colocate', 'vllm-server'."

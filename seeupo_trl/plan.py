@@ -10,8 +10,8 @@ or by hand, for all strategies:
 
     python -m seeupo_trl.plan --model Qwen/Qwen3-14B --gpus 8 --gpu-memory 80GiB
 
-No weights are loaded and no GPU is needed. `--model` is a name on the Hub, or a directory or `config.json`, which works
-offline; `--shape` describes a Qwen3-like model by hand. Estimates are for GPUs; see `memory_model.py` for what they
+No weights are loaded and no GPU is needed. `--model` is a name on the Hub, or a directory or `config.json` (which works
+offline); `--shape` describes a Qwen3-like model by hand. Estimates are for GPUs; `memory_model.py` says what they
 rest on.
 """
 
@@ -77,7 +77,8 @@ def load_config(model: str | None, shape: str | None) -> PreTrainedConfig:
         model (`str`, *optional*):
             Name or path.
         shape (`str`, *optional*):
-            For example `"layers=40,hidden=5120,intermediate=17408,heads=40,kv_heads=8,head_dim=128,vocabulary=151936"`.
+            Sizes by name, for example `"layers=40,hidden=5120,intermediate=17408,heads=40,kv_heads=8,head_dim=128,
+            vocabulary=151936"`, without blanks.
 
     Raises:
         `ValueError`:
@@ -181,9 +182,7 @@ def all_strategies(lora_rank: int) -> list[Strategy]:
 
 def plan(run: Run, strategies: Sequence[Strategy]) -> list[Estimate]:
     """Estimates of a run under several strategies, each with the largest micro-batch that fits."""
-    return [
-        replace(estimate(run, strategy), max_tokens=largest_micro_batch(run, strategy)) for strategy in strategies
-    ]
+    return [replace(estimate(run, strategy), max_tokens=largest_micro_batch(run, strategy)) for strategy in strategies]
 
 
 def library_estimates(shape: ModelShape, run: Run, strategy: Strategy) -> dict[str, float]:
@@ -267,7 +266,7 @@ def details(run: Run, one: Estimate) -> str:
 def _difference(one: Estimate) -> str:
     stage = one.strategy.zero_stage
     if stage == 0:
-        return "it assumes float32 parameters and adds bfloat16 gradients; it knows neither the dtype nor DDP's buckets"
+        return "it assumes float32 parameters and adds bfloat16 gradients; it does not know DDP's buckets"
     if one.strategy.offload_optimizer:
         return "it counts no buckets and no gathered parameters; here they are listed apart"
     if stage == 3:
