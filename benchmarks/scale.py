@@ -4,8 +4,8 @@ How long the update phase of an iteration takes on 8 to 512 GPUs, for episodes o
     python benchmarks/scale.py                  # Qwen3-14B on H100s, ZeRO-3, a minute or two on a CPU
     python benchmarks/scale.py --calibrate      # the same formula against measured runs on this machine
 
-Every rank's forward and backward passes come from the package itself: `TurnUpdater` runs on BFCL-shaped episodes with a
-scorer that lays out micro-batches (the real packer) and computes nothing. Per pass,
+Every rank's forward and backward passes come from the package itself: `TurnUpdater` runs on BFCL-shaped episodes with
+a scorer that lays out micro-batches (the real packer) and computes nothing. Per pass,
 
     compute   2 (parameters) tokens + 4 (layers x heads x head size) pairs, three times with a backward pass and the
               layers once more under gradient checkpointing, over the peak of a GPU times its utilisation
@@ -211,9 +211,9 @@ def simulate(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def episodes_of(shape: Shape, count: int) -> TurnBuffer:
+def episodes_of(shape: Shape, count: int, vocabulary: int = 50000) -> TurnBuffer:
     """A rank's episodes: whole groups of eight where it has that many, else a part of one."""
-    whole = make_buffer(Shape(**{**shape.__dict__, "groups": -(-count // 8)}), vocabulary=50000)
+    whole = make_buffer(Shape(**{**shape.__dict__, "groups": -(-count // 8)}), vocabulary)
     return TurnBuffer(whole.trajectories[:count], whole.advantages[:count], count, weight_clip=0.2)
 
 
@@ -276,6 +276,7 @@ def measure(output: str) -> None:
     from seeupo_trl import SeeUPOTrainer
 
     prepare_cpu()
+    vocabulary = measured_model().vocab_size
     rank = int(os.environ.get("RANK", "0"))
 
     def rollout(prompts, trainer):
@@ -283,7 +284,7 @@ def measure(output: str) -> None:
         shape, updates, tokens = measured_shape(max(trainer.state.global_step - 1, 0))
         trainer.config.max_turn_updates = updates
         trainer._scorer._max_tokens = tokens
-        trajectories = episodes_of(shape, len(prompts)).trajectories
+        trajectories = episodes_of(shape, len(prompts), vocabulary).trajectories
         return {
             "prompt_ids": [t.turns[0].context_ids for t in trajectories],
             "completion_ids": [t.turns[-1].action_ids for t in trajectories],

@@ -1,4 +1,4 @@
-"""Counts the bytes of live tensors, exactly and on any device; tensors without data (`FakeTensorMode`) count, too."""
+"""Counts the bytes of live tensors, exactly; those of `FakeTensorMode` count for what they would be with data."""
 
 import weakref
 from typing import Any
@@ -12,7 +12,7 @@ class LiveBytes(TorchDispatchMode):
     """
     Context in which the bytes of all tensors that come into being are counted until they are freed.
 
-    Storages are counted, so views are free. Backward passes are followed, too. What an operator allocates and frees
+    Storages are counted, so views are free; tensors on the `meta` device are not counted. Backward passes are followed, too. What an operator allocates and frees
     inside itself is not seen.
 
     Attributes:
@@ -37,6 +37,8 @@ class LiveBytes(TorchDispatchMode):
 
     def count(self, tensor: torch.Tensor) -> None:
         """Count a tensor that is older than the context; it is counted once."""
+        if tensor.device.type == "meta":
+            return
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         known = self._sizes.get(key)

@@ -60,8 +60,6 @@ class ModelShape:
             Parameters in tensors too small for ZeRO-3 to partition.
         kv_elements (`int`):
             Elements of the key-value cache per token.
-        vocabulary (`int`):
-            Size of the vocabulary.
     """
 
     total: int
@@ -72,11 +70,22 @@ class ModelShape:
     largest_layer: int
     persistent: int
     kv_elements: int
-    vocabulary: int
+
+
+# both take seconds for a large model, and a table asks for the same ones again and again
+_shapes: dict[tuple[str, int | None], ModelShape] = {}
+_traced: dict[tuple[str, Pass], PassMemory] = {}
 
 
 def model_shape(config: PreTrainedConfig, lora_rank: int | None = None) -> ModelShape:
     """Sizes of the model of a config, with LoRA adapters of a rank where one is given. No weight is loaded."""
+    key = config.to_json_string(), lora_rank
+    if key not in _shapes:
+        _shapes[key] = _model_shape(config, lora_rank)
+    return _shapes[key]
+
+
+def _model_shape(config: PreTrainedConfig, lora_rank: int | None) -> ModelShape:
     model = build_model(config, torch.bfloat16, lora_rank)
     causal_lm = model.get_base_model() if is_peft_model(model) else model
     text = config.get_text_config()
@@ -93,7 +102,6 @@ def model_shape(config: PreTrainedConfig, lora_rank: int | None = None) -> Model
         largest_layer=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()),
         persistent=sum(p.numel() for p in parameters if p.numel() < PERSISTENCE_THRESHOLD),
         kv_elements=2 * text.num_hidden_layers * kv_heads * head_dim,
-        vocabulary=head.size(0),
     )
 
 
@@ -296,9 +304,6 @@ class Estimate:
         return self.peak <= self.limit and fits_host and not self.problems
 
 
-_traced: dict[tuple[str, Pass], PassMemory] = {}
-
-
 def _trace(run: Run, strategy: Strategy) -> PassMemory:
     """Memory of the largest micro-batch; strategies that make the same pass share it."""
     one = update_pass(run, strategy)
@@ -340,7 +345,7 @@ def estimate(
         kept["reference model"] = size * shape.total / (processes if strategy.zero_stage == 3 else 1)
         if strategy.offload_param:
             host["reference model"] = kept.pop("reference model") * processes / run.nodes
-    tile = min(one.scored, HEAD_TILE_TOKENS) * min(HEAD_TILE_VOCABULARY, shape.vocabulary) * 2
+    tile = min(one.scored, HEAD_TILE_TOKENS) * HEAD_TILE_VOCABULARY * (2 if one.autocast else size)
     update = {"LM-head tiles": tile, "activations": max(memory.peak - tile, 0), **transient}
 
     rollout: dict[str, float] = {}
@@ -472,22 +477,34 @@ def largest_micro_batch(run: Run, strategy: Strategy, step: int = 128) -> int:
     """
     Largest number of tokens of a micro-batch with which a run fits its GPUs, 0 where none does.
 
-    Every part of a pass is a linear function of the tokens (but for the tiles of the head, which are bounded), so it
-    is traced at two lengths, and once more at the result.
+    Every part of a pass is a linear function of the tokens, but for the tiles of the head, which are bounded. So the
+    line through two lengths leads to the next one to trace.
     """
-    few, many = 4096, 16384
     shape = model_shape(run.config, strategy.lora_rank)
-    short, long = (_trace(replace(run, tokens=tokens), strategy) for tokens in (few, many))
+    limit = run.gpu_memory - run.reserve
 
-    def fits(tokens: int, memory: PassMemory | None = None) -> bool:
-        if memory is None:
-            memory = short.extrapolated(long, (tokens - few) / (many - few))
-        return estimate(replace(run, tokens=tokens), strategy, memory, shape).peak <= run.gpu_memory - run.reserve
+    def traced(tokens: int) -> PassMemory:
+        return _trace(replace(run, tokens=tokens), strategy)
 
-    low, high = 0, 1 << 22
-    while high - low > step:
-        middle = (low + high) // 2 // step * step
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    while low and not fits(low, _trace(replace(run, tokens=low), strategy)):
-        low = low * 97 // 100 // step * step
-    return low
+    def fits(tokens: int, memory: PassMemory) -> bool:
+        return estimate(replace(run, tokens=tokens), strategy, memory, shape).peak <= limit
+
+    def on_line(one: int, two: int) -> int:
+        """Largest number of tokens that fits according to the line through two lengths."""
+        low, high = 0, 1 << 22
+        while high - low > step:
+            middle = (low + high) // 2 // step * step
+            memory = traced(one).extrapolated(traced(two), (middle - one) / (two - one))
+            low, high = (middle, high) if fits(middle, memory) else (low, middle)
+        return low
+
+    previous, tokens = 4096, 16384
+    for _ in range(3):
+        following = on_line(previous, tokens)
+        if following in (0, previous, tokens):
+            tokens = following
+            break
+        previous, tokens = tokens, following
+    while tokens and not fits(tokens, traced(tokens)):
+        tokens = tokens * 97 // 100 // step * step
+    return tokens

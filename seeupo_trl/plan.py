@@ -10,9 +10,9 @@ or by hand, for all strategies:
 
     python -m seeupo_trl.plan --model Qwen/Qwen3-14B --gpus 8 --gpu-memory 80GiB
 
-No weights are loaded and no GPU is needed. `--model` is a name on the Hub, or a directory or `config.json` (which works
-offline); `--shape` describes a Qwen3-like model by hand. Estimates are for GPUs; `memory_model.py` says what they
-rest on.
+No weights are loaded and no GPU is needed. `--model` is a name on the Hub, or a directory or `config.json` (which
+works offline); `--shape` describes a Qwen3-like model by hand. Estimates are for GPUs; `memory_model.py` says what
+they rest on.
 """
 
 import argparse
