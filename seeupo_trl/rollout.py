@@ -34,6 +34,7 @@ from .chat_format import ChatFormat, RewritingTemplateError, shared_length
 from .environment_pool import EnvironmentPool, NotAnEnvironmentError, Outcome
 from .envs.base import MultiTurnEnvironment, StepResult, StopReason
 from .episode import Episode, describe, shorten
+from .generation import CachedGeneration
 from .history import Contexts, History, HistoryError, contexts_for
 from .observations import CHARACTERS_PER_TOKEN, check_observation, check_step_result, cut_to_tokens
 from .rollout_settings import RolloutSettings
@@ -181,6 +182,8 @@ class MultiTurnRollout:
         self._counts.clear()
         episodes = [Episode(key, task) for key, task in enumerate(self._rows(prompts, trainer))]
         waiting, playing = deque(episodes), []
+        # parameters do not change during a rollout, so what was computed for one turn serves the next
+        cache = CachedGeneration(trainer) if CachedGeneration.supports(trainer) else None
         while True:
             playing = [episode for episode in playing if episode.active]
             while waiting and len(playing) < self._settings.max_concurrent_envs:
@@ -189,13 +192,15 @@ class MultiTurnRollout:
                 self._begin(starting)
                 playing += [episode for episode in starting if episode.active]
             start = time.perf_counter()
-            responses = _generate([episode.context_ids for episode in playing], trainer)
+            responses = _generate(playing, trainer, cache)
             self._counts["time/generation"] += time.perf_counter() - start
             if responses is None:
                 break
             for episode, (action_ids, logps) in zip(playing, responses, strict=True):
                 self._take_action(episode, action_ids, logps, trainer.eos_token_ids)
             self._step([episode for episode in playing if episode.active])
+            if cache is not None:
+                cache.forget(episode.key for episode in playing if not episode.active)
 
         self._finish(episodes)
         _raise_if_too_many_failed(episodes, self._settings.max_env_failure_rate, trainer)
@@ -391,21 +396,27 @@ def environment_reward(environment_reward: list[float | None], **kwargs: Any) ->
     return environment_reward
 
 
-def _generate(contexts: list[list[int]], trainer: "GRPOTrainer") -> list[tuple[list[int], list[float] | None]] | None:
-    """One response for each context, or `None` when no process has any context left. A collective operation."""
+def _generate(
+    episodes: list[Episode], trainer: "GRPOTrainer", cache: CachedGeneration | None
+) -> list[tuple[list[int], list[float] | None]] | None:
+    """One response for each episode, or `None` when no process has any episode left. A collective operation."""
     accelerator = trainer.accelerator
-    most = int(accelerator.gather(torch.tensor([len(contexts)], device=accelerator.device)).max())
+    most = int(accelerator.gather(torch.tensor([len(episodes)], device=accelerator.device)).max())
     if most == 0:
         return None
-    rows = contexts
+    rows, keys = [episode.context_ids for episode in episodes], [episode.key for episode in episodes]
     if accelerator.num_processes > 1:
         # vLLM's server and its tensor-parallel groups share out responses as if every process had sent as many rows.
-        wanted = most if trainer.use_vllm else max(1, len(contexts))
-        rows = contexts + [[trainer.processing_class.eos_token_id]] * (wanted - len(contexts))
-    completion_ids, logprobs = trainer._generate_single_turn(rows, None, {}, 1)
+        missing = (most if trainer.use_vllm else max(1, len(rows))) - len(rows)
+        rows += [[trainer.processing_class.eos_token_id]] * missing
+        keys += [None] * missing
+    if cache is not None:
+        completion_ids, logprobs = cache.generate(keys, rows), None
+    else:
+        completion_ids, logprobs = trainer._generate_single_turn(rows, None, {}, 1)
     if logprobs is None:
         logprobs = [None] * len(rows)
-    return [(list(ids), logps) for ids, logps, _ in zip(completion_ids, logprobs, contexts, strict=False)]
+    return [(list(ids), logps) for ids, logps, _ in zip(completion_ids, logprobs, episodes, strict=False)]
 
 
 def _join_turns(episode: Episode, filler_id: int) -> tuple[list[int], list[int], list[int], list[float]]:
