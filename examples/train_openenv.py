@@ -78,7 +78,7 @@ class GuessEnvironment(Environment[GuessAction, GuessObservation, State]):
 def serve(port: int) -> None:
     """Serve the environment, one instance for each client."""
     app = create_fastapi_app(GuessEnvironment, GuessAction, GuessObservation, max_concurrent_envs=1024)
-    uvicorn.run(app, host=HOST, port=port, log_level="warning")
+    uvicorn.run(app, host=HOST, port=port, log_level="critical")
 
 
 @contextmanager
@@ -138,7 +138,14 @@ class GuessMessages(MultiTurnEnvironment):
 
     def reset(self, seed: int, **row) -> Observation:
         text = self.client.reset(seed=seed).observation.text
-        return Observation([{"role": "user", "content": f"{text} Answer with one number only."}])
+        # a game that is over already shows how short an answer is
+        return Observation(
+            [
+                {"role": "user", "content": f"{text} Answer with one number only."},
+                {"role": "assistant", "content": "4"},
+                {"role": "user", "content": f"Right. Next game. {text} Answer with one number only."},
+            ]
+        )
 
     def step(self, message: dict) -> StepResult:
         number = re.search(r"\d{1,9}", message["content"])
@@ -240,7 +247,7 @@ def main() -> None:
         learning_rate=options.learning_rate,
         per_device_train_batch_size=32,
         num_generations=8,
-        max_completion_length=16 if options.interface == "messages" else 512,
+        max_completion_length=8 if options.interface == "messages" else 512,
         chat_template_kwargs={"enable_thinking": False},
         logging_steps=1,
         save_strategy="no",
