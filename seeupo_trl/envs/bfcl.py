@@ -6,10 +6,10 @@ step, until it answers without a call; then the next user turn comes. After ever
 the services' state and the results of the calls with those of the ground truth.
 
 The protocol is by default the official one of function-calling models that are prompted with text (`QwenFCHandler`):
-no system prompt but the tools, 20 steps a user turn. The functions held back in `miss_func` arrive as documents in a
-user message, at the user turn the task names, while the list of tools stays as it was; a call of them works all along,
-as in the official executor. It departs from the official protocol where the constructor's options say so, and in a few
-details:
+no system prompt but the tools (the same text with `tools="raw"`), 20 steps a user turn. The functions held back in
+`miss_func` arrive as documents in a user message, at the user turn the task names, while the list of tools stays as it
+was; a call of them works all along, as in the official executor. It departs from the official protocol where the
+constructor's options say so, and in a few details:
 - a call whose arguments are not a JSON object is answered with an error, instead of ending the user turn;
 - text is never evaluated or rewritten: the official executor runs names and argument names as Python code, and edits
   strings that look like calls (`"sort (x)"`), of which the ground truth has none;
