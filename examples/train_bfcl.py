@@ -45,9 +45,17 @@ class BfclArguments:
 
     Args:
         category (`str`, *optional*, defaults to `"multi_turn_base"`):
-            Category of BFCL v4.
+            Category of BFCL v4 multi-turn (`"base"`, `"miss_func"`, `"miss_param"`, `"long_context"`), several of them
+            with commas between, or `"all"`.
+        split_scheme (`str`, *optional*, defaults to `"paper"`):
+            How tasks are split into training and test: `"paper"`, the first and the second half, or `"stratified"` by
+            the services involved.
+        split_seed (`int`, *optional*, defaults to `0`):
+            Seed of the stratified split.
+        protocol (`str`, *optional*, defaults to `"official"`):
+            Limits of an episode: `"official"`, 20 steps a user turn, or `"paper"`, 10 assistant messages.
         tools (`str`, *optional*, defaults to `"full"`):
-            How much of the functions' documents the policy sees: `"full"`, `"trimmed"` or `"brief"`.
+            How much of the functions' documents the policy sees: `"raw"`, `"full"`, `"trimmed"` or `"brief"`.
         tool_list (`str`, *optional*, defaults to `"classes"`):
             `"classes"`: all functions of the services involved. `"needed"`: those of the ground truth and
             `distractors` others.
@@ -74,8 +82,11 @@ class BfclArguments:
             `~/.cache/seeupo_trl`.
     """
 
-    category: str = field(default="multi_turn_base", metadata={"help": "Category of BFCL v4."})
-    tools: str = field(default="full", metadata={"help": "Documents shown: 'full', 'trimmed' or 'brief'."})
+    category: str = field(default="multi_turn_base", metadata={"help": "Categories, or 'all'."})
+    split_scheme: str = field(default="paper", metadata={"help": "Training and test: 'paper' or 'stratified'."})
+    split_seed: int = field(default=0, metadata={"help": "Seed of the stratified split."})
+    protocol: str = field(default="official", metadata={"help": "Limits of an episode: 'official' or 'paper'."})
+    tools: str = field(default="full", metadata={"help": "Documents shown: 'raw', 'full', 'trimmed' or 'brief'."})
     tool_list: str = field(default="classes", metadata={"help": "Functions shown: 'classes' or 'needed'."})
     distractors: int = field(default=0, metadata={"help": "With tool_list 'needed', how many others to add."})
     max_user_turns: int | None = field(default=None, metadata={"help": "Play only the first user turns."})
@@ -93,6 +104,7 @@ def main(script_args: BfclArguments, training_args: Config, model_args: ModelCon
     use_all_cores(training_args)
     make_environment = partial(
         BfclEnvironment,
+        protocol=script_args.protocol,
         reward=script_args.reward,
         success_reward=script_args.success_reward,
         tools=script_args.tools,
@@ -115,8 +127,8 @@ def choose_tasks(
     script_args: BfclArguments, tokenizer: PreTrainedTokenizerBase, environment: BfclEnvironment
 ) -> tuple[Dataset, dict[str, Dataset]]:
     """
-    Training tasks, and the tasks to evaluate: some of the same domain that are not trained on, and some of the paper's
-    test split, which is another domain (trading and travel instead of files and vehicles).
+    Training tasks, and the tasks to evaluate: some of the training split that are not trained on, and some of the test
+    split, which is another domain in the paper's scheme (trading and travel instead of files and vehicles).
     """
 
     def is_short(row):
@@ -125,7 +137,9 @@ def choose_tasks(
         tokens = tokenizer.apply_chat_template(messages, tools=tools, return_dict=False)
         return len(tokens) <= script_args.max_task_tokens
 
-    splits = {split: load_bfcl(script_args.category, split) for split in ("train", "test")}
+    categories = script_args.category.split(",")
+    scheme = {"split_scheme": script_args.split_scheme, "seed": script_args.split_seed}
+    splits = {split: load_bfcl(categories, split, **scheme) for split in ("train", "test")}
     if script_args.max_task_tokens is not None:
         splits = {
             name: split.select([i for i, row in enumerate(split) if is_short(row)]) for name, split in splits.items()
@@ -136,7 +150,10 @@ def choose_tasks(
     # every few tasks, because neighbours resemble one another
     chosen = list(range(0, len(train), max(len(train) // count, 1)))[:count]
     held_out = train.select(chosen)
-    train = train.select([i for i in range(len(train)) if i not in chosen])
+    # a task has the same number in all categories
+    numbers = [id.rpartition("_")[2] for id in train["id"]]
+    not_trained_on = {numbers[i] for i in chosen}
+    train = train.select([i for i, number in enumerate(numbers) if number not in not_trained_on])
     return train, {"held-out training-domain": held_out, "test-split": test.select(range(min(count, len(test))))}
 
 
