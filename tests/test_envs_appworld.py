@@ -4,6 +4,7 @@ AppWorld through its real server, on synthetic tasks that its own classes build 
 Runs where `$SEEUPO_APPWORLD_PYTHON` is the Python of a virtual environment with AppWorld; its data is not needed.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 from datasets import Dataset
-from tiny import load_tiny_model, save_tiny_model, tiny_tokenizer
+from tiny import VOCABULARY, load_tiny_model, save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
@@ -38,6 +39,7 @@ needs_appworld = pytest.mark.skipif(
 LOGIN = "token = apis.simple_note.login(username='ada@example.com', password='correct-horse')['access_token']\n"
 WRITE_NOTE = LOGIN + "apis.simple_note.create_note(access_token=token, title='Groceries', content='milk')\n"
 COMPLETE = "apis.supervisor.complete_task()\n"
+END_AT_LAST_TOKEN = {"forced_eos_token_id": VOCABULARY.index("<|im_end|>")}
 HANG = "sum(range(10**13))"  # in C, where nothing interrupts it
 
 
@@ -158,9 +160,7 @@ def test_the_first_block_of_code_is_the_action_and_variables_stay(environment):
     environment.reset(task_id="notes_1")
     first = environment.step({"content": "```python\nx = 6\nprint('one')\n```\nthen\n```python\nprint('two')\n```"})
     assert "one" in output(first) and "two" not in output(first)
-    second = environment.step(
-        {"content": "1.\n```\nprint('no')\n```\n2.\n   ```py\n   y = 7\n   print(y * x)\n   ```"}
-    )
+    second = environment.step({"content": "```\nprint('no')\n```\n2.\n   ```py\n   y = 7\n   print(y * x)\n   ```"})
     assert "42" in output(second) and "no" not in output(second)
 
 
@@ -316,7 +316,9 @@ def test_no_server_outlives_a_killed_process(root):
     assert all(is_running(int(pid)) for pid in pids)
     process.kill()
     process.wait()
-    assert wait_until(lambda: not any(is_running(int(pid)) for pid in pids) and not Path(directory).exists())
+    wait_until(lambda: not Path(directory).exists())
+    assert not Path(directory).exists(), [path.name for path in Path(directory).iterdir()]
+    assert wait_until(lambda: not any(is_running(int(pid)) for pid in pids)), [is_running(int(pid)) for pid in pids]
 
 
 @needs_appworld
@@ -432,6 +434,7 @@ def test_a_policy_is_trained_on_the_real_server(root, tmp_path):
             max_steps=1,
             max_turns=3,
             max_completion_length=6,
+            generation_kwargs=END_AT_LAST_TOKEN,
             learning_rate=1e-2,
             logging_steps=1,
             use_cpu=True,
@@ -491,6 +494,7 @@ def test_training_script_runs_from_end_to_end(train_appworld, root, tmp_path, ca
         "per_device_train_batch_size": 2,
         "per_device_eval_batch_size": 1,
         "max_completion_length": 4,
+        "generation_kwargs": json.dumps(END_AT_LAST_TOKEN),
         "max_turns": 2,
         "max_steps": 1,
         "logging_steps": 1,

@@ -123,18 +123,22 @@ def main(memory_limit: int) -> None:
     build_main_app()
     gc.collect()
     gc.freeze()  # leaves these objects' pages shared
-    print("ready", file=answers)
-    for line in requests:
-        verb, argument = line.rstrip("\n").split(" ", 1)
-        if verb == "start":
-            answer = start(argument, memory_limit)
-        else:
-            answer = {"poll": poll, "stop": stop}[verb](int(argument))
-        print(answer, file=answers)
-    for pid in list(exit_codes):
-        stop(pid)
-    shutil.rmtree(os.getcwd(), ignore_errors=True)
-    os._exit(0)
+    try:
+        print("ready", file=answers)
+        for line in requests:
+            verb, argument = line.rstrip("\n").split(" ", 1)
+            if verb == "start":
+                answer = start(argument, memory_limit)
+            else:
+                answer = {"poll": poll, "stop": stop}[verb](int(argument))
+            print(answer, file=answers)
+    except OSError:
+        pass  # the other end is gone, in the middle of a request
+    finally:
+        for pid in list(exit_codes):
+            stop(pid)
+        shutil.rmtree(os.getcwd(), ignore_errors=True)
+        os._exit(0)
 
 
 if __name__ == "__main__":
