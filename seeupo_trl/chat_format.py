@@ -195,5 +195,14 @@ class ChatFormat:
 
 def shared_length(first: list[int], second: list[int]) -> int:
     """Length of the longest common prefix."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+    length = min(len(first), len(second))
+    if first[:length] == second[:length]:
+        return length
+    shared, different = 0, length  # by bisection: comparing slices is much faster than a loop
+    while different - shared > 1:
+        middle = (shared + different) // 2
+        if first[shared:middle] == second[shared:middle]:
+            shared = middle
+        else:
+            different = middle
+    return shared

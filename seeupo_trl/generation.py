@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
@@ -214,6 +215,8 @@ def reason_against_cache(trainer: "GRPOTrainer") -> str | None:
         return "vLLM has a cache of its own"
     if trainer.use_transformers_continuous_batching:
         return "continuous batching has a cache of its own"
+    if isinstance(trainer.model_wrapped, FullyShardedDataParallel):
+        return "FSDP 1 is not supported, which has its own way of generating; FSDP 2 is"
     reason = reason_against_trees(trainer.accelerator.unwrap_model(trainer.model))
     if reason is not None:
         return f"the model is not one of full attention over text: {reason}"

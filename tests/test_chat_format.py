@@ -1,5 +1,7 @@
 """The chat format: what is remembered of renderings, and how much of a context the parser needs."""
 
+import itertools
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +9,7 @@ from test_rollout import TEMPLATES, TOOLS, byte_tokenizer, result, user
 from trl.chat_template_utils import parse_response
 
 from seeupo_trl import chat_format
-from seeupo_trl.chat_format import ChatFormat
+from seeupo_trl.chat_format import ChatFormat, shared_length
 from seeupo_trl.envs import Observation
 
 
@@ -99,3 +101,11 @@ def test_the_end_of_a_context_is_all_the_parser_needs(template, thinking, respon
     message.pop("parse_error", None)
     assert message == expected
     assert (chat._tail(context) == context) == (tail_length == 2)
+
+
+def test_the_shared_length_is_that_of_a_loop():
+    rng = random.Random(0)
+    for _ in range(300):
+        first, second = ([rng.randrange(2) for _ in range(rng.randrange(9))] for _ in range(2))
+        common = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+        assert shared_length(first, second) == len(list(common))
