@@ -15,8 +15,8 @@ counted, so n may be less than k; a task with n < j says nothing about j attempt
 Intervals are percentiles of the bootstrap over tasks: attempts at one task resemble one another, tasks are what was
 drawn. In 1,000 simulated evaluations (four attempts, chances of success drawn from Beta(1, 2)) intervals of 95% for
 avg@4 and pass@4 held the truth in 94 to 95% with 60 or 200 tasks, in 90 to 92% with 12 or 20. The bootstrap knows no
-outcome that did not occur: for rare ones it is too narrow (a pass^4 of 0.07: 92% with 60 tasks, 75% with 20), and where
-all tasks agree it has no width.
+outcome that did not occur: for rare ones it is too narrow (a pass^4 of 0.07: 92% with 60 tasks, 75% with 20), and
+where all tasks agree it has no width.
 """
 
 from collections.abc import Iterable
