@@ -34,6 +34,7 @@ from .chat_format import ChatFormat, RewritingTemplateError, shared_length
 from .environment_pool import EnvironmentPool, NotAnEnvironmentError, Outcome
 from .envs.base import MultiTurnEnvironment, StepResult, StopReason
 from .episode import Episode, describe, shorten
+from .generation import CachedGeneration
 from .history import Contexts, History, HistoryError, contexts_for
 from .observations import CHARACTERS_PER_TOKEN, check_observation, check_step_result, cut_to_tokens
 from .rollout_settings import RolloutSettings
@@ -181,6 +182,8 @@ class MultiTurnRollout:
         self._counts.clear()
         episodes = [Episode(key, task) for key, task in enumerate(self._rows(prompts, trainer))]
         waiting, playing = deque(episodes), []
+        # parameters do not change during a rollout, so what was computed for one turn serves the next
+        cache = CachedGeneration(trainer) if CachedGeneration.supports(trainer) else None
         while True:
             playing = [episode for episode in playing if episode.active]
             while waiting and len(playing) < self._settings.max_concurrent_envs:
@@ -189,14 +192,17 @@ class MultiTurnRollout:
                 self._begin(starting)
                 playing += [episode for episode in starting if episode.active]
             start = time.perf_counter()
-            responses = _generate([episode.context_ids for episode in playing], trainer)
+            responses = _generate(playing, trainer, cache)
             self._counts["time/generation"] += time.perf_counter() - start
             if responses is None:
                 break
             for episode, (action_ids, logps) in zip(playing, responses, strict=True):
                 self._take_action(episode, action_ids, logps, trainer.eos_token_ids)
             self._step([episode for episode in playing if episode.active])
+            if cache is not None:
+                cache.forget(episode.key for episode in playing if not episode.active)
 
+        self._finish(episodes)
         _raise_if_too_many_failed(episodes, self._settings.max_env_failure_rate, trainer)
         metrics = trainer._metrics["train" if trainer.model.training else "eval"]
         for name in ("time/generation", "time/environments", "env/resets_retried", "env/observations_cut"):
@@ -254,7 +260,7 @@ class MultiTurnRollout:
             outcomes = self._call([partial(self._reset, *pair) for pair in zip(episodes, seats, strict=True)])
             errors = {}
             for episode, seat, outcome in zip(episodes, seats, outcomes, strict=True):
-                episode.environment = next(iter(seat), None)
+                episode.environment = episode.player = next(iter(seat), None)
                 try:
                     episode.begin(check_observation(outcome.value()))
                     self._open_context(episode)
@@ -294,8 +300,8 @@ class MultiTurnRollout:
                     episode.stop_reason = StopReason.max_turns
                 if episode.active:
                     episode.context_ids = self._contexts.next(episode)
-                    if len(episode.context_ids) >= self._settings.max_context_length:
-                        episode.stop_reason = StopReason.context_overflow
+                    if not self._has_room(episode):
+                        episode.stop_reason = self._limit(episode)[1]
             except MISTAKES:
                 raise
             except Exception as error:
@@ -304,6 +310,9 @@ class MultiTurnRollout:
             else:
                 if not episode.active:
                     self._end(episode, episode.stop_reason)
+
+    def _finish(self, episodes: list[Episode]) -> None:
+        """Called when all episodes of the batch have ended."""
 
     def _end(self, episode: Episode, stop_reason: StopReason) -> None:
         episode.stop_reason = stop_reason
@@ -322,17 +331,30 @@ class MultiTurnRollout:
     def _cut(self, result: StepResult) -> StepResult:
         for message in result.messages:
             text = message.get("content")
-            if text and self._settings.max_observation_tokens != math.inf:
+            if text and isinstance(text, str) and self._settings.max_observation_tokens != math.inf:
                 message["content"] = cut_to_tokens(text, self._settings.max_observation_tokens, self._chat.tokenizer)
                 self._counts["env/observations_cut"] += message["content"] is not text
         return result
 
     # ---- Tokens ----
 
+    def _limit(self, episode: Episode) -> tuple[float, StopReason]:
+        """Most tokens of context and response together, and what an episode that reaches them ends with."""
+        return self._settings.max_context_length, StopReason.context_overflow
+
+    def _has_room(self, episode: Episode) -> bool:
+        """Whether a response fits behind the context."""
+        return len(episode.context_ids) < self._limit(episode)[0]
+
+    def _reads_unfinished(self, episode: Episode) -> bool:
+        """Whether the environment gets to read a response that was cut."""
+        return False
+
     def _take_action(
         self, episode: Episode, action_ids: list[int], logps: list[float] | None, eos_token_ids: list[int]
     ) -> None:
-        room = self._settings.max_context_length - len(episode.context_ids)
+        limit, reason = self._limit(episode)
+        room = limit - len(episode.context_ids)
         overflow = len(action_ids) > room
         if overflow:
             action_ids = action_ids[: int(room)]
@@ -341,9 +363,9 @@ class MultiTurnRollout:
         if action_ids:
             message = self._chat.parse(action_ids, episode.context_ids, episode.observation.tools)
             episode.act(Turn(episode.context_ids, action_ids, logps), message)
-        if not ended:
+        if not ended and not self._reads_unfinished(episode):
             at_limit = len(action_ids) == room
-            self._end(episode, StopReason.context_overflow if at_limit else StopReason.response_truncated)
+            self._end(episode, reason if at_limit else StopReason.response_truncated)
 
     def _collect(self, episodes: list[Episode], trainer: "GRPOTrainer") -> dict[str, list[Any] | None]:
         output: dict[str, list[Any] | None] = {
@@ -374,21 +396,27 @@ def environment_reward(environment_reward: list[float | None], **kwargs: Any) ->
     return environment_reward
 
 
-def _generate(contexts: list[list[int]], trainer: "GRPOTrainer") -> list[tuple[list[int], list[float] | None]] | None:
-    """One response for each context, or `None` when no process has any context left. A collective operation."""
+def _generate(
+    episodes: list[Episode], trainer: "GRPOTrainer", cache: CachedGeneration | None
+) -> list[tuple[list[int], list[float] | None]] | None:
+    """One response for each episode, or `None` when no process has any episode left. A collective operation."""
     accelerator = trainer.accelerator
-    most = int(accelerator.gather(torch.tensor([len(contexts)], device=accelerator.device)).max())
+    most = int(accelerator.gather(torch.tensor([len(episodes)], device=accelerator.device)).max())
     if most == 0:
         return None
-    rows = contexts
+    rows, keys = [episode.context_ids for episode in episodes], [episode.key for episode in episodes]
     if accelerator.num_processes > 1:
         # vLLM's server and its tensor-parallel groups share out responses as if every process had sent as many rows.
-        wanted = most if trainer.use_vllm else max(1, len(contexts))
-        rows = contexts + [[trainer.processing_class.eos_token_id]] * (wanted - len(contexts))
-    completion_ids, logprobs = trainer._generate_single_turn(rows, None, {}, 1)
+        missing = (most if trainer.use_vllm else max(1, len(rows))) - len(rows)
+        rows += [[trainer.processing_class.eos_token_id]] * missing
+        keys += [None] * missing
+    if cache is not None:
+        completion_ids, logprobs = cache.generate(keys, rows), None
+    else:
+        completion_ids, logprobs = trainer._generate_single_turn(rows, None, {}, 1)
     if logprobs is None:
         logprobs = [None] * len(rows)
-    return [(list(ids), logps) for ids, logps, _ in zip(completion_ids, logprobs, contexts, strict=False)]
+    return [(list(ids), logps) for ids, logps, _ in zip(completion_ids, logprobs, episodes, strict=False)]
 
 
 def _join_turns(episode: Episode, filler_id: int) -> tuple[list[int], list[int], list[int], list[float]]:

@@ -31,7 +31,8 @@ from trl.trainer.utils import get_config_model_id, use_adapter
 from .buffer import Trajectory, TurnBuffer, turns_from_mask
 from .engine import UpdateEngine
 from .entropy_bonus import EntropyBonus
-from .envs.base import MultiTurnEnvironment, StopReason
+from .envs.base import StopReason
+from .envs.tools import EMPTY_PROMPT
 from .evaluation import Evaluation
 from .multimodal import SampleScorer
 from .objective import center_by_group, k3_divergence, normalize_over_batch
@@ -41,6 +42,7 @@ from .rollout import MultiTurnRollout, environment_reward
 from .rollout_checks import checked_rollout
 from .scoring import Scorer, score_without_gradient
 from .seeupo_config import SeeUPOConfig
+from .tool_rollout import ToolRollout, tool_rollout_for
 from .trajectory_log import TrajectoryLog
 from .tree_scoring import TreeScorer
 from .update import Reference, TurnUpdater
@@ -82,8 +84,9 @@ class SeeUPOTrainer(GRPOTrainer):
             are; their contexts need not extend one another. The dataset rows of the prompts are in
             `trainer.rollout_inputs`.
         environment_factory (`Callable` or `dict[str, Callable]`, *optional*):
-            As in [`~trl.GRPOTrainer`], or a [`MultiTurnEnvironment`] class (or a callable that returns one), which
-            [`MultiTurnRollout`] then drives; its rewards are added to those of `reward_funcs`, with weight 1.
+            As in [`~trl.GRPOTrainer`]; [`~seeupo_trl.tool_rollout.ToolRollout`] plays the episodes. Or a
+            [`MultiTurnEnvironment`] class (or a callable that returns one), which [`MultiTurnRollout`] drives; its
+            rewards are added to those of `reward_funcs`, with weight 1.
 
     Raises:
         `ValueError`:
@@ -129,7 +132,10 @@ class SeeUPOTrainer(GRPOTrainer):
         self.config = args
         trainer_args = args.for_one_step_per_iteration()
 
-        if environment_factory is not None and _is_message_level(environment_factory):
+        tool_rollout = None if environment_factory is None else tool_rollout_for(environment_factory, tools or [])
+        if tool_rollout is not None and rollout_func is None:
+            environment_factory = tool_rollout.factory_for_trl
+        elif environment_factory is not None and tool_rollout is None:
             if rollout_func is not None or tools:
                 raise ValueError(
                     "A `MultiTurnEnvironment` is driven by `MultiTurnRollout` and brings its own tools (in "
@@ -163,6 +169,10 @@ class SeeUPOTrainer(GRPOTrainer):
             environment_factory=environment_factory,
         )
 
+        self._tool_rollout: ToolRollout | None = None
+        if tool_rollout is not None and rollout_func is None:
+            self._play_by(tool_rollout)
+
         pad_token_id = self._tokenizer.pad_token_id
         options = {
             "temperature": args.temperature,
@@ -186,6 +196,17 @@ class SeeUPOTrainer(GRPOTrainer):
         # set while the Trainer's own optimizer step is due: label of the block it belongs to, or None for no step
         self._block_of_last_step: str | None = None
         self._is_idle = False
+
+    def _play_by(self, tool_rollout: ToolRollout) -> None:
+        """Hand the TRL environments over to their rollout, unless there are images: those are for TRL's own loop."""
+        if self._is_vlm:
+            self.environment_factories = tool_rollout.factories
+            self._environment_pool = {name: [] for name in tool_rollout.factories}
+            tool_rollout.close()
+            return
+        self._tool_rollout = tool_rollout
+        self.rollout_func = partial(checked_rollout, tool_rollout)
+        self.reward_funcs = tool_rollout.with_its_rewards(self.reward_funcs)
 
     # ---- Data and checkpoints ----
 
@@ -276,7 +297,9 @@ class SeeUPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self.rollout_inputs = inputs
-        with self._without_token_level_passes():
+        if self._tool_rollout is not None:
+            inputs = [{"prompt": EMPTY_PROMPT, **row} for row in inputs]
+        with self._without_token_level_passes(), self._without_tool_loop():
             batch = super()._generate_and_score_completions(inputs)
         group_size = self.num_generations if self.model.training else self.num_generations_eval
         advantages = self._group_relative_advantages(self._rewards_per_func, group_size)  # (N,)
@@ -322,9 +345,26 @@ class SeeUPOTrainer(GRPOTrainer):
         finally:
             self.beta, self.vllm_importance_sampling_correction = saved
 
+    @contextmanager
+    def _without_tool_loop(self):
+        # TRL's own resets and tool calls, in place of which the rollout function is called
+        if self._tool_rollout is None:
+            yield
+            return
+        saved = self.tools, self.environment_factories
+        self.tools, self.environment_factories, self.environments = [], None, None
+        try:
+            yield
+        finally:
+            self.tools, self.environment_factories = saved
+
     def _generate(self, prompts: list) -> tuple:
         output = list(super()._generate(prompts))
         prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields = output[:6]
+        if self._tool_rollout is not None:
+            self.environments = extra_fields.pop("environments")
+            prompts[:] = extra_fields.pop("prompts")  # for reward functions and logs, with what `reset` returned
+            self._log_tool_calls(extra_fields.pop("tool_calls"))
         trajectories = extra_fields.pop("trajectories", None)
         if trajectories is None:
             masks = tool_mask or [None] * len(prompt_ids)
@@ -334,7 +374,8 @@ class SeeUPOTrainer(GRPOTrainer):
                 for *sample, messages in zip(prompt_ids, completion_ids, masks, logps, completions, strict=True)
             ]
         elif is_conversational({"prompt": prompts[0]}):
-            output[3] = [trajectory.messages for trajectory in trajectories]
+            # reward functions may read the last message, also where an environment failed before there was one
+            output[3] = [trajectory.messages or [{"role": "assistant", "content": ""}] for trajectory in trajectories]
         self._trajectories = trajectories
         self._log_episodes(trajectories)
         return tuple(output)
@@ -485,6 +526,13 @@ class SeeUPOTrainer(GRPOTrainer):
         for name, value in values.items():
             metrics.setdefault(name, []).append(float(value))
 
+    def _log_tool_calls(self, tool_calls: list[tuple[int, int]]) -> None:
+        counts = self.accelerator.gather(torch.tensor(tool_calls, device=self.accelerator.device))  # (N, 2)
+        calls, failures = counts.sum(dim=0)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["tools/call_frequency"].append((calls / len(counts)).item())
+        metrics["tools/failure_frequency"].append((failures / calls).item() if calls > 0 else 0.0)
+
     def _log_update(self, updater: TurnUpdater) -> None:
         values = updater.statistics.reduce(updater.engine)
         values["turn_updates"] = len(updater.blocks)
@@ -503,19 +551,6 @@ class SeeUPOTrainer(GRPOTrainer):
 def _is_quarantined(trajectory: Trajectory) -> bool:
     """Whether the environment failed: no reward counts then, and nothing is learned from the episode."""
     return trajectory.stop_reason in (StopReason.env_error, StopReason.env_timeout)
-
-
-def _is_message_level(environment_factory: Callable | dict[str, Callable]) -> bool:
-    """Whether a factory makes environments that exchange messages, rather than TRL environments of tools."""
-    if isinstance(environment_factory, dict):
-        return False
-    if isinstance(environment_factory, type):
-        return issubclass(environment_factory, MultiTurnEnvironment)
-    environment = environment_factory()
-    is_message_level = isinstance(environment, MultiTurnEnvironment)
-    if is_message_level:
-        environment.close()
-    return is_message_level
 
 
 def _with_plain_arguments(conversation: Any) -> Any:
