@@ -21,6 +21,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
+from tiny import VOCABULARY
 from transformers import TrainerCallback
 from unkind_rollouts import GROUP_SIZE, NUM_TRAJECTORIES, TURNS, FixedRollouts, outcome_reward
 
@@ -117,6 +118,8 @@ def train(run: dict, num_processes: int) -> None:
     strip = options.pop("strip", False)
     if plays:
         options = {"max_turns": max(LENGTHS), "max_completion_length": 4, "top_k": 1, **options}
+        # a response that is cut off would end the episode
+        options["generation_kwargs"] = {"forced_eos_token_id": VOCABULARY.index("<|im_end|>")}
     rows = NUM_TRAJECTORIES // num_processes
     options.setdefault("gradient_accumulation_steps", rows // 2)
     args = SeeUPOConfig(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
@@ -79,9 +80,13 @@ class Finished:
     stderr: str
 
     def parameters(self, run: str) -> dict[str, torch.Tensor]:
-        """What `save_model` wrote, as float64."""
-        path = next((self.output / run / "final").glob("*.safetensors"))
-        return {name: tensor.double() for name, tensor in load_file(path).items()}
+        """The model that `save_model` wrote, or its adapter, in float64."""
+        final = self.output / run / "final"
+        if (final / "adapter_model.safetensors").exists():
+            parameters = load_file(final / "adapter_model.safetensors")
+        else:
+            parameters = dict(AutoModelForCausalLM.from_pretrained(final).named_parameters())
+        return {name: tensor.detach().double() for name, tensor in parameters.items()}
 
     def logs(self, run: str) -> list[dict[str, float]]:
         return json.loads((self.output / run / "logs.json").read_text())
