@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -89,19 +90,53 @@ class Marathons(MultiTurnRollout):
 
 
 class Killer(TrainerCallback):
-    """Kills one process as a machine failure would: at once, without clean-up, between two turns' updates."""
+    """
+    Kills one process as a machine failure would: at once, without clean-up.
 
-    def __init__(self, step: int, process: int):
-        self.step, self.process, self.optimizer_steps = step, process, 0
+    Args:
+        step (`int`):
+            Iterations done before.
+        process (`int`):
+            Which process.
+        note (`Path`):
+            Where the time of death is written.
+    """
+
+    def __init__(self, step: int, process: int, note: Path):
+        self.step, self.process, self.note = step, process, note
+        self.optimizer_steps = 0
+
+    def kill(self, args, state) -> None:
+        if state.global_step == self.step and args.process_index == self.process:
+            self.note.write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillerBetweenTurns(Killer):
+    """The last turn of the iteration has been updated, the one before has its gradients."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.optimizer_steps = 0
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.optimizer_steps += 1
-        # the first turn of the iteration has been updated, the second has its gradients
-        if state.global_step == self.step and self.optimizer_steps == 2 and args.process_index == self.process:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.optimizer_steps == 2:
+            self.kill(args, state)
+
+
+class KillerWhileSaving(Killer):
+    """The other processes have written their parts of the checkpoint."""
+
+    def attach(self, trainer: SeeUPOTrainer) -> None:
+        save = trainer._save_rng_state
+
+        def save_or_die(output_dir: str) -> None:
+            if trainer.state.global_step == self.step and trainer.args.process_index == self.process:
+                time.sleep(2)
+                self.kill(trainer.args, trainer.state)
+            save(output_dir)
+
+        trainer._save_rng_state = save_or_die
 
 
 def train(run: dict, num_processes: int) -> None:
@@ -111,7 +146,7 @@ def train(run: dict, num_processes: int) -> None:
     lora = options.pop("lora", False)
     frozen = options.pop("frozen", ())
     plays = options.pop("plays", False)
-    kill = options.pop("kill", None)
+    kill, kill_while_saving = options.pop("kill", None), options.pop("kill_while_saving", None)
     resume = options.pop("resume", False)
     fsdp = options.pop("fsdp", False)
     refused = options.pop("refused", False)
@@ -161,9 +196,11 @@ def train(run: dict, num_processes: int) -> None:
         args=args,
         train_dataset=Dataset.from_dict(dataset),
         peft_config=LoraConfig(**LORA) if lora else None,
-        callbacks=[Killer(**kill)] if kill else None,
+        callbacks=[KillerBetweenTurns(**kill, note=output / "killed")] if kill else None,
         **rollouts,
     )
+    if kill_while_saving:
+        KillerWhileSaving(**kill_while_saving, note=output / "killed").attach(trainer)
     if lora:
         set_adapter(trainer.model)
     for name, parameter in trainer.model.named_parameters():
@@ -193,12 +230,16 @@ def train(run: dict, num_processes: int) -> None:
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     if job["num_processes"] > 1:
+        import deepspeed
         import deepspeed.ops
 
         # compiling this kernel takes a minute and it changes nothing here: gloo is used without it
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.set_num_threads(1)
     random.seed(0)
+    if job["init_deepspeed"]:
+        # with `use_cpu` the Trainer leaves this to the launcher, and ZeRO-3 would take the world for one process
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
     for run in job["runs"]:
         train(run, job["num_processes"])
     # the threads of gloo abort the interpreter's exit now and then

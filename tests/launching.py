@@ -76,7 +76,7 @@ class Finished:
 
     output: Path
     returncode: int
-    seconds: float
+    end: float  # time.time()
     stderr: str
 
     def parameters(self, run: str) -> dict[str, torch.Tensor]:
@@ -99,11 +99,14 @@ class Finished:
 def launch(output: Path, backend: str | None, num_processes: int, runs: list[dict[str, Any]]) -> Finished:
     """Start the processes, train the runs one after the other, and wait for the end, whatever it is."""
     output.mkdir(parents=True, exist_ok=True)
-    runs = [{**run, "output": str(output), "fsdp": backend == "fsdp2"} for run in runs]
-    job = output / "job.json"
-    job.write_text(json.dumps({"num_processes": num_processes, "runs": runs}))
+    extra: dict[str, Any] = {"output": str(output), "fsdp": backend == "fsdp2"}
     command = [sys.executable]
-    if backend is not None:
+    if backend == "torchrun_zero3":
+        # DeepSpeed's configuration comes with the training arguments
+        (output / "deepspeed.json").write_text(json.dumps(DEEPSPEED["zero3"]))
+        extra["deepspeed"] = str(output / "deepspeed.json")
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    elif backend is not None:
         config = {**LAUNCHER, "num_processes": num_processes}
         if backend == "ddp":
             config["distributed_type"] = "MULTI_GPU"
@@ -122,9 +125,11 @@ def launch(output: Path, backend: str | None, num_processes: int, runs: list[dic
         path = output / "launcher.yaml"
         path.write_text(yaml.safe_dump(config))
         command += ["-m", "accelerate.commands.launch", "--config_file", str(path), "--main_process_port", "0"]
+    job = output / "job.json"
+    settings = {"num_processes": num_processes, "init_deepspeed": backend == "torchrun_zero3"}
+    job.write_text(json.dumps({**settings, "runs": [{**run, **extra} for run in runs]}))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    start = time.monotonic()
     process = subprocess.run(
         [*command, str(SCRIPT), str(job)], env=env, capture_output=True, text=True, timeout=TIMEOUT
     )
-    return Finished(output, process.returncode, time.monotonic() - start, process.stderr)
+    return Finished(output, process.returncode, time.time(), process.stderr)

@@ -61,6 +61,7 @@ LAUNCHES: dict[str, tuple[str | None, int, list[str]]] = {
     ),
     "zero3_offload_optimizer": ("zero3_offload_optimizer", 2, ["kl", "lora"]),
     "zero3_offload": ("zero3_offload", 2, ["trees", "lora"]),
+    "torchrun-zero3": ("torchrun_zero3", 2, ["kl"]),
     "fsdp2": ("fsdp2", 2, ["kl", "trees", "lora", "frozen", "adam", "plays"]),
     "three-ddp": ("ddp", 3, ["blocks", "trees", "plays", "refused"]),
     "three-zero3": ("zero3", 3, ["kl", "trees", "plays"]),
@@ -163,9 +164,7 @@ def oracle(models):
             result = seeupo_iteration(
                 model,
                 groups(iteration, options.get("strip", False)),
-                OracleSettings(
-                    lr=LEARNING_RATE, max_grad_norm=1.0, minibatches=tuple(minibatches), **settings
-                ),
+                OracleSettings(lr=LEARNING_RATE, max_grad_norm=1.0, minibatches=tuple(minibatches), **settings),
                 ref_model=reference,
             )
         end = result.parameters
