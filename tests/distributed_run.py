@@ -3,9 +3,9 @@ One process of `test_distributed.py`. A process starts once and trains several r
 
 `accelerate launch --config_file CONFIG distributed_run.py JOB.json`
 
-with `{"num_processes": 2, "runs": [{"name": "kl", "model": DIRECTORY, "output": DIRECTORY, "beta": 0.1}, ...]}`. What a
-run does not name is an argument of `SeeUPOConfig`. It leaves its model, its logs and a note of each process in
-`OUTPUT/NAME`.
+The job is `{"num_processes": 2, "runs": [{"name": "kl", "model": ..., "output": ..., "beta": 0.1}, ...]}`; whatever
+`train` does not take from a run is an argument of `SeeUPOConfig`. A run leaves its model, its logs and a note of each
+process in `OUTPUT/NAME`.
 """
 
 import json
