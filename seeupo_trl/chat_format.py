@@ -31,6 +31,10 @@ PARSES_WITH_TOOLS = "tools" in inspect.signature(parse_response).parameters
 Message = dict[str, Any]
 
 
+class RewritingTemplateError(ValueError):
+    """The chat template rewrites history, so a context cannot grow token by token."""
+
+
 class ChatFormat:
     """Messages to tokens and back, in the chat format of a trainer's tokenizer."""
 
@@ -51,6 +55,10 @@ class ChatFormat:
         return self._tokenize(
             observation.messages, self.chat_template, tools=observation.tools or None, add_generation_prompt=True
         )
+
+    def render_history(self, observation: Observation) -> list[int]:
+        """Tokens of a conversation that was rewritten, by the tokenizer's own template, which may rewrite it too."""
+        return self._tokenize(observation.messages, None, tools=observation.tools or None, add_generation_prompt=True)
 
     def render_suffix(self, messages: list[Message], last_id: int) -> list[int]:
         """
@@ -77,14 +85,15 @@ class ChatFormat:
         before = self._tokenize([*question, answer], chat_template)
         after = self._tokenize([*question, answer, *messages], chat_template, add_generation_prompt=True)
         # What a template writes after the end of a message (Qwen: a newline) was not generated: it is in the suffix.
-        shared = _shared_length(before, after)
+        shared = shared_length(before, after)
         ends = [i + 1 for i in range(shared) if before[i] in self.eos_token_ids and self._is_blank(before[i + 1 :])]
         end = ends[0] if ends else len(before)
         if end > shared:
-            raise ValueError(
+            raise RewritingTemplateError(
                 "The tokenizer's chat template renders earlier messages differently when messages are appended, so a "
                 "context cannot grow token by token, and TRL has no training template for it. Set "
-                "`tokenizer.chat_template` to a template that keeps the history as it was."
+                "`tokenizer.chat_template` to a template that keeps the history as it was, or give MultiTurnRollout a "
+                "function as `history`."
             )
         return after[end:]
 
@@ -148,7 +157,7 @@ class ChatFormat:
             return None
 
 
-def _shared_length(first: list[int], second: list[int]) -> int:
+def shared_length(first: list[int], second: list[int]) -> int:
     """Length of the longest common prefix."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

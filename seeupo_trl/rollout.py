@@ -1,9 +1,9 @@
 """
 Rollouts: environments and the policy play episodes together, turn by turn, for a whole batch at once.
 
-Tokens are the truth. The chat template renders the opening conversation once; from there on a context only grows, by
-the tokens the policy generated (never tokenised again) and by the rendering of the environment's new messages. So each
-turn's context begins with the previous turn's context and action, and what is trained on is what was sampled.
+Tokens are the truth. The chat template renders the opening conversation once; from there on a context grows by the
+tokens the policy generated (never tokenised again) and by the rendering of the environment's new messages, unless
+`history` says otherwise. Each turn keeps the exact context it was sampled from, and that is what is trained on.
 
 Templates that rewrite history when messages are appended (Qwen3 drops earlier reasoning) cannot be continued that way;
 for those TRL's training template is used instead, which keeps the history as it was.
@@ -11,23 +11,32 @@ for those TRL's training template is used instead, which keeps the history as it
 Generation goes through the trainer's own backend (transformers, continuous batching, vLLM) with the trainer's sampling
 settings. It is a collective operation in some setups (ZeRO-3, vLLM), therefore all processes generate equally often:
 one whose episodes have ended generates a throw-away row until all are done.
+
+An environment may raise, hang, or return garbage; none of that reaches the policy. See [`MultiTurnRollout`].
 """
 
 import copy
 import json
 import logging
-import textwrap
+import math
+import time
 import weakref
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 
-from .buffer import Trajectory, Turn
-from .chat_format import ChatFormat
-from .envs.base import MultiTurnEnvironment, Observation, StepResult, StopReason
+from .buffer import Turn
+from .chat_format import ChatFormat, RewritingTemplateError, shared_length
+from .environment_pool import EnvironmentPool, NotAnEnvironmentError, Outcome
+from .envs.base import MultiTurnEnvironment, StepResult, StopReason
+from .episode import Episode, describe, shorten
+from .history import Contexts, History, HistoryError, contexts_for
+from .observations import CHARACTERS_PER_TOKEN, check_observation, check_step_result, cut_to_tokens
+from .rollout_settings import RolloutSettings
 
 
 if TYPE_CHECKING:
@@ -36,10 +45,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_MAX_TURNS = 10
-MAX_THREADS = 64
 
 Message = dict[str, Any]
+
+# Errors that are the script's, not an environment's.
+MISTAKES = (NotAnEnvironmentError, RewritingTemplateError, HistoryError)
+RETRY_PAUSE = 0.1  # seconds before the first retry of a reset; four times as many before each further one
 
 
 class MultiTurnRollout:
@@ -47,7 +58,11 @@ class MultiTurnRollout:
     Plays one episode of an environment for each prompt, with the trainer's policy. It is a rollout function of TRL:
     pass it as `rollout_func` to [`SeeUPOTrainer`] or to a stock [`~trl.GRPOTrainer`].
 
-    Environments step at the same time, in threads, and are reused: at the end of a batch they go back to a pool.
+    Environments reset and step at the same time, in threads (or on one event loop, where `reset` and `step` are
+    coroutines), and are reused: at the end of an episode they go back to a pool.
+
+    The options below default to the trainer's arguments of the same name; for a trainer that has none (a stock
+    `GRPOConfig`), to the defaults given here. `math.inf` sets no limit.
 
     Args:
         environment_factory (`Callable[[], MultiTurnEnvironment]`):
@@ -57,29 +72,54 @@ class MultiTurnRollout:
             The dataset rows, for trainers that hand a rollout function nothing but prompts, as [`~trl.GRPOTrainer`]
             does. A row is looked up by its `prompt`, so different rows need different prompts. Give the rows of the
             evaluation dataset too. Not needed with [`SeeUPOTrainer`].
-        max_turns (`int`, *optional*):
-            Most assistant messages in an episode. Defaults to `max_turns` of the trainer's arguments where they have
-            that field (there, `None` is no limit), else to 10.
+        history (`str` or `Callable`, *optional*, defaults to `"append"`):
+            What the policy is shown of earlier turns. `"append"`: everything as it was. `"strip_reasoning"`: without
+            the reasoning of the turns before the last user message, as the chat templates of reasoning models do. Or a
+            function that takes the messages so far (`list[dict]`, the opening ones included) and returns those to
+            show, rendered with the tokenizer's own chat template. Each turn is trained on in the exact context it was
+            sampled from. Anything but `"append"` needs [`SeeUPOTrainer`].
+        max_turns (`int`, *optional*, defaults to `10`):
+            Most assistant messages in an episode.
         max_context_length (`int`, *optional*):
-            Most tokens of context and response together. Defaults to `max_context_length` of the trainer's arguments
-            where they have that field and it is set, else to the model's number of positions. The length of one
-            response is limited by the trainer's `max_completion_length`.
+            Most tokens of context and response together. Defaults to the model's number of positions. The length of
+            one response is limited by the trainer's `max_completion_length`.
+        max_concurrent_envs (`int`, *optional*):
+            Most environments that exist at once on a process; further episodes begin when others end. Defaults to no
+            limit: all episodes of a batch play at once.
+        env_timeout (`float`, *optional*, defaults to `120.0`):
+            Seconds a `reset` or a `step` may take.
+        env_reset_retries (`int`, *optional*, defaults to `2`):
+            How often a `reset` that raised or took too long is tried again, each time with another environment.
+        max_env_failure_rate (`float`, *optional*, defaults to `0.5`):
+            Largest fraction of the episodes of a batch, over all processes, that may end by a fault of their
+            environment.
+        max_observation_tokens (`int`, *optional*, defaults to `32768`):
+            Longer messages from `step` are cut to so many tokens, with a note at the cut. The opening messages are
+            never cut.
 
     Calling it with `(prompts, trainer)` returns a dict of lists with one item per prompt:
 
     - `prompt_ids`: tokens of the opening conversation.
     - `completion_ids`: everything after it up to the end of the last action, or one end-of-sequence token if there was
-      no action.
+      no action. Where a context was rewritten, what it does not share with the turn before stands for the whole.
     - `env_mask`: 1 for tokens of the policy, 0 for tokens of the environment.
     - `logprobs`: log-probabilities of the completion under the sampler, 0.0 at environment tokens; `None` where the
       backend reports none.
     - `trajectories`: [`~seeupo_trl.buffer.Trajectory`], with the turns, the conversation and the reward.
-    - `environment_reward`: return of the episode, `None` after an environment error. Read it with the reward function
-      [`environment_reward`].
+    - `environment_reward`: return of the episode, `None` after a fault of the environment. Read it with the reward
+      function [`environment_reward`].
     - `stop_reason`: a [`~seeupo_trl.envs.StopReason`] as a string.
 
-    An exception in an environment ends its episode without a reward (`env_error`, with the text in the trajectory's
-    `info["error"]`); if every episode of a batch ends like that, a `RuntimeError` is raised.
+    A fault of an environment (an exception, no answer in time, an answer that is none) ends its episode without a
+    reward, with stop reason `env_error` or `env_timeout` and the text in the trajectory's `info["error"]`. Other
+    episodes go on.
+
+    It logs `time/generation` and `time/environments`, the seconds spent in either, and `env/resets_retried` and
+    `env/observations_cut`, counts of this process.
+
+    Raises:
+        `RuntimeError`:
+            On all processes, when more episodes of a batch fail than `max_env_failure_rate` allows, or all of them.
 
     Example:
 
@@ -99,77 +139,82 @@ class MultiTurnRollout:
         environment_factory: Callable[[], MultiTurnEnvironment],
         *,
         tasks: Iterable[dict[str, Any]] | None = None,
+        history: History | None = None,
         max_turns: int | None = None,
         max_context_length: int | None = None,
+        max_concurrent_envs: int | None = None,
+        env_timeout: float | None = None,
+        env_reset_retries: int | None = None,
+        max_env_failure_rate: float | None = None,
+        max_observation_tokens: int | None = None,
     ):
         if not callable(environment_factory):
             raise TypeError(
                 f"environment_factory is a {type(environment_factory).__name__}; give a MultiTurnEnvironment class or "
                 "a function without arguments that returns an instance."
             )
-        for name, value in (("max_turns", max_turns), ("max_context_length", max_context_length)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; give at least 1, or None for the default.")
         self.environment_factory = environment_factory
-        self.max_turns = max_turns
-        self.max_context_length = max_context_length
+        self._given = {
+            "history": history,
+            "max_turns": max_turns,
+            "max_context_length": max_context_length,
+            "max_concurrent_envs": max_concurrent_envs,
+            "env_timeout": env_timeout,
+            "env_reset_retries": env_reset_retries,
+            "max_env_failure_rate": max_env_failure_rate,
+            "max_observation_tokens": max_observation_tokens,
+        }
+        RolloutSettings(**{name: value for name, value in self._given.items() if value is not None})  # checks them
         self._tasks = None if tasks is None else _index_by_prompt(tasks)
+        self._pool = EnvironmentPool(environment_factory)
         self._chat: ChatFormat | None = None
+        self._contexts: Contexts | None = None
         self._chat_trainer: weakref.ref | None = None
-        self._idle: list[MultiTurnEnvironment] = []
-        self._environments: list[MultiTurnEnvironment] = []
-        weakref.finalize(self, _close_all, self._environments)
+        self._counts: Counter = Counter()
 
     def close(self) -> None:
         """Close all environments. Happens by itself when the object is deleted and when the interpreter exits."""
-        _close_all(self._environments)
-        self._environments.clear()
-        self._idle.clear()
+        self._pool.close()
 
     def __call__(self, prompts: list[Any], trainer: "GRPOTrainer") -> dict[str, list[Any] | None]:
-        if self._chat_trainer is None or self._chat_trainer() is not trainer:
-            self._chat = ChatFormat(trainer)
-            self._chat_trainer = weakref.ref(trainer)
-        max_turns, max_length = self._limits(trainer)
-        episodes = [_Episode(task, self._take_environment()) for task in self._rows(prompts, trainer)]
+        self._prepare_for(trainer)
+        self._counts.clear()
+        episodes = [Episode(key, task) for key, task in enumerate(self._rows(prompts, trainer))]
+        waiting, playing = deque(episodes), []
+        while True:
+            playing = [episode for episode in playing if episode.active]
+            while waiting and len(playing) < self._settings.max_concurrent_envs:
+                room = min(len(waiting), self._settings.max_concurrent_envs - len(playing))
+                starting = [waiting.popleft() for _ in range(int(room))]
+                self._begin(starting)
+                playing += [episode for episode in starting if episode.active]
+            start = time.perf_counter()
+            responses = _generate([episode.context_ids for episode in playing], trainer)
+            self._counts["time/generation"] += time.perf_counter() - start
+            if responses is None:
+                break
+            for episode, (action_ids, logps) in zip(playing, responses, strict=True):
+                self._take_action(episode, action_ids, logps, trainer.eos_token_ids)
+            self._step([episode for episode in playing if episode.active])
 
-        with ThreadPoolExecutor(min(MAX_THREADS, len(episodes))) as threads:
-            list(threads.map(_Episode.reset, episodes))
-            for episode in episodes:
-                if episode.active:
-                    episode.context_ids = self._chat.render(episode.observation)
-                    if len(episode.context_ids) >= max_length:
-                        episode.stop_reason = StopReason.context_overflow
-            while True:
-                active = [episode for episode in episodes if episode.active]
-                responses = _generate([episode.context_ids for episode in active], trainer)
-                if responses is None:
-                    break
-                for episode, (action_ids, logps) in zip(active, responses, strict=True):
-                    self._take_action(episode, action_ids, logps, max_length, trainer.eos_token_ids)
-                active = [episode for episode in active if episode.active]
-                list(threads.map(_Episode.step, active))
-                for episode in active:
-                    if episode.active and len(episode.turns) == max_turns:
-                        episode.stop_reason = StopReason.max_turns
-                    if episode.active:
-                        episode.context_ids += self._chat.render_suffix(episode.new_messages, episode.context_ids[-1])
-                        if len(episode.context_ids) >= max_length:
-                            episode.stop_reason = StopReason.context_overflow
-
-        self._return_environments(episodes)
-        _raise_if_all_failed(episodes, trainer)
+        _raise_if_too_many_failed(episodes, self._settings.max_env_failure_rate, trainer)
+        metrics = trainer._metrics["train" if trainer.model.training else "eval"]
+        for name in ("time/generation", "time/environments", "env/resets_retried", "env/observations_cut"):
+            metrics[name].append(float(self._counts[name]))
         return self._collect(episodes, trainer)
 
-    def _limits(self, trainer: "GRPOTrainer") -> tuple[int | None, float]:
-        # A stock GRPOConfig has neither field.
-        max_turns = self.max_turns or getattr(trainer.args, "max_turns", DEFAULT_MAX_TURNS)
-        max_length = self.max_context_length or getattr(trainer.args, "max_context_length", None)
-        if max_length is None:
-            # State-space models have no such limit.
-            max_length = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
-        engine_length = trainer.args.vllm_max_model_length if trainer.args.use_vllm else None
-        return max_turns, min(max_length or float("inf"), engine_length or float("inf"))
+    def _prepare_for(self, trainer: "GRPOTrainer") -> None:
+        self._settings = RolloutSettings.of(self._given, trainer)
+        if self._chat_trainer is None or self._chat_trainer() is not trainer:
+            self._chat = ChatFormat(trainer)
+            self._contexts = contexts_for(self._settings.history, self._chat)
+            self._chat_trainer = weakref.ref(trainer)
+        if self._settings.history != "append" and getattr(trainer, "rollout_inputs", None) is None:
+            raise ValueError(
+                f"history={self._settings.history!r} rewrites contexts, and {type(trainer).__name__} trains on an "
+                "episode as one sequence: it would train on contexts that the policy never saw. Use history='append', "
+                "or SeeUPOTrainer."
+            )
 
     def _rows(self, prompts: list[Any], trainer: "GRPOTrainer") -> list[dict[str, Any]]:
         rows = getattr(trainer, "rollout_inputs", None)  # set by SeeUPOTrainer only
@@ -183,53 +228,124 @@ class MultiTurnRollout:
         missing = [prompt for prompt in prompts if _prompt_key(prompt) not in self._tasks]
         if missing:
             raise ValueError(
-                f"No row of `tasks` has this prompt: {_shorten(missing[0])}. `tasks` must hold the rows of every "
+                f"No row of `tasks` has this prompt: {shorten(missing[0])}. `tasks` must hold the rows of every "
                 "dataset the trainer reads, the evaluation dataset included."
             )
         return [self._tasks[_prompt_key(prompt)] for prompt in prompts]
 
-    def _take_environment(self) -> MultiTurnEnvironment:
-        if self._idle:
-            return self._idle.pop()
-        environment = self.environment_factory()
-        if not isinstance(environment, MultiTurnEnvironment):
-            raise TypeError(
-                f"environment_factory returned a {type(environment).__name__}; it must return an instance of a "
-                "subclass of seeupo_trl.envs.MultiTurnEnvironment."
-            )
-        self._environments.append(environment)
-        return environment
+    # ---- Environments ----
 
-    def _return_environments(self, episodes: list["_Episode"]) -> None:
+    def _call(self, functions: list[Callable[[], Any]]) -> list[Outcome]:
+        start = time.perf_counter()
+        timeout = self._settings.env_timeout
+        outcomes = self._pool.call(functions, None if timeout == math.inf else timeout)
+        self._counts["time/environments"] += time.perf_counter() - start
+        return outcomes
+
+    def _begin(self, episodes: list[Episode]) -> None:
+        """Reset an environment for each episode, and try those that fail again with another one."""
+        errors: dict[int, Exception] = {}
+        for attempt in range(self._settings.env_reset_retries + 1):
+            if attempt:
+                time.sleep(RETRY_PAUSE * 4 ** (attempt - 1))
+                self._counts["env/resets_retried"] += len(episodes)
+            # a call that comes back late must find nothing of the next attempt, so each has a seat of its own
+            seats: list[list[MultiTurnEnvironment]] = [[] for _ in episodes]
+            outcomes = self._call([partial(self._reset, *pair) for pair in zip(episodes, seats, strict=True)])
+            errors = {}
+            for episode, seat, outcome in zip(episodes, seats, outcomes, strict=True):
+                episode.environment = next(iter(seat), None)
+                try:
+                    episode.begin(check_observation(outcome.value()))
+                    self._open_context(episode)
+                except MISTAKES:
+                    raise
+                except Exception as error:
+                    errors[episode.key] = error
+                    self._drop_environment(episode, outcome, seat)
+            episodes = [episode for episode in episodes if episode.key in errors]
+            if not episodes:
+                return
         for episode in episodes:
-            if episode.error is None:
-                self._idle.append(episode.environment)
-            else:  # whatever state it is in, it does not get another task
-                self._environments.remove(episode.environment)
-                _close_all([episode.environment])
+            episode.fail(errors[episode.key])
+
+    def _reset(self, episode: Episode, seat: list[MultiTurnEnvironment]) -> Any:
+        environment = self._pool.take()
+        seat.append(environment)
+        return environment.reset(**copy.deepcopy(episode.task))
+
+    def _open_context(self, episode: Episode) -> None:
+        limit = self._settings.max_context_length
+        characters = sum(len(message.get("content") or "") for message in episode.observation.messages)
+        if characters > limit * CHARACTERS_PER_TOKEN:
+            self._end(episode, StopReason.context_overflow)  # without tokenising it
+            return
+        episode.context_ids = self._contexts.first(episode)
+        if len(episode.context_ids) >= limit:
+            self._end(episode, StopReason.context_overflow)
+
+    def _step(self, episodes: list[Episode]) -> None:
+        """Hand the policy's messages to the environments, and build the next contexts."""
+        outcomes = self._call([partial(episode.environment.step, episode.last_message) for episode in episodes])
+        for episode, outcome in zip(episodes, outcomes, strict=True):
+            try:
+                episode.answer(self._cut(check_step_result(outcome.value())))
+                if episode.active and len(episode.turns) >= self._settings.max_turns:
+                    episode.stop_reason = StopReason.max_turns
+                if episode.active:
+                    episode.context_ids = self._contexts.next(episode)
+                    if len(episode.context_ids) >= self._settings.max_context_length:
+                        episode.stop_reason = StopReason.context_overflow
+            except MISTAKES:
+                raise
+            except Exception as error:
+                self._drop_environment(episode, outcome, [episode.environment])
+                episode.fail(error)
+            else:
+                if not episode.active:
+                    self._end(episode, episode.stop_reason)
+
+    def _end(self, episode: Episode, stop_reason: StopReason) -> None:
+        episode.stop_reason = stop_reason
+        if episode.environment is not None:
+            self._pool.give_back(episode.environment)
+            episode.environment = None
+
+    def _drop_environment(self, episode: Episode, outcome: Outcome, seat: list[MultiTurnEnvironment]) -> None:
+        episode.environment = None
+        if outcome.is_stuck:
+            outcome.when_it_returns(lambda: [self._pool.discard(environment) for environment in seat])
+        else:
+            for environment in seat:
+                self._pool.discard(environment)
+
+    def _cut(self, result: StepResult) -> StepResult:
+        for message in result.messages:
+            text = message.get("content")
+            if text and self._settings.max_observation_tokens != math.inf:
+                message["content"] = cut_to_tokens(text, self._settings.max_observation_tokens, self._chat.tokenizer)
+                self._counts["env/observations_cut"] += message["content"] is not text
+        return result
+
+    # ---- Tokens ----
 
     def _take_action(
-        self,
-        episode: "_Episode",
-        action_ids: list[int],
-        logps: list[float] | None,
-        max_length: float,
-        eos_token_ids: list[int],
+        self, episode: Episode, action_ids: list[int], logps: list[float] | None, eos_token_ids: list[int]
     ) -> None:
-        room = max_length - len(episode.context_ids)
+        room = self._settings.max_context_length - len(episode.context_ids)
         overflow = len(action_ids) > room
         if overflow:
             action_ids = action_ids[: int(room)]
             logps = None if logps is None else logps[: int(room)]
         ended = bool(action_ids) and action_ids[-1] in eos_token_ids and not overflow
-        if not ended:
-            at_limit = len(action_ids) == room
-            episode.stop_reason = StopReason.context_overflow if at_limit else StopReason.response_truncated
         if action_ids:
             message = self._chat.parse(action_ids, episode.context_ids, episode.observation.tools)
             episode.act(Turn(episode.context_ids, action_ids, logps), message)
+        if not ended:
+            at_limit = len(action_ids) == room
+            self._end(episode, StopReason.context_overflow if at_limit else StopReason.response_truncated)
 
-    def _collect(self, episodes: list["_Episode"], trainer: "GRPOTrainer") -> dict[str, list[Any] | None]:
+    def _collect(self, episodes: list[Episode], trainer: "GRPOTrainer") -> dict[str, list[Any] | None]:
         output: dict[str, list[Any] | None] = {
             key: [] for key in ("prompt_ids", "completion_ids", "env_mask", "logprobs")
         }
@@ -258,78 +374,6 @@ def environment_reward(environment_reward: list[float | None], **kwargs: Any) ->
     return environment_reward
 
 
-@dataclass
-class _Episode:
-    """One episode while it is played. `reset` and `step` talk to the environment, and run in a thread."""
-
-    task: dict[str, Any]
-    environment: MultiTurnEnvironment
-    observation: Observation = field(default_factory=lambda: Observation([]))
-    context_ids: list[int] = field(default_factory=list)
-    turns: list[Turn] = field(default_factory=list)
-    messages: list[Message] = field(default_factory=list)
-    new_messages: list[Message] = field(default_factory=list)
-    reward: float = 0.0
-    info: dict[str, Any] = field(default_factory=dict)
-    stop_reason: StopReason | None = None
-    error: Exception | None = None
-
-    @property
-    def active(self) -> bool:
-        return self.stop_reason is None
-
-    def reset(self) -> None:
-        try:
-            observation = self.environment.reset(**copy.deepcopy(self.task))
-            if not isinstance(observation, Observation) or not observation.messages:
-                raise TypeError(f"reset() must return an Observation with messages; it returned {observation!r}.")
-            self.observation = observation
-        except Exception as error:
-            self._fail(error)
-
-    def act(self, turn: Turn, message: Message) -> None:
-        self.turns.append(turn)
-        self.messages.append(message)
-        self.context_ids = turn.context_ids + turn.action_ids
-
-    def step(self) -> None:
-        try:
-            result = self.environment.step(copy.deepcopy(self.messages[-1]))
-            if not isinstance(result, StepResult):
-                raise TypeError(f"step() must return a StepResult; it returned {result!r}.")
-            ended = result.terminated or result.truncated
-            if not ended and not result.messages:
-                raise ValueError("step() returned no messages although the episode goes on.")
-            self.reward += result.reward
-            self.info.update(result.info)
-        except Exception as error:
-            self._fail(error)
-        else:
-            self.new_messages = result.messages
-            self.messages.extend(result.messages)
-            self.stop_reason = StopReason.completed if ended else None
-
-    def _fail(self, error: Exception) -> None:
-        self.error = error
-        self.stop_reason = StopReason.env_error
-        self.info["error"] = f"{type(error).__name__}: {error}"
-        columns = {name: value for name, value in self.task.items() if name != "prompt"} or self.task
-        logger.warning(
-            "Environment error in task %s: %s. The episode is left out of training.",
-            _shorten(columns),
-            self.info["error"],
-        )
-
-    def trajectory(self) -> Trajectory:
-        return Trajectory(
-            turns=self.turns,
-            reward=None if self.error is not None else self.reward,
-            stop_reason=self.stop_reason,
-            messages=self.messages,
-            info=self.info,
-        )
-
-
 def _generate(contexts: list[list[int]], trainer: "GRPOTrainer") -> list[tuple[list[int], list[float] | None]] | None:
     """One response for each context, or `None` when no process has any context left. A collective operation."""
     accelerator = trainer.accelerator
@@ -347,7 +391,7 @@ def _generate(contexts: list[list[int]], trainer: "GRPOTrainer") -> list[tuple[l
     return [(list(ids), logps) for ids, logps, _ in zip(completion_ids, logprobs, contexts, strict=False)]
 
 
-def _join_turns(episode: _Episode, filler_id: int) -> tuple[list[int], list[int], list[int], list[float]]:
+def _join_turns(episode: Episode, filler_id: int) -> tuple[list[int], list[int], list[int], list[float]]:
     """Prompt, completion, mask (1 = policy) and sampling log-probabilities of an episode as one sequence."""
     if not episode.turns:
         return episode.context_ids or [filler_id], [filler_id], [0], [0.0]
@@ -355,23 +399,29 @@ def _join_turns(episode: _Episode, filler_id: int) -> tuple[list[int], list[int]
     sequence = list(prompt_ids)
     mask: list[int] = []
     logps: list[float] = []
+    before: list[int] = list(prompt_ids)
     for turn in episode.turns:
-        gap = turn.context_ids[len(sequence) :]
+        gap = turn.context_ids[shared_length(before, turn.context_ids) :]
         sequence += gap + turn.action_ids
         mask += [0] * len(gap) + [1] * len(turn.action_ids)
         logps += [0.0] * len(gap) + (turn.sampling_logps or [0.0] * len(turn.action_ids))
+        before = turn.context_ids + turn.action_ids
     return prompt_ids, sequence[len(prompt_ids) :], mask, logps
 
 
-def _raise_if_all_failed(episodes: list[_Episode], trainer: "GRPOTrainer") -> None:
+def _raise_if_too_many_failed(episodes: list[Episode], allowed: float, trainer: "GRPOTrainer") -> None:
     accelerator = trainer.accelerator
     errors = [episode.error for episode in episodes if episode.error is not None]
     counts = accelerator.gather(torch.tensor([[len(errors), len(episodes)]], device=accelerator.device)).sum(dim=0)
-    if counts[0] == counts[1]:
-        raise RuntimeError(
-            f"All {int(counts[1])} environments of the batch failed. The first error: "
-            f"{type(errors[0]).__name__}: {errors[0]}"
-        ) from errors[0]
+    failed, played = counts.tolist()
+    if failed == 0 or (failed < played and failed <= allowed * played):
+        return
+    first = next(filter(None, gather_object([describe(error) for error in errors[:1]] or [None])))
+    number = f"All {played}" if failed == played else f"{failed} of {played}"
+    raise RuntimeError(
+        f"{number} environments of the batch failed. The first error: {first}. Mend the environment, or raise "
+        f"max_env_failure_rate ({allowed:g}) if so many failures are to be expected."
+    ) from (errors[0] if errors else None)
 
 
 def _index_by_prompt(tasks: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -380,7 +430,7 @@ def _index_by_prompt(tasks: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any
         if index.setdefault(_prompt_key(row["prompt"]), row) != row:
             raise ValueError(
                 f"Different rows of `tasks` have the same prompt, so it does not tell them apart: "
-                f"{_shorten(row['prompt'])}. Make the prompts different (an extra key in a message is enough)."
+                f"{shorten(row['prompt'])}. Make the prompts different (an extra key in a message is enough)."
             )
     return index
 
@@ -390,15 +440,3 @@ def _prompt_key(prompt: Any) -> str:
     if isinstance(prompt, list):
         prompt = [{key: value for key, value in message.items() if value is not None} for message in prompt]
     return json.dumps(prompt, sort_keys=True)
-
-
-def _shorten(value: Any) -> str:
-    return textwrap.shorten(str(value), 200)
-
-
-def _close_all(environments: list[MultiTurnEnvironment]) -> None:
-    for environment in environments:
-        try:
-            environment.close()
-        except Exception as error:
-            logger.warning("Could not close %s: %s", type(environment).__name__, error)

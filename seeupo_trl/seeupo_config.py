@@ -6,6 +6,9 @@ from dataclasses import MISSING, dataclass, field, fields
 
 from trl import GRPOConfig
 
+from .history import HISTORIES
+from .rollout_settings import RolloutSettings
+
 
 UPDATE_ORDERS = ("reverse", "forward", "random", "simultaneous")
 OLD_POLICIES = ("iteration", "turn")
@@ -76,6 +79,23 @@ class SeeUPOConfig(GRPOConfig):
         max_context_length (`int`, *optional*):
             Largest number of tokens of a context together with its response in [`MultiTurnRollout`]. `None` takes the
             model's number of positions.
+        history (`str`, *optional*, defaults to `"append"`):
+            What the policy is shown of earlier turns in [`MultiTurnRollout`]. `"append"`: everything as it was.
+            `"strip_reasoning"`: without the reasoning of the turns before the last user message, as the chat templates
+            of reasoning models do. A function of the messages can be given to [`MultiTurnRollout`] itself.
+        max_concurrent_envs (`int`, *optional*):
+            Most environments of [`MultiTurnRollout`] that exist at once on a process; further episodes begin when
+            others end. `None`: all episodes of a generation batch play at once.
+        env_timeout (`float`, *optional*, defaults to `120.0`):
+            Seconds that a call of an environment may take in [`MultiTurnRollout`]; then its episode ends with
+            `env_timeout`. `None` waits for ever.
+        env_reset_retries (`int`, *optional*, defaults to `2`):
+            How often [`MultiTurnRollout`] tries a failed `reset` again, each time with another environment.
+        max_env_failure_rate (`float`, *optional*, defaults to `0.5`):
+            Largest fraction of the episodes of a generation batch, over all processes, that may end by a fault of
+            their environment; the run stops with an error where more do.
+        max_observation_tokens (`int`, *optional*, defaults to `32768`):
+            Longer messages of an environment are cut to so many tokens. `None` cuts nothing.
 
         > Parameters inherited from GRPO that work differently
 
@@ -182,6 +202,35 @@ class SeeUPOConfig(GRPOConfig):
             "Unset: the model's number of positions."
         },
     )
+    history: str = field(
+        default="append",
+        metadata={
+            "help": "What the policy is shown of earlier turns: 'append' (everything) or 'strip_reasoning' (without "
+            "the reasoning of the turns before the last user message).",
+            "choices": HISTORIES,
+        },
+    )
+    max_concurrent_envs: int | None = field(
+        default=None,
+        metadata={"help": "Most environments that exist at once on a process. Unset: one for each episode."},
+    )
+    env_timeout: float | None = field(
+        default=120.0,
+        metadata={"help": "Seconds that a call of an environment may take. Null (in a yaml config) sets no limit."},
+    )
+    env_reset_retries: int = field(
+        default=2, metadata={"help": "How often a failed reset is tried again, with another environment."}
+    )
+    max_env_failure_rate: float = field(
+        default=0.5,
+        metadata={"help": "Largest fraction of a batch's episodes that may end by a fault of their environment."},
+    )
+    max_observation_tokens: int | None = field(
+        default=32768,
+        metadata={
+            "help": "Longer messages of an environment are cut to so many tokens. Null (in a yaml config) cuts none."
+        },
+    )
 
     # Fields of GRPOConfig whose default differs
     scale_rewards: str = field(
@@ -253,16 +302,19 @@ class SeeUPOConfig(GRPOConfig):
             ("old_policy", OLD_POLICIES),
             ("turn_ratio", TURN_RATIOS),
             ("packing", PACKINGS),
+            ("history", HISTORIES),
             ("scale_rewards", ("batch", "none", "group")),
             ("importance_sampling_level", ("sequence", "token")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is not one of {', '.join(map(repr, allowed))}.")
 
-        for name in ("max_turn_updates", "max_turns", "max_context_length", "max_tokens_per_microbatch"):
+        limits = ("max_turn_updates", "max_turns", "max_context_length", "max_tokens_per_microbatch")
+        for name in (*limits, "max_concurrent_envs", "max_observation_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, or `None` for no limit; got {value}.")
+        RolloutSettings.from_arguments(vars(self))
         if self.turn_weight_clip is not None and not 0 < self.turn_weight_clip < 1:
             raise ValueError(
                 f"`turn_weight_clip` must lie between 0 and 1, or be `None` for the plain product; got "

@@ -726,11 +726,14 @@ def test_the_same_rollout_serves_two_trainers(make_trainer):
 
 # --- several processes ----------------------------------------------------------------------------------------------
 
-SCENARIOS = {  # for each process, the number of replies and the fault of each of its environments; and whether on vLLM
-    "ragged": ([[0, 0], [3, 1]], [[None, None], [None, None]], False),
-    "ragged, vLLM": ([[0, 0], [3, 1]], [[None, None], [None, None]], True),
-    "one fails": ([[0, 0], [1, 0]], [["reset", "step"], [None, None]], False),
-    "all fail": ([[0, 0], [0, 0]], [["reset", "reset"], ["step", "step"]], False),
+# for each process, the number of replies and the fault of each of its environments; whether on vLLM; options
+SCENARIOS = {
+    "ragged": ([[0, 0], [3, 1]], [[None, None], [None, None]], False, {}),
+    "ragged, vLLM": ([[0, 0], [3, 1]], [[None, None], [None, None]], True, {}),
+    "waves": ([[0, 0], [3, 1]], [[None, None], [None, None]], False, {"max_concurrent_envs": 1}),
+    "one fails": ([[0, 0], [1, 0]], [["reset", "step"], [None, None]], False, {}),
+    "one fails too often": ([[0, 0], [1, 0]], [["reset", "step"], [None, None]], False, {"max_env_failure_rate": 0.4}),
+    "all fail": ([[0, 0], [0, 0]], [["reset", "reset"], ["step", "step"]], False, {}),
 }
 
 TWO_PROCESSES = """
@@ -752,7 +755,7 @@ trainer = GRPOTrainer(
 )
 assert trainer.accelerator.num_processes == 2
 rank, generate, found = trainer.accelerator.process_index, trainer._generate_single_turn, {}
-for name, (lengths, faults, vllm) in SCENARIOS.items():
+for name, (lengths, faults, vllm, options) in SCENARIOS.items():
     calls = []
     def counted(prompts, *args):
         calls.append(len(prompts))
@@ -767,7 +770,7 @@ for name, (lengths, faults, vllm) in SCENARIOS.items():
         row(*[[user("Go on.")]] * n, fails_in=fault) for n, fault in zip(lengths[rank], faults[rank])
     ]
     try:
-        output = MultiTurnRollout(Fragile)([None] * 2, trainer)
+        output = MultiTurnRollout(Fragile, **options)([None] * 2, trainer)
         found[name] = {"turns": [len(t.turns) for t in output["trajectories"]], "stop": output["stop_reason"]}
     except RuntimeError as error:
         found[name] = {"error": str(error)}
@@ -814,6 +817,20 @@ def test_a_process_whose_environments_all_failed_goes_on(two_processes):
     first, second = (results["one fails"] for results in two_processes)
     assert first == {"turns": [0, 1], "stop": ["env_error"] * 2, "calls": [1, 1]}
     assert second == {"turns": [2, 1], "stop": ["completed"] * 2, "calls": [2, 1]}
+
+
+@pytest.mark.slow
+def test_processes_with_waves_of_different_number_generate_equally_often(two_processes):
+    first, second = (results["waves"] for results in two_processes)
+    assert (first["turns"], second["turns"]) == ([1, 1], [4, 2])
+    assert first["calls"] == second["calls"] == [1] * 6
+
+
+@pytest.mark.slow
+def test_processes_without_a_fault_raise_with_the_others(two_processes):
+    for results in two_processes:
+        assert "2 of 4 environments of the batch failed" in results["one fails too often"]["error"]
+        assert "OSError: no server" in results["one fails too often"]["error"]
 
 
 @pytest.mark.slow
