@@ -37,7 +37,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "frozen": {"model": "tied", "frozen": ["model.layers.0", "model.norm"]},
     "moe": {"model": "moe", "packing": "rows"},
     # beyond the oracle: these are compared with one process
-    "adam": {"optim": "adamw_torch", "learning_rate": 1e-3, "beta": 0.1},
+    "adam": {"optim": "adamw_torch", "learning_rate": 1e-3},
     "plays": {"plays": True},
     "plays_sharded": {"plays": True, "ds3_gather_for_generation": False},
     # these only have to run
@@ -212,14 +212,15 @@ def test_processes_generate_equally_often_whenever_their_episodes_end(launched, 
 @cases("rows", "kl", "trees", "lora")
 def test_processes_log_what_one_process_logs(launched, run, finished):
     """Means, extremes and pools are over all processes."""
-    first, second = finished(launched).logs(run)[:2]
+    first, second, third = finished(launched).logs(run)[:3]
     assert [first[f"turn_{turn}/pool"] for turn in (1, 2, 8)] == [12, 6, 3]
     # the only trajectory of the second iteration with a fourth turn is in a group without variance
     assert second["optimizer_steps"] == (4 if RUNS[run].get("beta") else 3)
+    assert third["optimizer_steps"] == (2 if RUNS[run].get("beta") else 0)
     if run == "rows":
         for log, reference in zip(finished(launched).logs(run)[:-1], finished("one").logs(run)[:-1], strict=True):
             for name in ("loss", "grad_norm", "ratio/max", "turn_weight/mean", "turn_2/loss", "entropy", "reward_std"):
-                assert log[name] == pytest.approx(reference[name], rel=1e-3, abs=1e-5), name
+                assert log.get(name) == pytest.approx(reference.get(name), rel=1e-3, abs=1e-5), name
 
 
 @pytest.mark.parametrize("launched", [name for name in LAUNCHES if name != "one"])
@@ -238,10 +239,10 @@ def test_run_stays_finite(launched, run, finished, models):
     logs = finished(launched).logs(run)[:-1]
     assert len(logs) == len(TURNS)
     for name in ("loss", "grad_norm", "entropy", "ratio/max"):
-        assert all(abs(log[name]) < 100 for log in logs), name
+        assert all(abs(log[name]) < 100 for log in logs if log["optimizer_steps"]), name
     assert all(p.isfinite().all() for p in finished(launched).parameters(run).values())
     if run == "moe_with_auxiliary_loss":
-        assert all(log["aux_loss"] > 0 for log in logs)
+        assert all(log["aux_loss"] > 0 for log in logs if log["optimizer_steps"])
 
 
 @cases("refused")

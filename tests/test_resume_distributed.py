@@ -33,7 +33,7 @@ OPTIONS = {
     "save_steps": 1,
 }
 BACKENDS = ("ddp", "zero2", "zero3", "zero3_offload", "fsdp2")
-KILLED_AT = 2  # of three iterations
+KILLED_AT = 2  # of four iterations
 SECONDS_TO_END = 120  # about 5 on an idle machine; PyTorch's launcher gives processes 30 to end by themselves
 
 

@@ -2,8 +2,9 @@
 Fixed rollouts that are unkind to several processes, for `distributed_run.py` and for the oracle.
 
 Twelve trajectories in groups of three. Two processes hold six each: in the first iteration one plays single turns only
-while the other plays up to eight; in the second the groups of the first have no variance; in the third it has no model
-token. Three processes hold four each, so that groups lie on two processes.
+while the other plays up to eight; in the second the groups of the first have no variance; in the third no group has
+any, so that without a KL term there is nothing to update; in the fourth the first process has no model token. Three
+processes hold four each, so that groups lie on two processes.
 """
 
 import random
@@ -16,11 +17,13 @@ NUM_TRAJECTORIES = 12
 TURNS = [
     [1, 1, 1, 1, 1, 1, 8, 3, 8, 5, 2, 8],
     [2, 3, 1, 2, 1, 4, 2, 1, 3, 1, 2, 2],
+    [1, 2, 1, 1, 1, 1, 1, 1, 2, 1, 1, 2],
     [0, 0, 0, 0, 0, 0, 3, 1, 2, 2, 1, 3],
 ]
 REWARDS = [
     [0, 1, 2, 0, 0, 1, 3, 1, 0, 2, 1, 2],
     [1, 1, 1, 2, 2, 2, 0, 3, 1, 0, 1, 1],
+    [1, 1, 1, 2, 2, 2, 0, 0, 0, 3, 3, 3],
     [0, 1, 0, 0, 2, 1, 3, 0, 1, 1, 0, 2],
 ]
 FIRST_WORD, LAST_WORD = 30, 89  # ids of ordinary words in the tiny tokenizer
