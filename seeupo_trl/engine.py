@@ -12,8 +12,28 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from trl.models.utils import disable_gradient_checkpointing
+
+
+def check_deepspeed(args: TrainingArguments) -> None:
+    """
+    Refuse what a DeepSpeed configuration may hold that does not go with several optimizer steps in a training step.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            Arguments of the run, whose DeepSpeed configuration comes from `deepspeed=` or from the launcher.
+
+    Raises:
+        `ValueError`:
+            Where the configuration has a `scheduler` section.
+    """
+    if args.deepspeed_plugin is not None and "scheduler" in args.deepspeed_plugin.deepspeed_config:
+        raise ValueError(
+            "The DeepSpeed configuration has a `scheduler` section. DeepSpeed would step that scheduler at every "
+            "optimizer step, of which an iteration makes one for each turn. Remove the section and set "
+            "`lr_scheduler_type` and `warmup_steps`: these count iterations."
+        )
 
 
 class UpdateEngine:

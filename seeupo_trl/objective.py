@@ -53,7 +53,12 @@ def normalize_over_batch(advantages: torch.Tensor) -> torch.Tensor:
     scored = advantages[~advantages.isnan()]
     if scored.numel() < 2 or bool((scored == scored[0]).all()):
         return torch.where(advantages.isnan(), advantages, torch.zeros_like(advantages))
-    return (advantages - scored.mean()) / scored.std()
+    mean = scored.mean()
+    if mean.abs() < 1e-12 * scored.abs().max():
+        # advantages relative to their groups add up to 0: what rounding leaves of that must not become the advantage,
+        # and so the update, of a group without variance
+        mean = torch.zeros_like(mean)
+    return (advantages - mean) / scored.std()
 
 
 def sequence_log_ratio(new_logps: torch.Tensor, old_logps: torch.Tensor, ratio: str = "geometric") -> torch.Tensor:

@@ -4,8 +4,11 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -44,8 +47,9 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
     """
     Newest checkpoint of a run that was written to its end.
 
-    The Trainer writes the state file last, so a checkpoint whose state file is missing or broken belongs to a run that
-    died while saving; it is passed over with a warning.
+    The main process writes the state file when every process has written its part ([`SeeUPOTrainer`] sees to that), so
+    a checkpoint whose state file is missing or broken belongs to a run that died while saving; it is passed over with
+    a warning.
 
     Args:
         output_dir (`str`):
@@ -66,3 +70,45 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
         except (OSError, json.JSONDecodeError):
             logger.warning(f"Passing over {path}: it was not written to its end.")
     return None
+
+
+def agree_on_checkpoint(output_dir: str, accelerator: Accelerator) -> str:
+    """
+    Checkpoint from which all processes resume: the newest whole one that the main process sees. Must be
+    called on every process.
+
+    Args:
+        output_dir (`str`):
+            Output directory of the run.
+        accelerator ([`~accelerate.Accelerator`]):
+            Communication.
+
+    Returns:
+        `str`:
+            Path of the checkpoint.
+
+    Raises:
+        `ValueError`:
+            On every process, where there is no complete checkpoint, or where a process does not see the files of the
+            main one.
+    """
+    found = [last_complete_checkpoint(output_dir) if accelerator.is_main_process else None]
+    (checkpoint,) = broadcast_object_list(found)
+    if checkpoint is None:
+        raise ValueError(
+            f"`resume_from_checkpoint=True`, but {output_dir} holds no complete checkpoint. Start without it, or give "
+            "the path of a checkpoint."
+        )
+    blind = [i for i, sees in enumerate(gather_object([os.path.isdir(checkpoint)])) if not sees]
+    if blind:
+        raise ValueError(
+            f"Cannot resume from {checkpoint}: processes {blind} do not see it. Checkpoints of several nodes must lie "
+            "in a directory that all of them share."
+        )
+    return checkpoint
+
+
+def discard_state(checkpoint: str) -> None:
+    """Take back the word that a checkpoint is whole, before its files are written again."""
+    with suppress(FileNotFoundError):
+        os.remove(os.path.join(checkpoint, TRAINER_STATE_FILE))

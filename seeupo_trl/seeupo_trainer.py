@@ -8,6 +8,7 @@ is TRL's. Written against trl 1.16 (and 1.15); `tests/test_trl_contract.py` name
 
 import copy
 import json
+import os
 import textwrap
 from collections import Counter, deque
 from collections.abc import Callable
@@ -23,13 +24,13 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from .buffer import Trajectory, TurnBuffer, turns_from_mask
-from .engine import UpdateEngine
+from .engine import UpdateEngine, check_deepspeed
 from .entropy_bonus import EntropyBonus
 from .envs.base import StopReason
 from .envs.tools import EMPTY_PROMPT
@@ -37,7 +38,7 @@ from .evaluation import Evaluation
 from .multimodal import SampleScorer
 from .objective import center_by_group, k3_divergence, normalize_over_batch
 from .outcome import Outcome, describe_outcomes
-from .resume import ResumableRepeatSampler, last_complete_checkpoint
+from .resume import ResumableRepeatSampler, agree_on_checkpoint, discard_state
 from .rollout import MultiTurnRollout, environment_reward
 from .rollout_checks import checked_rollout
 from .scoring import Scorer, score_without_gradient
@@ -151,6 +152,7 @@ class SeeUPOTrainer(GRPOTrainer):
         if (tools or environment_factory) and args.max_tool_calling_iterations is None and args.max_turns is not None:
             trainer_args.max_tool_calling_iterations = args.max_turns - 1
         _check_dataset(train_dataset, args)
+        check_deepspeed(args)
 
         super().__init__(
             model=model,
@@ -226,13 +228,21 @@ class SeeUPOTrainer(GRPOTrainer):
         from the newest checkpoint that was written to its end.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"`resume_from_checkpoint=True`, but {self.args.output_dir} holds no complete checkpoint. Start "
-                    "without it, or give the path of a checkpoint."
-                )
+            resume_from_checkpoint = agree_on_checkpoint(self.args.output_dir, self.accelerator)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            discard_state(
+                os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            )
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # the state file, which is written next, says that the checkpoint is whole: on every process
+        self.accelerator.wait_for_everyone()
 
     # ---- One iteration ----
 

@@ -43,6 +43,14 @@ def test_normalisation_is_over_the_batch_with_the_unbiased_standard_deviation():
     np.testing.assert_allclose(normalize_over_batch(advantages).numpy(), expected, rtol=1e-12)
 
 
+def test_group_without_variance_has_exactly_no_advantage_after_normalisation():
+    """Its turns would otherwise be trained on rounding, and AdamW would step by its momentum."""
+    rewards = torch.tensor([1.0, 1.0, 1.0, 0.0, 3.0, 1.0, 0.0, 1.0, 1.0, 0.1, 0.3, 0.2])
+    advantages = center_by_group(rewards, group_size=3)
+    assert advantages.mean() != 0  # thirds do not add up to exactly 0
+    assert normalize_over_batch(advantages)[:3].tolist() == [0.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize("values", [[0.0, 0.0, 0.0], [2.0, 2.0], [3.0]])
 def test_advantages_that_do_not_vary_become_zero(values):
     assert not normalize_over_batch(torch.tensor(values)).any()

@@ -96,6 +96,9 @@ SIGNATURES = [
     (get_training_chat_template, "processing_class tokenizer", "chat_format.py: templates that only grow"),
     (Trainer._clip_grad_norm, "self model", "seeupo_trainer.py and engine.py clip inner optimizer steps with it"),
     (Trainer._get_grad_norm, "self model grad_norm", "seeupo_trainer.py and engine.py report inner gradient norms"),
+    (GRPOTrainer._save_checkpoint, "self model trial", "seeupo_trainer.py: no stale word that a checkpoint is whole"),
+    (Trainer._save_rng_state, "self output_dir", "seeupo_trainer.py: processes wait for one another after it"),
+    (Trainer._get_output_dir, "self trial", "seeupo_trainer.py: where the next checkpoint goes"),
     (CallbackHandler.on_pre_optimizer_step, "self args state control kwargs", "engine.py: inner optimizer steps"),
     (CallbackHandler.on_optimizer_step, "self args state control kwargs", "engine.py: inner optimizer steps"),
 ]
@@ -267,6 +270,17 @@ def test_the_loss_is_not_divided_behind_our_back():
         "and must not be divided or multiplied."
     )
     assert GRPOTrainer.loss_is_scaled_for_ga is True, message
+
+
+def test_the_state_file_is_written_after_everything_else_of_a_checkpoint():
+    source = inspect.getsource(Trainer._save_checkpoint)
+    calls = ["self.save_model(", "self._save_optimizer_and_scheduler(", "self._save_rng_state(", "save_to_json("]
+    calls.append("rotate_checkpoints(")
+    positions = [source.find(call) for call in calls]
+    assert -1 not in positions and positions == sorted(positions), (
+        f"Trainer._save_checkpoint no longer writes the state file after the states of the random generators, or "
+        f"removes older checkpoints before {VERSIONS}: see SeeUPOTrainer._save_rng_state and resume.py."
+    )
 
 
 def test_without_synchronised_gradients_accelerate_makes_no_step():
