@@ -12,8 +12,8 @@ class LiveBytes(TorchDispatchMode):
     """
     Context in which the bytes of all tensors that come into being are counted until they are freed.
 
-    Storages are counted, so views are free; tensors on the `meta` device are not counted. Backward passes are followed, too. What an operator allocates and frees
-    inside itself is not seen.
+    Storages are counted, so views are free; tensors on the `meta` device are not counted. Backward passes are
+    followed, too. What an operator allocates and frees inside itself is not seen.
 
     Attributes:
         live (`int`):

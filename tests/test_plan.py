@@ -168,7 +168,8 @@ def test_predicted_peak_is_what_the_operating_system_sees(tmp_path):
     config.save_pretrained(tmp_path)
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", RESIDENT, str(tmp_path)]
-    measured = int(subprocess.run(command, env=env, check=True, capture_output=True, text=True, timeout=300).stdout)
+    process = subprocess.run(command, env=env, check=True, capture_output=True, text=True, timeout=300)
+    measured = int(process.stdout.splitlines()[-1])
     one = Pass(2000, 100, rows=1, dtype=torch.float32, gradient_checkpointing=False, keeps_gradients=True)
     batch = RowBatch([Row([1] * 2000, {(0, 1): (1900, 2000)})])
     assert trace_pass(config, one, batch).peak == pytest.approx(measured, rel=TOLERANCE)
