@@ -281,7 +281,7 @@ class MultiTurnRollout:
             self._end(episode, StopReason.context_overflow)  # without tokenising it
             return
         episode.context_ids = self._contexts.first(episode)
-        if len(episode.context_ids) >= limit:
+        if len(episode.context_ids) > self._settings.longest_context:
             self._end(episode, StopReason.context_overflow)
 
     def _step(self, episodes: list[Episode]) -> None:
@@ -294,7 +294,7 @@ class MultiTurnRollout:
                     episode.stop_reason = StopReason.max_turns
                 if episode.active:
                     episode.context_ids = self._contexts.next(episode)
-                    if len(episode.context_ids) >= self._settings.max_context_length:
+                    if len(episode.context_ids) > self._settings.longest_context:
                         episode.stop_reason = StopReason.context_overflow
             except MISTAKES:
                 raise
@@ -377,14 +377,18 @@ def environment_reward(environment_reward: list[float | None], **kwargs: Any) ->
 def _generate(contexts: list[list[int]], trainer: "GRPOTrainer") -> list[tuple[list[int], list[float] | None]] | None:
     """One response for each context, or `None` when no process has any context left. A collective operation."""
     accelerator = trainer.accelerator
-    most = int(accelerator.gather(torch.tensor([len(contexts)], device=accelerator.device)).max())
+    counts = accelerator.gather(torch.tensor([len(contexts)], device=accelerator.device))
+    most = int(counts.max())
     if most == 0:
         return None
+    # vLLM's server and its tensor-parallel groups share out responses as if every process had sent as many rows.
+    needed = most if trainer.use_vllm else 1
     rows = contexts
-    if accelerator.num_processes > 1:
-        # vLLM's server and its tensor-parallel groups share out responses as if every process had sent as many rows.
-        wanted = most if trainer.use_vllm else max(1, len(contexts))
-        rows = contexts + [[trainer.processing_class.eos_token_id]] * (wanted - len(contexts))
+    if int(counts.min()) < needed:
+        # All processes wait for a throw-away row too. The answer to a real context ends like the others'; that to
+        # anything else may ramble on to `max_completion_length`.
+        shortest = min(gather_object([min(contexts, key=len)] if contexts else []), key=len)
+        rows = contexts + [shortest] * (needed - len(contexts))
     completion_ids, logprobs = trainer._generate_single_turn(rows, None, {}, 1)
     if logprobs is None:
         logprobs = [None] * len(rows)

@@ -14,6 +14,7 @@ UPDATE_ORDERS = ("reverse", "forward", "random", "simultaneous")
 OLD_POLICIES = ("iteration", "turn")
 TURN_RATIOS = ("geometric", "product")
 PACKINGS = ("auto", "tree", "rows")
+SAMPLER_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 # Loss types of GRPO that only say how token losses are averaged: no surrogate of a whole turn depends on that.
 _AVERAGING_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
@@ -305,6 +306,7 @@ class SeeUPOConfig(GRPOConfig):
             ("history", HISTORIES),
             ("scale_rewards", ("batch", "none", "group")),
             ("importance_sampling_level", ("sequence", "token")),
+            ("vllm_importance_sampling_mode", SAMPLER_CORRECTIONS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is not one of {', '.join(map(repr, allowed))}.")

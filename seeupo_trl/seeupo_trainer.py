@@ -39,6 +39,7 @@ from .scoring import Scorer, score_without_gradient
 from .seeupo_config import SeeUPOConfig
 from .tree_scoring import TreeScorer
 from .update import Reference, TurnUpdater
+from .vllm_sampler import kept_awake
 
 
 class SeeUPOTrainer(GRPOTrainer):
@@ -292,7 +293,8 @@ class SeeUPOTrainer(GRPOTrainer):
             self.beta, self.vllm_importance_sampling_correction = saved
 
     def _generate(self, prompts: list) -> tuple:
-        output = list(super()._generate(prompts))
+        with kept_awake(self):
+            output = list(super()._generate(prompts))
         prompt_ids, completion_ids, tool_mask, _, logprobs, extra_fields = output[:6]
         trajectories = extra_fields.pop("trajectories", None)
         if trajectories is None:

@@ -1,0 +1,144 @@
+"""
+vLLM on a CPU, for `test_vllm.py`: what its CPU build lacks, and a tiny model that talks.
+
+The engine, its sampler, its scheduler and its HTTP server are vLLM's own. Two things are replaced:
+
+- Linear layers of the CPU build repack their weights and free the originals, so that nothing can be loaded into them
+  again. Here they keep them, as on a GPU.
+- The server receives weights over NCCL. Here the trainer writes them to a file, which the server reads; everything
+  around the transport (announcing, starting and finishing an update) is TRL's and vLLM's.
+
+TRL leaves the dtype to vLLM, which takes bfloat16 for float32 models on a CPU. Tests that compare log-probabilities
+ask for float32.
+"""
+
+import os
+import time
+from pathlib import Path
+
+
+# vLLM reads them when it is imported
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import torch
+import vllm.model_executor.layers.utils as linear_layers
+from safetensors.torch import load_file, save_file
+from tiny import DIGITS, VOCABULARY, WORDS, tiny_config, tiny_tokenizer
+from tokenizers import AddedToken
+from transformers import Qwen3ForCausalLM
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+
+WEIGHTS_DIR = "SEEUPO_TEST_WEIGHTS_DIR"
+
+
+def _keep_the_weights(layer: torch.nn.Module, remove_weight: bool) -> None:
+    layer.cpu_linear = torch.nn.functional.linear
+
+
+linear_layers.dispatch_cpu_unquantized_gemm = _keep_the_weights
+
+
+# --- Weights for the server, through files ---------------------------------------------------------------------------
+
+
+class FileWeightTransferEngine(NCCLWeightTransferEngine):
+    """The NCCL engine with files as its transport: the update's lifecycle is inherited."""
+
+    def init_transfer_engine(self, init_info):
+        self.updates = 0
+
+    def receive_weights(self, update_info):
+        path = Path(os.environ[WEIGHTS_DIR], f"{self.updates}.safetensors")
+        deadline = time.monotonic() + 120
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no {path}")
+            time.sleep(0.01)
+        weights = load_file(path)
+        announced = list(zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True))
+        found = [(n, str(w.dtype).removeprefix("torch."), list(w.shape)) for n, w in weights.items()]
+        assert sorted(announced) == sorted(found)
+        self.model.load_weights(list(weights.items()))
+        self.updates += 1
+
+    def shutdown(self):
+        pass
+
+
+class WorkerExtension:
+    """Imported by the server's workers (`--worker-extension-cls`), which is what registers the engine there."""
+
+
+WeightTransferEngineFactory.register_engine("file", FileWeightTransferEngine)
+
+
+class FileWeightSender:
+    """Stands for the trainer's end of the NCCL group."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.updates: list[list[str]] = []
+
+    def send(self, iterator, **transport) -> None:
+        weights = {name: tensor.detach().clone().contiguous() for name, tensor in iterator}
+        self.updates.append(list(weights))
+        partial = self.directory / "partial"
+        save_file(weights, partial)
+        partial.rename(self.directory / f"{len(self.updates) - 1}.safetensors")
+
+
+# --- A model that talks ----------------------------------------------------------------------------------------------
+
+CALL = '<tool_call> {"name": "increment", "arguments": {"step": 2}} </tool_call>'
+TALK = ["<|im_end|>", CALL, *WORDS[:20], *DIGITS]
+
+
+def save_talker(directory: str | Path, eos_bias: float = 3.0, call_bias: float = -8.0, **config) -> str:
+    """
+    A random model whose responses are a few words, digits and tool calls (one token each) and then end.
+
+    Its logits have a bias, written into the weights because Qwen3 has no place for one: the first hidden dimension is
+    the same for every token, no layer writes to it, and the head reads it.
+    """
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken(CALL, normalized=False, special=False)])
+    tokenizer.response_template = {
+        "defaults": {"role": "assistant"},
+        "start_anchor": "<|im_start|> assistant",
+        "fields": {
+            "tool_calls": {
+                "open": "<tool_call>",
+                "close_pattern": r"</tool_call>\s*",
+                "repeats": True,
+                "content": "json",
+                "transform": {"type": "function", "function": "{content}"},
+            },
+            "content": {"close_pattern": r"<\|im_end\|>\s*", "content": "text"},
+        },
+    }
+    # vLLM's attention for CPUs has heads of 32 and more
+    shape = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Qwen3ForCausalLM(tiny_config(vocab_size=len(tokenizer), **{**shape, **config}))
+    bias = torch.full((len(tokenizer),), -8.0)
+    for token in TALK:
+        bias[tokenizer.convert_tokens_to_ids(token)] = 0.0
+    bias[tokenizer.eos_token_id] = eos_bias
+    bias[tokenizer.convert_tokens_to_ids(CALL)] = call_bias
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 4.0
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[0] = 0.0
+            layer.mlp.down_proj.weight[0] = 0.0
+        hidden = model.model(torch.arange(len(VOCABULARY))[None]).last_hidden_state[0, :, 0].mean()
+        model.lm_head.weight[:, 0] = bias / hidden
+        model.lm_head.weight[:, 1:] *= 0.5
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
