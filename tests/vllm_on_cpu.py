@@ -20,10 +20,10 @@ from pathlib import Path
 # vLLM reads them when it is imported
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
+import torch._dynamo
 import vllm.model_executor.layers.utils as linear_layers
 from safetensors.torch import load_file, save_file
 from tiny import DIGITS, VOCABULARY, WORDS, tiny_config, tiny_tokenizer
@@ -32,6 +32,8 @@ from transformers import Qwen3ForCausalLM
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
+
+torch._dynamo.config.disable = True  # compiling takes most of a minute
 
 WEIGHTS_DIR = "SEEUPO_TEST_WEIGHTS_DIR"
 
