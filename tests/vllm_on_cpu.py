@@ -12,6 +12,7 @@ TRL leaves the dtype to vLLM, which takes bfloat16 for float32 models on a CPU. 
 ask for float32.
 """
 
+import json
 import os
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
+import pytest
 import torch
 import torch._dynamo
 import vllm.model_executor.layers.utils as linear_layers
@@ -29,6 +31,9 @@ from safetensors.torch import load_file, save_file
 from tiny import DIGITS, VOCABULARY, WORDS, tiny_config, tiny_tokenizer
 from tokenizers import AddedToken
 from transformers import Qwen3ForCausalLM
+from trl.generation import vllm_client
+from trl.generation.vllm_client import VLLMClient
+from trl.scripts.vllm_serve import ScriptArguments, build_command
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
@@ -66,6 +71,7 @@ class FileWeightTransferEngine(NCCLWeightTransferEngine):
         found = [(n, str(w.dtype).removeprefix("torch."), list(w.shape)) for n, w in weights.items()]
         assert sorted(announced) == sorted(found)
         self.model.load_weights(list(weights.items()))
+        path.unlink()
         self.updates += 1
 
     def shutdown(self):
@@ -79,19 +85,46 @@ class WorkerExtension:
 WeightTransferEngineFactory.register_engine("file", FileWeightTransferEngine)
 
 
-class FileWeightSender:
-    """Stands for the trainer's end of the NCCL group."""
+def send_weights_through_files(patch: pytest.MonkeyPatch) -> list[str]:
+    """Replace the trainer's end of the NCCL group; returns the requests that TRL's client will have sent."""
+    requests, post = [], VLLMClient._post
 
-    def __init__(self, directory: Path):
-        self.directory = directory
-        self.updates: list[list[str]] = []
+    def init_communicator(client, device):
+        world_size = client.get_world_size() + 1
+        info = {"master_address": "", "master_port": 0, "rank_offset": 1, "world_size": world_size, "packed": True}
+        client.updates = 0
+        client._post(f"{client.base_url}/init_weight_transfer_engine", json={"init_info": info})
 
-    def send(self, iterator, **transport) -> None:
+    def send(iterator, **transport):
         weights = {name: tensor.detach().clone().contiguous() for name, tensor in iterator}
-        self.updates.append(list(weights))
-        partial = self.directory / "partial"
-        save_file(weights, partial)
-        partial.rename(self.directory / f"{len(self.updates) - 1}.safetensors")
+        directory, number = Path(os.environ[WEIGHTS_DIR]), requests.count("update_weights") - 1
+        save_file(weights, directory / "partial")
+        (directory / "partial").rename(directory / f"{number}.safetensors")
+
+    def watched_post(client, url, **kwargs):
+        requests.append(url.rsplit("/", 1)[-1])
+        return post(client, url, **kwargs)
+
+    patch.setattr(VLLMClient, "init_communicator", init_communicator)
+    patch.setattr(VLLMClient, "_post", watched_post)
+    patch.setattr(vllm_client, "packed_nccl_broadcast_producer", send)
+    return requests
+
+
+def server_command(model: str, port: int, max_model_len: int) -> list[str]:
+    """
+    The command of `trl vllm-serve` with the weights' transport replaced.
+
+    vLLM's command line refuses to start without the distribution `vllm`; its server is a module of its own.
+    """
+    arguments = ScriptArguments(
+        model, host="127.0.0.1", port=port, dtype="float32", enforce_eager=True, max_model_len=max_model_len
+    )
+    command = build_command(arguments)
+    start = command.index("serve")
+    command[start - 1 : start + 2] = ["vllm.entrypoints.openai.api_server", "--model", model]
+    command[command.index("--weight-transfer-config") + 1] = json.dumps({"backend": "file"})
+    return [*command, "--worker-extension-cls", "vllm_on_cpu.WorkerExtension"]
 
 
 # --- A model that talks ----------------------------------------------------------------------------------------------
