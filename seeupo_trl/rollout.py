@@ -81,8 +81,9 @@ class MultiTurnRollout:
         max_turns (`int`, *optional*, defaults to `10`):
             Most assistant messages in an episode.
         max_context_length (`int`, *optional*):
-            Most tokens of context and response together. Defaults to the model's number of positions. The length of
-            one response is limited by the trainer's `max_completion_length`.
+            Most tokens of context and response together. Defaults to the model's number of positions, and is never
+            more than a vLLM engine takes. The length of one response is limited by the trainer's
+            `max_completion_length`; a vLLM server takes no context that leaves less room than that.
         max_concurrent_envs (`int`, *optional*):
             Most environments that exist at once on a process; further episodes begin when others end. Defaults to no
             limit: all episodes of a batch play at once.
