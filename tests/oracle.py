@@ -76,9 +76,7 @@ class OracleResult:
     parameters: dict[str, torch.Tensor]
 
 
-def seeupo_iteration(
-    model, groups, settings: OracleSettings, ref_model=None, sampling_logps=None
-) -> OracleResult:
+def seeupo_iteration(model, groups, settings: OracleSettings, ref_model=None, sampling_logps=None) -> OracleResult:
     """
     Run one iteration on `model`, in place.
 
@@ -255,8 +253,12 @@ def sampler_weight(policy_logps: list[float], sampling_logps: list[float], setti
     level, constraint = settings.vllm_importance_sampling_mode.split("_")
     differences = [p - s for p, s in zip(policy_logps, sampling_logps, strict=True)]
     ratios = [math.exp(d) for d in ([math.fsum(differences)] if level == "sequence" else differences)]
-    low = -math.inf if settings.vllm_importance_sampling_clip_min is None else settings.vllm_importance_sampling_clip_min
-    high = math.inf if settings.vllm_importance_sampling_clip_max is None else settings.vllm_importance_sampling_clip_max
+    low = (
+        -math.inf if settings.vllm_importance_sampling_clip_min is None else settings.vllm_importance_sampling_clip_min
+    )
+    high = (
+        math.inf if settings.vllm_importance_sampling_clip_max is None else settings.vllm_importance_sampling_clip_max
+    )
     if constraint == "truncate":
         ratios = [min(max(ratio, low), high) for ratio in ratios]
     else:

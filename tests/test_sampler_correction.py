@@ -120,7 +120,9 @@ def train(tiny_dir, tmp_path, monkeypatch, episodes, sampling_logps):
     return build
 
 
-@pytest.mark.parametrize("options", [{}, {"old_policy": "turn", "max_turn_updates": 2, "beta": 0.2}], ids=["", "options"])
+@pytest.mark.parametrize(
+    "options", [{}, {"old_policy": "turn", "max_turn_updates": 2, "beta": 0.2}], ids=["", "options"]
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_each_mode_ends_where_the_oracle_ends(train, tiny_dir, episodes, sampling_logps, mode, options):
     actual, _ = train(vllm_importance_sampling_mode=mode, **BOUNDS, **options)
