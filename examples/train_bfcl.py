@@ -24,15 +24,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset
+from reporting import Config, train_and_report, use_all_cores
 from sft_warmup import warm_up
 from smollm2 import default_cache_dir, smollm2, written_at_once
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import ModelConfig, TrlParser
 
-from seeupo_trl import MultiTurnRollout, SeeUPOConfig, SeeUPOTrainer, Trajectory
 from seeupo_trl.envs.bfcl import BfclEnvironment, ground_truth_messages, load_bfcl
 
 
@@ -46,9 +45,17 @@ class BfclArguments:
 
     Args:
         category (`str`, *optional*, defaults to `"multi_turn_base"`):
-            Category of BFCL v4.
+            Category of BFCL v4 multi-turn (`"base"`, `"miss_func"`, `"miss_param"`, `"long_context"`), several of them
+            with commas between, or `"all"`.
+        split_scheme (`str`, *optional*, defaults to `"paper"`):
+            How tasks are split into training and test: `"paper"`, the first and the second half, or `"stratified"` by
+            the services involved.
+        split_seed (`int`, *optional*, defaults to `0`):
+            Seed of the stratified split.
+        protocol (`str`, *optional*, defaults to `"official"`):
+            Limits of an episode: `"official"`, 20 steps a user turn, or `"paper"`, 10 assistant messages.
         tools (`str`, *optional*, defaults to `"full"`):
-            How much of the functions' documents the policy sees: `"full"`, `"trimmed"` or `"brief"`.
+            How much of the functions' documents the policy sees: `"raw"`, `"full"`, `"trimmed"` or `"brief"`.
         tool_list (`str`, *optional*, defaults to `"classes"`):
             `"classes"`: all functions of the services involved. `"needed"`: those of the ground truth and
             `distractors` others.
@@ -75,8 +82,11 @@ class BfclArguments:
             `~/.cache/seeupo_trl`.
     """
 
-    category: str = field(default="multi_turn_base", metadata={"help": "Category of BFCL v4."})
-    tools: str = field(default="full", metadata={"help": "Documents shown: 'full', 'trimmed' or 'brief'."})
+    category: str = field(default="multi_turn_base", metadata={"help": "Categories, or 'all'."})
+    split_scheme: str = field(default="paper", metadata={"help": "Training and test: 'paper' or 'stratified'."})
+    split_seed: int = field(default=0, metadata={"help": "Seed of the stratified split."})
+    protocol: str = field(default="official", metadata={"help": "Limits of an episode: 'official' or 'paper'."})
+    tools: str = field(default="full", metadata={"help": "Documents shown: 'raw', 'full', 'trimmed' or 'brief'."})
     tool_list: str = field(default="classes", metadata={"help": "Functions shown: 'classes' or 'needed'."})
     distractors: int = field(default=0, metadata={"help": "With tool_list 'needed', how many others to add."})
     max_user_turns: int | None = field(default=None, metadata={"help": "Play only the first user turns."})
@@ -89,58 +99,12 @@ class BfclArguments:
     cache_dir: str | None = field(default=None, metadata={"help": "Where converted and warmed-up models are kept."})
 
 
-@dataclass
-class Config(SeeUPOConfig):
-    """[`SeeUPOConfig`] that runs on the CPU where there is no GPU, without being told."""
-
-    def __post_init__(self):
-        self.use_cpu = self.use_cpu or not torch.cuda.is_available()
-        super().__post_init__()
-
-
-class BfclRollout(MultiTurnRollout):
-    """Keeps the last batch of episodes for a look at one, and reports the official score of each."""
-
-    def __call__(self, prompts, trainer):
-        output = super().__call__(prompts, trainer)
-        self.last_episodes = list(zip(prompts, output["trajectories"], strict=True))
-        output["solved"] = [float(t.info.get("success", False)) for t in output["trajectories"]]
-        return output
-
-
-def success(solved: list[float], **kwargs) -> list[float]:
-    """Reward function with weight 0: the official score, to see it beside a shaped reward."""
-    return solved
-
-
-class IterationLine(ProgressCallback):
-    """A progress bar with one readable line an iteration."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or "turns/mean" not in logs:
-            return
-        line = (
-            f"iteration {state.global_step}/{state.max_steps}  reward {logs['reward']:.3f}  "
-            f"success {logs['rewards/success/mean']:.3f}  turns {logs['turns/mean']:.1f}  "
-            f"updates {logs['turn_updates']:.0f}  "
-        )
-        if "ratio/max" in logs:
-            line += (
-                f"ratio {logs['ratio/min']:.3f}-{logs['ratio/max']:.3f}  "
-                f"M/A {logs['turn_weight/min']:.3f}-{logs['turn_weight/max']:.3f}  "
-                f"clipped {logs['clip_ratio/region_mean']:.2f}  entropy {logs['entropy']:.2f}  "
-            )
-        line += f"rollout {logs['time/rollout']:.0f} s  update {logs['time/old_pass'] + logs['time/update']:.0f} s"
-        self.training_bar.write(line)
-
-
 def main(script_args: BfclArguments, training_args: Config, model_args: ModelConfig) -> None:
     state = PartialState()
-    if training_args.use_cpu:
-        # launchers give a process one thread
-        torch.set_num_threads(max((os.cpu_count() or 1) // state.num_processes, 1))
+    use_all_cores(training_args)
     make_environment = partial(
         BfclEnvironment,
+        protocol=script_args.protocol,
         reward=script_args.reward,
         success_reward=script_args.success_reward,
         tools=script_args.tools,
@@ -156,50 +120,15 @@ def main(script_args: BfclArguments, training_args: Config, model_args: ModelCon
         train, held_out = choose_tasks(script_args, tokenizer, make_environment())
         model = warmed_up(base_model, cache_dir, train, make_environment(), script_args)
 
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
-    training_args.reward_weights = [0.0]
-    rollout = BfclRollout(make_environment)
-    trainer = SeeUPOTrainer(
-        model=model,
-        reward_funcs=[success],
-        args=training_args,
-        train_dataset=train,
-        rollout_func=rollout,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(IterationLine)
-    say = state.print
-
-    say(f"\n{len(train)} training tasks; evaluated: { {name: len(tasks) for name, tasks in held_out.items()} }")
-    before = {name: evaluate(trainer, tasks) for name, tasks in held_out.items()}
-    for name, score in before.items():
-        say(f"before training: success {score:.3f} on {len(held_out[name])} {name} tasks")
-    if held_out:
-        say("\nAn episode before training\n" + readable(*rollout.last_episodes[0]))
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    say("\nAn episode of the last iteration\n" + readable(*rollout.last_episodes[0]))
-    for name, tasks in held_out.items():
-        say(f"success on {len(tasks)} {name} tasks: {before[name]:.3f} before, {evaluate(trainer, tasks):.3f} after")
-    trainer.save_model(training_args.output_dir)
-    say(f"Model saved to {training_args.output_dir}")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name="BFCL v4")
-    trainer.accelerator.end_training()
+    train_and_report(model, make_environment, train, held_out, training_args, model_args, dataset_name="BFCL v4")
 
 
 def choose_tasks(
     script_args: BfclArguments, tokenizer: PreTrainedTokenizerBase, environment: BfclEnvironment
 ) -> tuple[Dataset, dict[str, Dataset]]:
     """
-    Training tasks, and the tasks to evaluate: some of the same domain that are not trained on, and some of the paper's
-    test split, which is another domain (trading and travel instead of files and vehicles).
+    Training tasks, and the tasks to evaluate: some of the training split that are not trained on, and some of the test
+    split, which is another domain in the paper's scheme (trading and travel instead of files and vehicles).
     """
 
     def is_short(row):
@@ -208,7 +137,9 @@ def choose_tasks(
         tokens = tokenizer.apply_chat_template(messages, tools=tools, return_dict=False)
         return len(tokens) <= script_args.max_task_tokens
 
-    splits = {split: load_bfcl(script_args.category, split) for split in ("train", "test")}
+    categories = script_args.category.split(",")
+    scheme = {"split_scheme": script_args.split_scheme, "seed": script_args.split_seed}
+    splits = {split: load_bfcl(categories, split, **scheme) for split in ("train", "test")}
     if script_args.max_task_tokens is not None:
         splits = {
             name: split.select([i for i, row in enumerate(split) if is_short(row)]) for name, split in splits.items()
@@ -219,7 +150,10 @@ def choose_tasks(
     # every few tasks, because neighbours resemble one another
     chosen = list(range(0, len(train), max(len(train) // count, 1)))[:count]
     held_out = train.select(chosen)
-    train = train.select([i for i in range(len(train)) if i not in chosen])
+    # a task has the same number in all categories
+    numbers = [id.rpartition("_")[2] for id in train["id"]]
+    not_trained_on = {numbers[i] for i in chosen}
+    train = train.select([i for i, number in enumerate(numbers) if number not in not_trained_on])
     return train, {"held-out training-domain": held_out, "test-split": test.select(range(min(count, len(test))))}
 
 
@@ -244,25 +178,6 @@ def warmed_up(
         with written_at_once(directory) as temporary:
             warm_up(model, temporary, conversations, steps, script_args.warmup_learning_rate)
     return str(directory)
-
-
-def evaluate(trainer: SeeUPOTrainer, tasks: Dataset) -> float:
-    """Official score on tasks, sampled as in training."""
-    trainer.evaluate(tasks)
-    return trainer.state.log_history[-1]["eval_rewards/success/mean"]
-
-
-def readable(prompt: list[dict], episode: Trajectory) -> str:
-    """An episode as lines of text."""
-    lines = []
-    for message in [*prompt, *episode.messages]:
-        text = " ".join((message.get("content") or "").split())
-        calls = [call["function"] for call in message.get("tool_calls") or []]
-        text += " ".join(f"{call['name']}({call['arguments']})" for call in calls)
-        lines.append(f"  {message['role']:>9}: {text[:300]}")
-    return "\n".join(
-        [*lines, f"  reward {episode.reward}, {episode.stop_reason}, {episode.info.get('failure') or ''}"]
-    )
 
 
 if __name__ == "__main__":

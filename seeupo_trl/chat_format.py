@@ -4,9 +4,12 @@ The chat format of a tokenizer: messages to tokens that extend earlier tokens, a
 
 import copy
 import inspect
+import json
 import logging
+import re
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import (
@@ -28,6 +31,9 @@ logger = logging.getLogger(__name__)
 # trl 1.15 has no such argument: arguments of calls written as XML then keep a guessed type.
 PARSES_WITH_TOOLS = "tools" in inspect.signature(parse_response).parameters
 
+REMEMBERED_RENDERINGS = 256
+TAIL_LENGTH = 32  # more tokens than templates write between the head of the policy's message and its first token
+
 Message = dict[str, Any]
 
 
@@ -47,12 +53,13 @@ class ChatFormat:
             )
         self.eos_token_ids: list[int] = trainer.eos_token_ids
         self.template_kwargs: dict[str, Any] = trainer.chat_template_kwargs
+        self._renderings: dict[str, np.ndarray] = {}
         self.chat_template = self._choose_template()
         self._parser = self._build_parser()
 
     def render(self, observation: Observation) -> list[int]:
         """Tokens of the opening conversation, up to where the policy writes."""
-        return self._tokenize(
+        return self._tokenize_once(
             observation.messages, self.chat_template, tools=observation.tools or None, add_generation_prompt=True
         )
 
@@ -82,12 +89,12 @@ class ChatFormat:
             function = {"name": messages[0].get("name", "dummy"), "arguments": {}}
             answer = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
         question = [{"role": "user", "content": "dummy"}]
-        before = self._tokenize([*question, answer], chat_template)
+        before = self._tokenize_once([*question, answer], chat_template)
         after = self._tokenize([*question, answer, *messages], chat_template, add_generation_prompt=True)
         # What a template writes after the end of a message (Qwen: a newline) was not generated: it is in the suffix.
         shared = shared_length(before, after)
-        ends = [i + 1 for i in range(shared) if before[i] in self.eos_token_ids and self._is_blank(before[i + 1 :])]
-        end = ends[0] if ends else len(before)
+        ends = (i + 1 for i in range(shared) if before[i] in self.eos_token_ids and self._is_blank(before[i + 1 :]))
+        end = next(ends, len(before))
         if end > shared:
             raise RewritingTemplateError(
                 "The tokenizer's chat template renders earlier messages differently when messages are appended, so a "
@@ -101,18 +108,21 @@ class ChatFormat:
         """Read a response as an assistant message; `parse_error` marks one whose tool calls are malformed."""
         if action_ids[-1] in self.eos_token_ids and action_ids[-1] != self.tokenizer.eos_token_id:
             action_ids = action_ids[:-1]  # the parsers know the tokenizer's own end-of-sequence token only
-        text = self.tokenizer.decode(action_ids, skip_special_tokens=True)
         if self._parser is None or not action_ids:
-            return {"role": "assistant", "content": text}
+            return self._plain_message(action_ids)
         typed = {"tools": tools} if PARSES_WITH_TOOLS else {}
+        context_ids = self._tail(context_ids)
         try:
             message = parse_response(self._parser, action_ids, prefix=context_ids, **typed)
         except RecursionError:  # JSON nested too deeply
-            message = {"role": "assistant", "content": text}
+            message = self._plain_message(action_ids)
         # Where it cannot make sense of a response, TRL falls back to plain text, without a word.
         if "tool_calls" not in message and not self._is_plain(action_ids, context_ids):
             message["parse_error"] = True
         return message
+
+    def _plain_message(self, action_ids: list[int]) -> Message:
+        return {"role": "assistant", "content": self.tokenizer.decode(action_ids, skip_special_tokens=True)}
 
     def _is_plain(self, action_ids: list[int], context_ids: list[int]) -> bool:
         try:
@@ -122,6 +132,32 @@ class ChatFormat:
 
     def _is_blank(self, token_ids: list[int]) -> bool:
         return not self.tokenizer.decode([i for i in token_ids if i not in self.eos_token_ids]).strip()
+
+    def _tail(self, context_ids: list[int]) -> list[int]:
+        """As much of a context as the parser looks at: what follows the last head of an assistant message."""
+        template = getattr(self._parser, "response_template", None)
+        if template is None:  # a parser of the older kind does not look at contexts at all
+            return context_ids
+        heads = template.get("start_anchor", [])
+        pattern = template.get("start_anchor_pattern") or "|".join(
+            re.escape(head) for head in ([heads] if isinstance(heads, str) else heads)
+        )
+        tail = context_ids[-TAIL_LENGTH:]
+        return tail if pattern and re.search(pattern, self.tokenizer.decode(tail)) else context_ids
+
+    def _tokenize_once(self, messages: list[Message], chat_template: str | None, **kwargs: Any) -> list[int]:
+        """The same for conversations that come again, as the opening does in each episode of a group."""
+        try:
+            key = json.dumps([messages, chat_template, kwargs])
+        except TypeError:  # not plain data
+            return self._tokenize(messages, chat_template, **kwargs)
+        token_ids = self._renderings.pop(key, None)
+        if token_ids is None:
+            token_ids = np.array(self._tokenize(messages, chat_template, **kwargs), dtype=np.int64)
+        self._renderings[key] = token_ids  # the most recent one last
+        if len(self._renderings) > REMEMBERED_RENDERINGS:
+            del self._renderings[next(iter(self._renderings))]
+        return token_ids.tolist()
 
     def _tokenize(self, messages: list[Message], chat_template: str | None, **kwargs: Any) -> list[int]:
         return self.tokenizer.apply_chat_template(

@@ -28,12 +28,14 @@ class Episode:
         task (`dict`):
             The dataset row.
 
-    `segments`, `first_with_reasoning` and `shown` belong to [`~seeupo_trl.history.Contexts`].
+    `environment` is there while the episode is played, `player` is the same one, also afterwards. `segments`,
+    `first_with_reasoning` and `shown` belong to [`~seeupo_trl.history.Contexts`].
     """
 
     key: int
     task: dict[str, Any]
     environment: MultiTurnEnvironment | None = None
+    player: MultiTurnEnvironment | None = None
     observation: Observation = field(default_factory=lambda: Observation([]))
     context_ids: list[int] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)

@@ -69,10 +69,10 @@ def _check_messages(messages: Any) -> list[Message]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise TypeError(f"A message must be a dict with a role; got {_brief(message)}.")
         content = message.get("content")
-        if content is not None and not isinstance(content, str):
+        if content is not None and not isinstance(content, (str, list)):
             raise TypeError(f"The content of a message must be a text; got {_brief(content)}.")
         message = copy.deepcopy(message)
-        if content is not None:
+        if isinstance(content, str):
             # lone surrogates, as in '\ud83d', have no UTF-8 form
             message["content"] = content.encode("utf-8", "replace").decode("utf-8")
         checked.append(message)

@@ -198,6 +198,7 @@ class MultiTurnRollout:
                 self._take_action(episode, action_ids, logps, trainer.eos_token_ids)
             self._step([episode for episode in playing if episode.active])
 
+        self._finish(episodes)
         _raise_if_too_many_failed(episodes, self._settings.max_env_failure_rate, trainer)
         metrics = trainer._metrics["train" if trainer.model.training else "eval"]
         for name in ("time/generation", "time/environments", "env/resets_retried", "env/observations_cut"):
@@ -255,7 +256,7 @@ class MultiTurnRollout:
             outcomes = self._call([partial(self._reset, *pair) for pair in zip(episodes, seats, strict=True)])
             errors = {}
             for episode, seat, outcome in zip(episodes, seats, outcomes, strict=True):
-                episode.environment = next(iter(seat), None)
+                episode.environment = episode.player = next(iter(seat), None)
                 try:
                     episode.begin(check_observation(outcome.value()))
                     self._open_context(episode)
@@ -295,8 +296,8 @@ class MultiTurnRollout:
                     episode.stop_reason = StopReason.max_turns
                 if episode.active:
                     episode.context_ids = self._contexts.next(episode)
-                    if len(episode.context_ids) > self._settings.longest_context:
-                        episode.stop_reason = StopReason.context_overflow
+                    if not self._has_room(episode):
+                        episode.stop_reason = self._limit(episode)[1]
             except MISTAKES:
                 raise
             except Exception as error:
@@ -305,6 +306,9 @@ class MultiTurnRollout:
             else:
                 if not episode.active:
                     self._end(episode, episode.stop_reason)
+
+    def _finish(self, episodes: list[Episode]) -> None:
+        """Called when all episodes of the batch have ended."""
 
     def _end(self, episode: Episode, stop_reason: StopReason) -> None:
         episode.stop_reason = stop_reason
@@ -323,17 +327,31 @@ class MultiTurnRollout:
     def _cut(self, result: StepResult) -> StepResult:
         for message in result.messages:
             text = message.get("content")
-            if text and self._settings.max_observation_tokens != math.inf:
+            if text and isinstance(text, str) and self._settings.max_observation_tokens != math.inf:
                 message["content"] = cut_to_tokens(text, self._settings.max_observation_tokens, self._chat.tokenizer)
                 self._counts["env/observations_cut"] += message["content"] is not text
         return result
 
     # ---- Tokens ----
 
+    def _limit(self, episode: Episode) -> tuple[float, StopReason]:
+        """Most tokens of context and response together, and what an episode that reaches them ends with."""
+        return self._settings.max_context_length, StopReason.context_overflow
+
+    def _has_room(self, episode: Episode) -> bool:
+        """Whether a response fits behind the context."""
+        length = len(episode.context_ids)
+        return length <= self._settings.longest_context and length < self._limit(episode)[0]
+
+    def _reads_unfinished(self, episode: Episode) -> bool:
+        """Whether the environment gets to read a response that was cut."""
+        return False
+
     def _take_action(
         self, episode: Episode, action_ids: list[int], logps: list[float] | None, eos_token_ids: list[int]
     ) -> None:
-        room = self._settings.max_context_length - len(episode.context_ids)
+        limit, reason = self._limit(episode)
+        room = limit - len(episode.context_ids)
         overflow = len(action_ids) > room
         if overflow:
             action_ids = action_ids[: int(room)]
@@ -342,9 +360,9 @@ class MultiTurnRollout:
         if action_ids:
             message = self._chat.parse(action_ids, episode.context_ids, episode.observation.tools)
             episode.act(Turn(episode.context_ids, action_ids, logps), message)
-        if not ended:
+        if not ended and not self._reads_unfinished(episode):
             at_limit = len(action_ids) == room
-            self._end(episode, StopReason.context_overflow if at_limit else StopReason.response_truncated)
+            self._end(episode, reason if at_limit else StopReason.response_truncated)
 
     def _collect(self, episodes: list[Episode], trainer: "GRPOTrainer") -> dict[str, list[Any] | None]:
         output: dict[str, list[Any] | None] = {

@@ -100,6 +100,17 @@ class SeeUPOConfig(GRPOConfig):
         max_observation_tokens (`int`, *optional*, defaults to `32768`):
             Longer messages of an environment are cut to so many tokens. `None` cuts nothing.
 
+        > Parameters that control evaluations and saved trajectories
+
+        success_threshold (`float`, *optional*):
+            Smallest reward (the weighted sum of the reward functions) of an episode that counts as a success in
+            evaluations. It speaks for episodes whose environment does not report `success` in the trajectory's
+            `info`. `None`: such episodes have a reward, but no success.
+        save_trajectories (`bool`, *optional*, defaults to `False`):
+            Whether to save the trajectories of every iteration and every evaluation as parquet files, one row a turn,
+            in `output_dir/trajectories` (see [`~seeupo_trl.trajectory_log`]). `python -m seeupo_trl.view OUTPUT_DIR`
+            renders them as a page.
+
         > Parameters inherited from GRPO that work differently
 
         max_completion_length (`int`, *optional*, defaults to `512`):
@@ -237,6 +248,20 @@ class SeeUPOConfig(GRPOConfig):
         default=32768,
         metadata={
             "help": "Longer messages of an environment are cut to so many tokens. Null (in a yaml config) cuts none."
+        },
+    )
+    success_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Smallest reward of an episode that counts as a success in evaluations, where the environment "
+            "does not report `success` itself. Unset: such episodes have no success."
+        },
+    )
+    save_trajectories: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to save the trajectories of every iteration and evaluation in "
+            "`output_dir/trajectories`, for `python -m seeupo_trl.view`."
         },
     )
 

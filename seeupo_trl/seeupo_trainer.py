@@ -21,7 +21,9 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset, IterableDataset
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id, use_adapter
@@ -29,14 +31,19 @@ from trl.trainer.utils import get_config_model_id, use_adapter
 from .buffer import Trajectory, TurnBuffer, turns_from_mask
 from .engine import UpdateEngine
 from .entropy_bonus import EntropyBonus
-from .envs.base import MultiTurnEnvironment, StopReason
+from .envs.base import StopReason
+from .envs.tools import EMPTY_PROMPT
+from .evaluation import Evaluation
 from .multimodal import SampleScorer
 from .objective import center_by_group, k3_divergence, normalize_over_batch
+from .outcome import Outcome, describe_outcomes
 from .resume import ResumableRepeatSampler, last_complete_checkpoint
 from .rollout import MultiTurnRollout, environment_reward
 from .rollout_checks import checked_rollout
 from .scoring import Scorer, score_without_gradient
 from .seeupo_config import SeeUPOConfig
+from .tool_rollout import ToolRollout, tool_rollout_for
+from .trajectory_log import TrajectoryLog
 from .tree_scoring import TreeScorer
 from .update import Reference, TurnUpdater
 from .vllm_sampler import kept_awake
@@ -78,8 +85,9 @@ class SeeUPOTrainer(GRPOTrainer):
             are; their contexts need not extend one another. The dataset rows of the prompts are in
             `trainer.rollout_inputs`.
         environment_factory (`Callable` or `dict[str, Callable]`, *optional*):
-            As in [`~trl.GRPOTrainer`], or a [`MultiTurnEnvironment`] class (or a callable that returns one), which
-            [`MultiTurnRollout`] then drives; its rewards are added to those of `reward_funcs`, with weight 1.
+            As in [`~trl.GRPOTrainer`]; [`~seeupo_trl.tool_rollout.ToolRollout`] plays the episodes. Or a
+            [`MultiTurnEnvironment`] class (or a callable that returns one), which [`MultiTurnRollout`] drives; its
+            rewards are added to those of `reward_funcs`, with weight 1.
 
     Raises:
         `ValueError`:
@@ -125,7 +133,10 @@ class SeeUPOTrainer(GRPOTrainer):
         self.config = args
         trainer_args = args.for_one_step_per_iteration()
 
-        if environment_factory is not None and _is_message_level(environment_factory):
+        tool_rollout = None if environment_factory is None else tool_rollout_for(environment_factory, tools or [])
+        if tool_rollout is not None and rollout_func is None:
+            environment_factory = tool_rollout.factory_for_trl
+        elif environment_factory is not None and tool_rollout is None:
             if rollout_func is not None or tools:
                 raise ValueError(
                     "A `MultiTurnEnvironment` is driven by `MultiTurnRollout` and brings its own tools (in "
@@ -159,6 +170,10 @@ class SeeUPOTrainer(GRPOTrainer):
             environment_factory=environment_factory,
         )
 
+        self._tool_rollout: ToolRollout | None = None
+        if tool_rollout is not None and rollout_func is None:
+            self._play_by(tool_rollout)
+
         pad_token_id = self._tokenizer.pad_token_id
         options = {
             "temperature": args.temperature,
@@ -172,10 +187,27 @@ class SeeUPOTrainer(GRPOTrainer):
             self._ref_scorer = TreeScorer(ref_model, pad_token_id, **options)
         self.rollout_inputs: list[dict[str, Any]] = []
         self._trajectories: list[Trajectory] = []
+        self._outcomes: list[Outcome] = []
         self._rewards_per_func = torch.empty(0)
+        self._evaluation: Evaluation | None = None
+        self._trajectory_log: TrajectoryLog | None = None
+        if args.save_trajectories:
+            processes = self.accelerator.process_index, self.accelerator.num_processes
+            self._trajectory_log = TrajectoryLog(args.output_dir, self._tokenizer, *processes)
         # set while the Trainer's own optimizer step is due: label of the block it belongs to, or None for no step
         self._block_of_last_step: str | None = None
         self._is_idle = False
+
+    def _play_by(self, tool_rollout: ToolRollout) -> None:
+        """Hand the TRL environments over to their rollout, unless there are images: those are for TRL's own loop."""
+        if self._is_vlm:
+            self.environment_factories = tool_rollout.factories
+            self._environment_pool = {name: [] for name in tool_rollout.factories}
+            tool_rollout.close()
+            return
+        self._tool_rollout = tool_rollout
+        self.rollout_func = partial(checked_rollout, tool_rollout)
+        self.reward_funcs = tool_rollout.with_its_rewards(self.reward_funcs)
 
     # ---- Data and checkpoints ----
 
@@ -243,6 +275,10 @@ class SeeUPOTrainer(GRPOTrainer):
         self.entropy_coef = updater.entropy_bonus.coef
         self._last_world_entropy = updater.entropy_bonus.last_entropy
         self._log_update(updater)
+        if self._trajectory_log is not None:
+            self._trajectory_log.clear()
+            self._trajectory_log.add(self._outcomes, self._trajectories, updater.turn_updates)
+            self._trajectory_log.write("train", self.state.global_step + 1)
         if self._is_idle:
             # no gradient, no step: momentum and weight decay must not move the parameters either
             self.accelerator.gradient_state._set_sync_gradients(False)
@@ -262,12 +298,15 @@ class SeeUPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self.rollout_inputs = inputs
-        with self._without_token_level_passes():
+        if self._tool_rollout is not None:
+            inputs = [{"prompt": EMPTY_PROMPT, **row} for row in inputs]
+        with self._without_token_level_passes(), self._without_tool_loop():
             batch = super()._generate_and_score_completions(inputs)
         group_size = self.num_generations if self.model.training else self.num_generations_eval
         advantages = self._group_relative_advantages(self._rewards_per_func, group_size)  # (N,)
         first = self.accelerator.process_index * len(inputs)
-        batch["advantages"] = advantages[first : first + len(inputs)]
+        local = slice(first, first + len(inputs))
+        batch["advantages"] = advantages[local]
         batch["num_trajectories"] = len(advantages)
         # TRL empties the mask of a completion that `mask_truncated_completions` leaves out
         kept = batch["completion_mask"].any(dim=1).tolist()
@@ -279,6 +318,21 @@ class SeeUPOTrainer(GRPOTrainer):
         for _ in range(min(len(advantages), len(logged))):
             logged.pop()
         logged.extend(advantages.tolist())
+        self._outcomes = describe_outcomes(
+            inputs,
+            self._trajectories,
+            self._rewards_per_func[local],
+            self.reward_func_names,
+            self.reward_weights,
+            advantages[local].tolist(),
+            first_index=first + (0 if self._evaluation is None else self._evaluation.num_seen),
+            group_size=group_size,
+            success_threshold=self.config.success_threshold,
+        )
+        if self._evaluation is not None:
+            self._evaluation.add(self._outcomes)
+            if self._trajectory_log is not None:
+                self._trajectory_log.add(self._outcomes, self._trajectories)
         return batch
 
     @contextmanager
@@ -292,20 +346,38 @@ class SeeUPOTrainer(GRPOTrainer):
         finally:
             self.beta, self.vllm_importance_sampling_correction = saved
 
+    @contextmanager
+    def _without_tool_loop(self):
+        # TRL's own resets and tool calls, in place of which the rollout function is called
+        if self._tool_rollout is None:
+            yield
+            return
+        saved = self.tools, self.environment_factories
+        self.tools, self.environment_factories, self.environments = [], None, None
+        try:
+            yield
+        finally:
+            self.tools, self.environment_factories = saved
+
     def _generate(self, prompts: list) -> tuple:
         with kept_awake(self):
             output = list(super()._generate(prompts))
-        prompt_ids, completion_ids, tool_mask, _, logprobs, extra_fields = output[:6]
+        prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields = output[:6]
+        if self._tool_rollout is not None:
+            self.environments = extra_fields.pop("environments")
+            prompts[:] = extra_fields.pop("prompts")  # for reward functions and logs, with what `reset` returned
+            self._log_tool_calls(extra_fields.pop("tool_calls"))
         trajectories = extra_fields.pop("trajectories", None)
         if trajectories is None:
             masks = tool_mask or [None] * len(prompt_ids)
             logps = logprobs or [None] * len(prompt_ids)
             trajectories = [
-                Trajectory(turns=turns_from_mask(*sample))
-                for sample in zip(prompt_ids, completion_ids, masks, logps, strict=True)
+                Trajectory(turns=turns_from_mask(*sample), messages=messages if isinstance(messages, list) else [])
+                for *sample, messages in zip(prompt_ids, completion_ids, masks, logps, completions, strict=True)
             ]
         elif is_conversational({"prompt": prompts[0]}):
-            output[3] = [trajectory.messages for trajectory in trajectories]
+            # reward functions may read the last message, also where an environment failed before there was one
+            output[3] = [trajectory.messages or [{"role": "assistant", "content": ""}] for trajectory in trajectories]
         self._trajectories = trajectories
         self._log_episodes(trajectories)
         return tuple(output)
@@ -378,6 +450,33 @@ class SeeUPOTrainer(GRPOTrainer):
 
     # ---- Evaluation ----
 
+    def evaluation_loop(
+        self, dataloader: DataLoader, *args, metric_key_prefix: str = "eval", **kwargs
+    ) -> EvalLoopOutput:
+        """
+        Evaluate as [`~transformers.Trainer.evaluation_loop`] does, and report what [`~seeupo_trl.evaluation`] defines
+        over all episodes: success, rewards and stop reasons, with confidence intervals and by category.
+        """
+        self._evaluation = evaluation = Evaluation(
+            dataloader.dataset,
+            self.num_generations_eval,
+            self.args.eval_batch_size,
+            self.accelerator.num_processes,
+            self.args.seed,
+        )
+        if self._trajectory_log is not None:
+            self._trajectory_log.clear()
+        try:
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            self._evaluation = None
+        # TRL averages over batches, whose sizes may differ
+        self._metrics["eval"].update({name: [value] for name, value in evaluation.rewards().items()})
+        output.metrics.update({f"{metric_key_prefix}_{n}": value for n, value in evaluation.metrics().items()})
+        if self._trajectory_log is not None:
+            self._trajectory_log.write(metric_key_prefix, self.state.global_step, evaluation.num_episodes)
+        return output
+
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """Loss of an evaluation batch: all turns at once, at a ratio of 1. Training does not go through here."""
         buffer = TurnBuffer(inputs["trajectories"], inputs["advantages"].tolist(), inputs["num_trajectories"])
@@ -416,6 +515,8 @@ class SeeUPOTrainer(GRPOTrainer):
         super().log(logs, start_time)
 
     def _log_episodes(self, trajectories: list[Trajectory]) -> None:
+        if self._evaluation is not None:
+            return  # which reports the same over all its batches
         metrics = self._metrics["train" if self.model.training else "eval"]
         turns = torch.tensor([float(len(t.turns)) for t in trajectories], device=self.accelerator.device)
         turns = self.accelerator.gather(turns)
@@ -426,6 +527,13 @@ class SeeUPOTrainer(GRPOTrainer):
             values |= {f"stop_reason/{reason}": reasons[reason] / len(turns) for reason in StopReason}
         for name, value in values.items():
             metrics.setdefault(name, []).append(float(value))
+
+    def _log_tool_calls(self, tool_calls: list[tuple[int, int]]) -> None:
+        counts = self.accelerator.gather(torch.tensor(tool_calls, device=self.accelerator.device))  # (N, 2)
+        calls, failures = counts.sum(dim=0)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["tools/call_frequency"].append((calls / len(counts)).item())
+        metrics["tools/failure_frequency"].append((failures / calls).item() if calls > 0 else 0.0)
 
     def _log_update(self, updater: TurnUpdater) -> None:
         values = updater.statistics.reduce(updater.engine)
@@ -445,19 +553,6 @@ class SeeUPOTrainer(GRPOTrainer):
 def _is_quarantined(trajectory: Trajectory) -> bool:
     """Whether the environment failed: no reward counts then, and nothing is learned from the episode."""
     return trajectory.stop_reason in (StopReason.env_error, StopReason.env_timeout)
-
-
-def _is_message_level(environment_factory: Callable | dict[str, Callable]) -> bool:
-    """Whether a factory makes environments that exchange messages, rather than TRL environments of tools."""
-    if isinstance(environment_factory, dict):
-        return False
-    if isinstance(environment_factory, type):
-        return issubclass(environment_factory, MultiTurnEnvironment)
-    environment = environment_factory()
-    is_message_level = isinstance(environment, MultiTurnEnvironment)
-    if is_message_level:
-        environment.close()
-    return is_message_level
 
 
 def _with_plain_arguments(conversation: Any) -> Any:

@@ -50,6 +50,19 @@ class OptimizerStep:
     is_last_of_block: bool
 
 
+@dataclass(frozen=True)
+class TurnUpdate:
+    """
+    How one trajectory entered the last optimizer step on one of its turns: the ratio in the loss, whether it was
+    clipped there, the turn weight `M`, and `M / A`. The turns of a block share these numbers.
+    """
+
+    ratio: float
+    is_clipped: bool
+    weight: float
+    relative_weight: float
+
+
 def assign_minibatches(num_trajectories: int, num_minibatches: int, seed: int, iteration: int) -> list[int]:
     """
     Mini-batch of each trajectory of a process: a seeded shuffle, cut into equal parts.
@@ -149,6 +162,7 @@ class TurnUpdater:
         )
         self._step_entropy, self._step_tokens = 0.0, 0  # of this process, in the optimizer step under way
         self.grad_norms: list[tuple[Block, float]] = []
+        self.turn_updates: dict[Key, TurnUpdate] = {}  # without the turns that no optimizer step was taken on
         self.tokens = {"no_grad": 0, "train": 0}
         self.seconds = {"old_pass": 0.0, "update": 0.0}
 
@@ -442,5 +456,7 @@ class TurnUpdater:
             self.statistics.add(block, scored=1, loss=loss, policy_loss=policy_loss, kl=kl_sum)
             self.statistics.add(block, tokens=tokens, entropy=entropy, **extremes)
             self.statistics.observe(block, weight_unclipped=unclipped, **extremes)
+            update = TurnUpdate(ratio, bool(clip_low or clip_high), self.buffer.weight(index), weight)
+            self.turn_updates.update(dict.fromkeys(self.buffer.turns_in(index, block), update))
             self._step_entropy += entropy
             self._step_tokens += tokens

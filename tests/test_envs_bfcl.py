@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -12,11 +13,12 @@ import pytest
 pytest.importorskip("bfcl_eval", reason="BFCL's package is optional")
 
 from seeupo_trl.envs.bfcl import BfclEnvironment, ground_truth_messages, load_bfcl
-from seeupo_trl.envs.bfcl_backend import Services, load_entries, load_function_docs
+from seeupo_trl.envs.bfcl_backend import Services, ground_truth
+from seeupo_trl.envs.bfcl_data import CATEGORIES, load_entries, load_function_docs
 
 
+TRAIN_OF_SEED_0 = [0, 1, 2, 3, 5, 7, 9, 13]  # the split is the same everywhere
 ANSWER = {"role": "assistant", "content": "Done."}
-CATEGORIES = ["multi_turn_base", "multi_turn_miss_param", "multi_turn_long_context"]
 
 
 def ids(category="multi_turn_base"):
@@ -105,7 +107,9 @@ def test_a_wrong_episode_leaves_nothing_behind():
 
 def test_a_long_context_episode_leaves_the_package_as_it_was():
     """The scenarios hand dicts of the package's modules to the services."""
-    task_id = next(i for i in ids("multi_turn_long_context") if "TravelAPI" in str(load_entries(CATEGORIES[2])[i]))
+    task_id = next(
+        i for i in ids("multi_turn_long_context") if "TravelAPI" in str(load_entries("multi_turn_long_context")[i])
+    )
     outputs = [
         [message["content"] for step in play(BfclEnvironment(), task_id) for message in step.messages]
         for _ in range(3)
@@ -128,7 +132,7 @@ def test_outputs_equal_the_official_executors(category):
     code = f"""
 import json
 from bfcl_eval.eval_checker.multi_turn_eval.multi_turn_utils import execute_multi_turn_func_call as execute
-from seeupo_trl.envs.bfcl_backend import load_entries
+from seeupo_trl.envs.bfcl_data import load_entries
 outputs = {{}}
 for task_id, entry in load_entries({category!r}).items():
     outputs[task_id] = [
@@ -307,7 +311,7 @@ def test_a_user_turn_lasts_until_an_answer_without_calls():
     assert [message["name"] for message in step.messages] == ["cd", "pwd"] and not step.terminated
     step = environment.step(calling(("ls", {})))
     assert [message["name"] for message in step.messages] == ["ls"]
-    assert step.info == {"success": False, "turns_passed": [], "failure": None}
+    assert step.info == {"category": "multi_turn_base", "success": False, "turns_passed": [], "failure": None}
     step = environment.step({**ANSWER, "parse_error": True})
     assert step.messages == entry["question"][1]
     assert step.info["turns_passed"] == [False] and "GorillaFileSystem" in step.info["failure"]
@@ -336,6 +340,109 @@ def test_the_step_limit_counts_each_user_turn_anew():
         for _ in range(2):
             assert not environment.step(calling(("pwd", {}))).truncated
         assert not environment.step(ANSWER).terminated
+
+
+def test_the_step_that_is_one_too_many_still_counts_in_the_last_user_turn():
+    """As in the official harness, which stops there but checks what it has."""
+    environment = BfclEnvironment(max_steps_per_turn=2)
+    environment.reset(id="multi_turn_base_0")
+    while environment._turn < 3:
+        environment.step({"role": "assistant", "content": "", "tool_calls": environment.ground_truth_calls()})
+        environment.step(ANSWER)
+    truth = environment.ground_truth_calls()
+    for _ in range(2):
+        assert not environment.step(calling(("pwd", {}))).truncated
+    last = environment.step({"role": "assistant", "content": "", "tool_calls": truth})
+    assert last.truncated and not last.terminated and last.messages == []
+    assert last.info["success"] and last.reward == 1.0 and last.info["turns_passed"] == [True] * 4
+
+
+def play_paper(task_id, messages):
+    """Assistant messages, each a list of calls, in the paper's protocol; the last step result."""
+    environment = BfclEnvironment(protocol="paper", reward="fraction")
+    environment.reset(id=task_id)
+    results = []
+    for calls in messages:
+        results.append(environment.step({**ANSWER, "tool_calls": calls} if calls else ANSWER))
+    return results
+
+
+def test_the_papers_protocol_ends_an_episode_after_ten_messages():
+    pwd = calling(("pwd", {}))["tool_calls"]
+    results = play_paper("multi_turn_base_0", [pwd] * 10)
+    assert [result.truncated for result in results] == [False] * 9 + [True]
+    assert "No end within 10 assistant messages, in turn 0" in results[-1].info["failure"]
+    # a user turn may have any number of steps
+    assert BfclEnvironment(protocol="paper").max_steps_per_turn is None
+
+
+def test_the_papers_protocol_checks_an_unfinished_last_user_turn():
+    task_id = "multi_turn_base_0"
+    turns = [
+        [{"type": "function", "function": {"name": n, "arguments": a}} for n, a in calls]
+        for calls in ground_truth(task_id)
+    ]
+    spoken = [message for calls in turns[:3] for message in (calls, [])]
+    pwd = calling(("pwd", {}))["tool_calls"]
+    for waste, solved in ((3, True), (4, False)):
+        results = play_paper(task_id, ([*spoken, *[pwd] * waste, turns[3]])[:10])
+        assert results[-1].truncated and results[-1].info["success"] is solved
+        assert sum(result.reward for result in results) == (1.0 if solved else 0.75)
+    # the tenth message ends the third user turn: the last one was never begun
+    results = play_paper(task_id, [turns[0], [], turns[1], [], *[pwd] * 4, turns[2], []])
+    assert results[-1].truncated and results[-1].info["turns_passed"] == [True] * 3
+    assert "in turn 3" in results[-1].info["failure"]
+
+
+def test_limits_can_be_set_one_by_one():
+    environment = BfclEnvironment(protocol="paper", max_messages=12, max_steps_per_turn=5)
+    assert (environment.max_messages, environment.max_steps_per_turn) == (12, 5)
+    assert (BfclEnvironment().max_messages, BfclEnvironment().max_steps_per_turn) == (None, 20)
+
+
+# --- functions held back --------------------------------------------------------------------------------------------
+
+
+def test_functions_held_back_arrive_in_a_message_at_their_user_turn():
+    environment = BfclEnvironment()
+    opening = environment.reset(id="multi_turn_miss_func_0")
+    assert "sort" not in [tool["function"]["name"] for tool in opening.tools] and len(opening.tools) == 18 + 14 - 1
+    messages = [environment.step(ANSWER).messages for _ in range(4)]
+    document = next(doc for doc in load_function_docs("GorillaFileSystem") if doc["name"] == "sort")
+    assert messages[2] == [
+        {
+            "role": "user",
+            "content": f"{[document]}\nI have updated some more functions you can choose from. What about now?",
+        }
+    ]
+    entry = load_entries("multi_turn_miss_func")["multi_turn_miss_func_0"]
+    assert messages[:2] == entry["question"][1:3] and messages[3] == entry["question"][4]
+
+
+@pytest.mark.parametrize("detail", ["raw", "full", "trimmed", "brief"])
+def test_every_function_is_shown_once_by_the_end(detail):
+    environment = BfclEnvironment(tools=detail)
+    for task_id in ids("multi_turn_miss_func")[::9]:
+        opening = environment.reset(id=task_id)
+        listed = [tool.get("function", tool)["name"] for tool in opening.tools]
+        entry = load_entries("multi_turn_miss_func")[task_id]
+        held_back = {name for names in entry["missed_function"].values() for name in names}
+        all_names = [doc["name"] for service in entry["involved_classes"] for doc in load_function_docs(service)]
+        assert held_back and sorted(listed) == sorted(set(all_names) - held_back)
+        said = "".join(m["content"] for _ in entry["question"] for m in environment.step(ANSWER).messages)
+        assert all(f"[{{'name': '{name}'" in said or f", {{'name': '{name}'" in said for name in held_back)
+        assert ("'response'" in said) is (detail in ("raw", "full"))
+
+
+def test_every_user_turn_says_something():
+    for category in CATEGORIES:
+        for task_id in ids(category)[::5]:
+            environment = BfclEnvironment()
+            messages = [environment.reset(id=task_id).messages]
+            while not (result := environment.step(ANSWER)).terminated:
+                messages.append(result.messages)
+            assert all(len(turn) == 1 and turn[0]["role"] == "user" and turn[0]["content"] for turn in messages)
+            assert len(messages) == len(load_entries(category)[task_id]["ground_truth"])
 
 
 # --- options --------------------------------------------------------------------------------------------------------
@@ -396,6 +503,16 @@ def test_a_parameter_named_type_is_not_taken_for_a_schema():
     assert set(shown["properties"]) == set(ticket["parameters"]["properties"]["updates"]["properties"])
 
 
+def test_tool_documents_can_be_those_of_bfcl():
+    tools = BfclEnvironment(tools="raw").reset(id="multi_turn_base_0").tools
+    entry = load_entries("multi_turn_base")["multi_turn_base_0"]
+    docs = [doc for service in entry["involved_classes"] for doc in load_function_docs(service)]
+    hint = " Note that the provided function is in Python 3 syntax."
+    assert tools == [{**doc, "description": doc["description"] + hint} for doc in docs]
+    tools[0]["parameters"].clear()
+    assert docs[0]["parameters"]
+
+
 def test_tool_documents_can_be_shortened():
     shown = {
         detail: BfclEnvironment(tools=detail).reset(id="multi_turn_base_0").tools[0]["function"]
@@ -421,7 +538,16 @@ def test_the_tool_list_can_be_cut_down_to_what_is_needed():
 
 
 @pytest.mark.parametrize(
-    "options", [{"reward": "half"}, {"tools": "none"}, {"tool_list": "some"}, {"max_user_turns": 0}]
+    "options",
+    [
+        {"protocol": "mine"},
+        {"reward": "half"},
+        {"tools": "none"},
+        {"tool_list": "some"},
+        {"max_user_turns": 0},
+        {"max_steps_per_turn": 0},
+        {"max_messages": 0},
+    ],
 )
 def test_wrong_options_say_what_is_allowed(options):
     (name,) = options
@@ -429,11 +555,15 @@ def test_wrong_options_say_what_is_allowed(options):
         BfclEnvironment(**options)
 
 
-def test_categories_that_are_not_supported_are_refused():
-    with pytest.raises(ValueError, match="'multi_turn_miss_func'; it must be one of 'multi_turn_base'"):
-        load_bfcl("multi_turn_miss_func")
-    with pytest.raises(ValueError, match="'multi_turn_miss_func'; it must be one of 'multi_turn_base'"):
-        BfclEnvironment().reset(id="multi_turn_miss_func_0")
+def test_categories_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="'composite'; it must be one of 'multi_turn_base'.*, short 'base'"):
+        load_bfcl("composite")
+    with pytest.raises(ValueError, match="'multi_turn_composite'; it must be one of 'multi_turn_base'"):
+        load_bfcl(["base", "multi_turn_composite"])
+    with pytest.raises(ValueError, match="'multi_turn_composite_0' is 'multi_turn_composite'; it must be one of"):
+        BfclEnvironment().reset(id="multi_turn_composite_0")
+    with pytest.raises(ValueError, match="There is no task 'multi_turn_base_200'; .*multi_turn_base_0 to _199"):
+        BfclEnvironment().reset(id="multi_turn_base_200")
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -447,6 +577,54 @@ def test_the_splits_are_those_of_the_paper():
     assert train[0]["prompt"][0]["role"] == "user" and train[0]["prompt"][0]["content"].startswith("Move 'final")
 
 
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_every_category_has_the_same_splits(category):
+    short = category.removeprefix("multi_turn_")
+    for scheme in ("paper", "stratified"):
+        train, test = (load_bfcl(short, split, split_scheme=scheme) for split in ("train", "test"))
+        assert len(train) == len(test) == 100
+        assert set(train["id"]) | set(test["id"]) == set(ids(category))
+        assert set(train["category"]) == {category}
+        base = load_bfcl("base", "train", split_scheme=scheme)
+        assert [i.removeprefix(category) for i in train["id"]] == [
+            i.removeprefix("multi_turn_base") for i in base["id"]
+        ]
+
+
+def test_several_categories_follow_one_another():
+    both = load_bfcl(["long_context", "multi_turn_base"], "test")
+    assert both["category"] == ["multi_turn_long_context"] * 100 + ["multi_turn_base"] * 100
+    everything = load_bfcl("all", "all")
+    assert len(everything) == len(set(everything["id"])) == 800
+    assert list(dict.fromkeys(everything["category"])) == list(CATEGORIES)
+    assert len({json.dumps(prompt) for prompt in everything["prompt"]}) == 800
+
+
+def test_the_stratified_split_halves_every_combination_of_services():
+    def services(split, seed):
+        tasks = load_bfcl(split=split, split_scheme="stratified", seed=seed)["id"]
+        entries = load_entries("multi_turn_base")
+        return tasks, Counter(tuple(sorted(entries[task_id]["involved_classes"])) for task_id in tasks)
+
+    (train, in_train), (_, in_test) = services("train", 0), services("test", 0)
+    assert len(in_train | in_test) == 20
+    assert all(abs(in_train[combination] - in_test[combination]) <= 1 for combination in in_train | in_test)
+    assert train == services("train", 0)[0] and train != services("train", 1)[0]
+    assert train[:8] == [f"multi_turn_base_{i}" for i in TRAIN_OF_SEED_0]
+
+
+@pytest.mark.parametrize("options", [{"split": "dev"}, {"split_scheme": "random"}])
+def test_splits_that_do_not_exist_are_refused(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name} is .*must be one of"):
+        load_bfcl(**options)
+
+
+def test_results_say_their_category():
+    for category in CATEGORIES:
+        assert play(BfclEnvironment(), f"{category}_7")[-1].info["category"] == category
+
+
 def test_every_prompt_is_different():
     assert len({json.dumps(prompt) for prompt in load_bfcl(split="all")["prompt"]}) == 200
 
@@ -456,6 +634,8 @@ def test_ground_truth_messages_are_a_whole_conversation():
     roles = [message["role"] for message in messages]
     assert roles[:6] == ["user", "assistant", "tool", "tool", "tool", "assistant"]
     assert roles.count("user") == 4 and messages[-1] == ANSWER
+    paper = ground_truth_messages("multi_turn_base_0", BfclEnvironment(protocol="paper"), one_call_a_message=True)
+    assert len([message for message in paper if message["role"] == "assistant"]) > 10
     single = ground_truth_messages("multi_turn_base_0", one_call_a_message=True, closing="OK.")
     assert [m["role"] for m in single][:8] == ["user", *["assistant", "tool"] * 3, "assistant"]
     assert single[-1]["content"] == "OK."

@@ -782,9 +782,13 @@ Path(sys.argv[2], f"rank{rank}.json").write_text(json.dumps(found))
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """What each of two processes found in each scenario."""
-    directory = tmp_path_factory.mktemp("two_processes")
+    return run_on_two_processes(TWO_PROCESSES, tmp_path_factory.mktemp("two_processes"))
+
+
+def run_on_two_processes(code, directory):
+    """Run a script with the directories of the tests and of its output, and return what each process wrote there."""
     script, config = directory / "script.py", directory / "ddp.yaml"
-    script.write_text(TWO_PROCESSES)
+    script.write_text(code)
     config.write_text(
         "{distributed_type: MULTI_GPU, num_processes: 2, num_machines: 1, machine_rank: 0, use_cpu: false,"
         " mixed_precision: 'no', main_training_function: main, rdzv_backend: static, same_network: true}"

@@ -15,7 +15,8 @@ import trl
 from accelerate import Accelerator
 from datasets import Dataset
 from tiny import load_tiny_model
-from transformers import Trainer
+from transformers import DynamicCache, Trainer
+from transformers.cache_utils import DynamicLayer
 from transformers.trainer_callback import CallbackHandler
 from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import (
@@ -169,6 +170,31 @@ def test_what_one_call_of_the_sampler_returns(trainer):
     completion_ids, logprobs = trainer._generate_single_turn([[20, 21], [20, 21, 22]], None, {}, 1)
     assert logprobs is None, f"transformers generation now reports log-probabilities {VERSIONS}: see rollout.py."
     assert [len(ids) <= 4 for ids in completion_ids] == [True, True]
+
+
+def test_the_sampler_calls_the_models_generate_once(trainer, monkeypatch):
+    """generation.py takes the place of that call, inside of all that TRL wraps around it."""
+    model, calls = trainer.accelerator.unwrap_model(trainer.model_wrapped), []
+    generate = model.generate
+
+    def watched(**inputs):
+        calls.append(inputs)
+        return generate(**inputs)
+
+    monkeypatch.setattr(model, "generate", watched)
+    trainer._generate_single_turn([[30, 31], [32]], None, {}, 1)
+    ((input_ids, attention_mask, config),) = [tuple(call.values()) for call in calls]
+    assert list(calls[0]) == ["input_ids", "attention_mask", "generation_config"], VERSIONS
+    assert input_ids[:, -1].tolist() == [31, 32] and attention_mask.tolist() == [[1, 1], [0, 1]], VERSIONS
+    assert config is trainer.generation_config, VERSIONS
+
+
+def test_keys_and_values_lie_in_plain_tensors_of_a_dynamic_cache():
+    cache = DynamicCache()
+    cache.update(torch.ones(2, 3, 4, 5), torch.zeros(2, 3, 4, 6), 0)
+    (layer,) = cache.layers
+    assert type(layer) is DynamicLayer and cache.get_seq_length() == 4, VERSIONS
+    assert layer.keys.shape == (2, 3, 4, 5) and layer.values.shape == (2, 3, 4, 6), VERSIONS
 
 
 def test_what_a_scored_batch_holds(trainer):

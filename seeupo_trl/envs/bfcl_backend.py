@@ -1,14 +1,13 @@
 """
 BFCL's simulated services (files, trading, travel, ...) behind a dispatcher that is safe to hand model output to.
 
-The services and the checks are those of the `bfcl-eval` package. Its executor is not used: it evaluates call strings
-as Python and keeps instances in module globals for ever. Here a call is a name and a dict of arguments; only
-documented methods are callable, by keyword, on instances that belong to one episode. Outputs equal the official
-executor's.
+The services are those of the `bfcl-eval` package. Its executor is not used: it evaluates call strings as Python and
+keeps instances in module globals for ever. Here a call is a name and a dict of arguments; only documented methods are
+callable, by keyword, on instances that belong to one episode. Outputs equal the official executor's. What a call may
+cost is limited, see `bfcl_limits.py`.
 
-Arguments can ask for absurd amounts of work (`power(7, 10**7)`, a million digits of precision). Those found are
-refused with an error the model can read, see `_refuse_expensive`; a method that hangs on arguments not foreseen there
-would hang its thread.
+Some services keep state outside their instances: default arguments that are lists and get appended to, dicts of the
+package's modules that long-context scenarios put into the instance. Here they belong to the episode, too.
 """
 
 import ast
@@ -17,96 +16,21 @@ import decimal
 import importlib
 import inspect
 import json
-import math
 import threading
-from functools import lru_cache
-from pathlib import Path
+from functools import cache, lru_cache
 from typing import Any
 
-
-try:
-    import mpmath
-    from bfcl_eval.constants.executable_backend_config import (
-        CLASS_FILE_PATH_MAPPING,
-        MULTI_TURN_FUNC_DOC_FILE_MAPPING,
-        STATELESS_CLASSES,
-    )
-    from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_checker
-except ImportError as error:
-    raise ImportError(
-        "The BFCL environment needs the packages bfcl-eval and mpmath. Install bfcl-eval without its dependencies "
-        "(they are about 150 packages and pin numpy 1.26, which breaks `datasets`):\n"
-        "    pip install --no-deps bfcl-eval==2026.3.23\n"
-        "    pip install mpmath==1.3.0"
-    ) from error
+from .bfcl_data import category_of, load_entry, load_function_docs
+from .bfcl_limits import plain_copy, refuse_circle, refuse_expensive
+from .bfcl_package import CLASS_FILE_PATH_MAPPING, STATELESS_CLASSES, mpmath
 
 
-DATA = Path(multi_turn_checker.__file__).parents[2] / "data"
-LANGUAGE_HINT = " Note that the provided function is in Python 3 syntax."
+Call = tuple[str, dict[str, Any]]
 
-# Limits of `_refuse_expensive`. The ground truth needs 10 digits of precision at most.
-MAX_PRECISION = 1000
-MAX_INTEGER_DIGITS = 4300  # Python's own limit for printing an integer
-
-JSON_SCHEMA_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}
-
-# MathAPI sets the process-wide precision of mpmath, and the text of a result depends on it.
-_math_lock = threading.Lock()
-
-
-@lru_cache
-def load_entries(category: str) -> dict[str, dict[str, Any]]:
-    """The test entries of a category by id, each with its `ground_truth`. Treat them as read-only."""
-    file_name = f"BFCL_v4_{category}.json"
-    entries = {entry["id"]: entry for entry in _read_json_lines(DATA / file_name)}
-    for answer in _read_json_lines(DATA / "possible_answer" / file_name):
-        entries[answer["id"]]["ground_truth"] = answer["ground_truth"]
-    return entries
-
-
-@lru_cache
-def load_function_docs(class_name: str) -> list[dict[str, Any]]:
-    """The documented functions of a service, as BFCL writes them. Treat them as read-only."""
-    return _read_json_lines(DATA / "multi_turn_func_doc" / MULTI_TURN_FUNC_DOC_FILE_MAPPING[class_name])
-
-
-def _read_json_lines(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def to_tool_schema(function_doc: dict[str, Any], detail: str) -> dict[str, Any]:
-    """
-    Turn a function document of BFCL into a tool schema for chat templates.
-
-    Args:
-        function_doc (`dict`):
-            One of [`load_function_docs`].
-        detail (`str`):
-            `"full"`, `"trimmed"` or `"brief"`, see [`~seeupo_trl.envs.bfcl.BfclEnvironment`].
-    """
-    function = {
-        "name": function_doc["name"],
-        "description": function_doc["description"],
-        "parameters": _to_json_schema(function_doc["parameters"]),
-    }
-    if detail == "full":
-        function["description"] += LANGUAGE_HINT
-        function["response"] = _to_json_schema(function_doc["response"])
-    elif detail == "brief":
-        function["description"] = function["description"].split("Tool description: ")[-1]
-    return {"type": "function", "function": function}
-
-
-def _to_json_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    converted = copy.deepcopy(schema)
-    if "type" in schema:
-        converted["type"] = JSON_SCHEMA_TYPES.get(schema["type"], schema["type"])
-    if "properties" in schema:
-        converted["properties"] = {name: _to_json_schema(value) for name, value in schema["properties"].items()}
-    if "items" in schema:
-        converted["items"] = _to_json_schema(schema["items"])
-    return converted
+# MathAPI sets the process-wide precision of mpmath, and the weather of long contexts is written to a dict of the
+# module: the text of a result depends on both until it is made.
+_module_lock = threading.Lock()
+WRITES_TO_MODULE = "get_outside_temperature_from_google"
 
 
 class Services:
@@ -115,20 +39,28 @@ class Services:
 
     Args:
         entry (`dict`):
-            A test entry of [`load_entries`].
+            A test entry of [`~seeupo_trl.envs.bfcl_data.load_entry`].
+        beside ([`Services`], *optional*):
+            Services of the same entry to share with what two sets of services share in the official executor: default
+            arguments and dicts of the package's modules. `None` shares nothing.
+        circles (`bool`, *optional*, defaults to `False`):
+            Let a directory be copied into itself, as the official executor does, instead of refusing it.
     """
 
-    def __init__(self, entry: dict[str, Any]):
+    def __init__(self, entry: dict[str, Any], beside: "Services | None" = None, circles: bool = False):
+        self._circles = circles
         self.instances: dict[str, Any] = {}
         self._methods: dict[str, Any] = {}
+        self._defaults: dict[str, dict[str, Any]] = {}
+        self._copies: dict[int, Any] = {} if beside is None else beside._copies
         for class_name in entry["involved_classes"]:
-            instance = getattr(importlib.import_module(CLASS_FILE_PATH_MAPPING[class_name]), class_name)()
+            instance = service_class(class_name)()
             if class_name not in STATELESS_CLASSES:
                 config = copy.deepcopy(entry["initial_config"].get(class_name, {}))
-                instance._load_scenario(config, long_context="long_context" in entry["id"])
-                # Long-context scenarios put dicts of the module itself into the instance.
-                instance = copy.deepcopy(instance)
+                instance._load_scenario(config, long_context="long_context" in category_of(entry))
+                instance = copy.deepcopy(instance, self._copies)
             self.instances[class_name] = instance
+            self._defaults.update(copy.deepcopy(_mutable_defaults(class_name), self._copies))
             for function_doc in load_function_docs(class_name):
                 self._methods[function_doc["name"]] = getattr(instance, function_doc["name"])
 
@@ -143,19 +75,22 @@ class Services:
                 Its keyword arguments.
         """
         try:
-            if name not in self._methods:
+            if not isinstance(name, str) or name not in self._methods:
                 raise NameError(f"name '{name}' is not defined")
-            _refuse_expensive(name, arguments)
             method = self._methods[name]
-            arguments = copy.deepcopy(arguments)  # services keep lists and dicts they are given
-            if method.__self__ is not self.instances.get("MathAPI"):
+            arguments = plain_copy(arguments)
+            refuse_expensive(method.__self__, name, arguments)
+            if not self._circles:
+                refuse_circle(method.__self__, name, arguments)
+            arguments = {**self._defaults.get(name, {}), **arguments}
+            if name != WRITES_TO_MODULE and method.__self__ is not self.instances.get("MathAPI"):
                 return _as_text(method(**arguments))
-            with _math_lock, decimal.localcontext(), mpmath.workdps(mpmath.mp.dps):
+            with _module_lock, decimal.localcontext(), mpmath.workdps(mpmath.mp.dps):
                 return _as_text(method(**arguments))
         except Exception as error:
             return f"Error during execution: {error}"
 
-    def parse_call(self, call: str) -> tuple[str, dict[str, Any]]:
+    def parse_call(self, call: str) -> Call:
         """
         Read a call of the ground truth, such as `"sort('report.txt')"`: a function name and literals, never evaluated.
 
@@ -171,57 +106,35 @@ class Services:
         return name, arguments
 
 
+@cache
+def ground_truth(task_id: str) -> list[list[Call]]:
+    """The calls of the ground truth of a task, one list for each user turn. Treat them as read-only."""
+    entry = load_entry(task_id)
+    services = Services(entry)
+    return [[services.parse_call(call) for call in calls] for calls in entry["ground_truth"]]
+
+
+def service_class(class_name: str) -> type:
+    """The class of a service in the `bfcl-eval` package."""
+    return getattr(importlib.import_module(CLASS_FILE_PATH_MAPPING[class_name]), class_name)
+
+
+@lru_cache
+def _mutable_defaults(class_name: str) -> dict[str, dict[str, Any]]:
+    """Default arguments that a service could change, by function and parameter: the package's own objects."""
+    defaults = {}
+    for function_doc in load_function_docs(class_name):
+        parameters = inspect.signature(getattr(service_class(class_name), function_doc["name"])).parameters
+        mutable = {p.name: p.default for p in parameters.values() if isinstance(p.default, (list, dict, set))}
+        if mutable:
+            defaults[function_doc["name"]] = mutable
+    return defaults
+
+
 def _as_text(result: Any) -> str:
     if isinstance(result, dict):
         try:
             return json.dumps(result)
-        except (TypeError, ValueError):
+        except Exception:  # as the official executor, whatever the error
             return str(result)
     return str(result)
-
-
-def _refuse_expensive(name: str, arguments: dict[str, Any]) -> None:
-    argument = {"logarithm": "precision", "square_root": "precision", "round_number": "decimal_places"}.get(name)
-    value = arguments.get(argument)
-    if isinstance(value, (int, float)) and abs(value) > MAX_PRECISION:
-        raise ValueError(f"{argument} must be at most {MAX_PRECISION}")
-    base, exponent = arguments.get("base"), arguments.get("exponent")
-    if name == "power" and isinstance(base, int) and isinstance(exponent, int) and abs(base) > 1 and exponent > 0:
-        if exponent * math.log10(abs(base)) > MAX_INTEGER_DIGITS:
-            raise ValueError(f"Exceeds the limit ({MAX_INTEGER_DIGITS} digits) for integer string conversion")
-
-
-def check_user_turn(
-    model: Services, truth: Services, model_results: list[str], truth_results: list[str], calls_made: int, turn: int
-) -> str | None:
-    """
-    The official checks at the end of a user turn.
-
-    Args:
-        model (`Services`):
-            The services the model worked on.
-        truth (`Services`):
-            The services the ground truth was played on.
-        model_results (`list[str]`):
-            Results of all the model's calls so far, of this and all earlier user turns.
-        truth_results (`list[str]`):
-            Results of the ground truth's calls of this user turn.
-        calls_made (`int`):
-            Number of calls the model made in this user turn.
-        turn (`int`):
-            Index of the user turn.
-
-    Returns:
-        `str` or `None`: the reason of the failure, or `None` if the turn passes.
-    """
-    if not truth_results:
-        return None
-    if not calls_made:
-        return f"Model response list is empty for turn {turn}"
-    try:
-        verdict = multi_turn_checker.state_checker(model.instances, truth.instances)
-    except RecursionError:
-        return f"State of turn {turn} is cyclic (a directory was copied into itself)"
-    if verdict["valid"]:
-        verdict = multi_turn_checker.response_checker(model_results, truth_results, turn)
-    return None if verdict["valid"] else verdict["error_message"]

@@ -1,0 +1,149 @@
+"""What the training scripts share: the trainer with a readable report of what happens, on a CPU as well."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import ProgressCallback
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from seeupo_trl import MultiTurnEnvironment, MultiTurnRollout, SeeUPOConfig, SeeUPOTrainer, Trajectory
+
+
+@dataclass
+class Config(SeeUPOConfig):
+    """[`SeeUPOConfig`] that runs on the CPU where there is no GPU, without being told."""
+
+    def __post_init__(self):
+        self.use_cpu = self.use_cpu or not torch.cuda.is_available()
+        super().__post_init__()
+
+
+class ReportingRollout(MultiTurnRollout):
+    """Keeps the last batch of episodes for a look at one, and reports the official score of each."""
+
+    def __call__(self, prompts, trainer):
+        output = super().__call__(prompts, trainer)
+        self.last_episodes = list(zip(prompts, output["trajectories"], strict=True))
+        output["solved"] = [float(t.info.get("success", False)) for t in output["trajectories"]]
+        return output
+
+
+def success(solved: list[float], **kwargs) -> list[float]:
+    """Reward function with weight 0: the official score, to see it beside a shaped reward."""
+    return solved
+
+
+class IterationLine(ProgressCallback):
+    """A progress bar with one readable line an iteration."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "turns/mean" not in logs:
+            return
+        line = (
+            f"iteration {state.global_step}/{state.max_steps}  reward {logs['reward']:.3f}  "
+            f"success {logs['rewards/success/mean']:.3f}  turns {logs['turns/mean']:.1f}  "
+            f"updates {logs['turn_updates']:.0f}  "
+        )
+        if "ratio/max" in logs:
+            line += (
+                f"ratio {logs['ratio/min']:.3f}-{logs['ratio/max']:.3f}  "
+                f"M/A {logs['turn_weight/min']:.3f}-{logs['turn_weight/max']:.3f}  "
+                f"clipped {logs['clip_ratio/region_mean']:.2f}  entropy {logs['entropy']:.2f}  "
+            )
+        line += f"rollout {logs['time/rollout']:.0f} s  update {logs['time/old_pass'] + logs['time/update']:.0f} s"
+        self.training_bar.write(line)
+
+
+def use_all_cores(training_args: Config) -> None:
+    """On a CPU, share out its cores among the processes: launchers give each one thread."""
+    if training_args.use_cpu:
+        torch.set_num_threads(max((os.cpu_count() or 1) // PartialState().num_processes, 1))
+
+
+def train_and_report(
+    model: str,
+    make_environment: Callable[[], MultiTurnEnvironment],
+    train: Dataset,
+    held_out: dict[str, Dataset],
+    training_args: Config,
+    model_args: ModelConfig,
+    dataset_name: str,
+) -> None:
+    """
+    Train, evaluate before and after, show an episode of each time, and save the model.
+
+    Args:
+        model (`str`):
+            Name or path of the model.
+        make_environment (`Callable`):
+            Makes an environment whose `info` has `success`.
+        train (`Dataset`):
+            Tasks to train on.
+        held_out (`dict[str, Dataset]`):
+            Tasks to evaluate on, by the name of the set.
+        training_args (`Config`):
+            Arguments of the trainer.
+        model_args (`ModelConfig`):
+            Arguments of the model.
+        dataset_name (`str`):
+            For the model card.
+    """
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    training_args.reward_weights = [0.0]
+    rollout = ReportingRollout(make_environment)
+    trainer = SeeUPOTrainer(
+        model=model,
+        reward_funcs=[success],
+        args=training_args,
+        train_dataset=train,
+        rollout_func=rollout,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(IterationLine)
+    say = PartialState().print
+
+    say(f"\n{len(train)} training tasks; evaluated: { {name: len(tasks) for name, tasks in held_out.items()} }")
+    before = {name: evaluate(trainer, tasks) for name, tasks in held_out.items()}
+    for name, score in before.items():
+        say(f"before training: success {score:.3f} on {len(held_out[name])} {name} tasks")
+    if held_out:
+        say("\nAn episode before training\n" + readable(*rollout.last_episodes[0]))
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    say("\nAn episode of the last iteration\n" + readable(*rollout.last_episodes[0]))
+    for name, tasks in held_out.items():
+        say(f"success on {len(tasks)} {name} tasks: {before[name]:.3f} before, {evaluate(trainer, tasks):.3f} after")
+    trainer.save_model(training_args.output_dir)
+    say(f"Model saved to {training_args.output_dir}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)
+    trainer.accelerator.end_training()
+
+
+def evaluate(trainer: SeeUPOTrainer, tasks: Dataset) -> float:
+    """Official score on tasks, sampled as in training."""
+    trainer.evaluate(tasks)
+    return trainer.state.log_history[-1]["eval_rewards/success/mean"]
+
+
+def readable(prompt: list[dict], episode: Trajectory) -> str:
+    """An episode as lines of text."""
+    lines = []
+    for message in [*prompt, *episode.messages]:
+        text = " ".join((message.get("content") or "").split())
+        calls = [call["function"] for call in message.get("tool_calls") or []]
+        text += " ".join(f"{call['name']}({call['arguments']})" for call in calls)
+        lines.append(f"  {message['role']:>9}: {text[:300]}")
+    return "\n".join(
+        [*lines, f"  reward {episode.reward}, {episode.stop_reason}, {episode.info.get('failure') or ''}"]
+    )

@@ -1,0 +1,243 @@
+"""
+TRL environments as environments of messages.
+
+A TRL environment is an object whose public methods are tools: `reset(**row)` may return text that is appended to the
+prompt, the policy calls the other methods, and the episode ends with a message that calls nothing. [`ToolEnvironment`]
+makes such an object a [`~seeupo_trl.envs.MultiTurnEnvironment`]. It does what the tool loop of `GRPOTrainer` does (trl
+1.15 and 1.16), to the letter of the messages: the same schemas, the same results and error texts, in the same order.
+
+The policy's mistakes (a wrong name, wrong arguments, an exception inside a tool) are text that it reads. An exception
+in `reset` or `get_reward` is a fault of the environment.
+"""
+
+import asyncio
+import inspect
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import cache, cached_property
+from queue import SimpleQueue
+from typing import Any
+
+from transformers.utils import get_json_schema
+from trl.trainer.utils import start_event_loop_in_daemon
+
+from .base import MultiTurnEnvironment, Observation, StepResult
+
+
+# What TRL shows where a row has no prompt, for `reset` to append to.
+EMPTY_PROMPT = [{"role": "user", "content": ""}]
+
+# Methods that TRL calls itself.
+RESERVED_METHODS = ("reset", "get_reward")
+
+Message = dict[str, Any]
+
+
+class ToolEnvironment(MultiTurnEnvironment):
+    """
+    A TRL environment, played by messages.
+
+    [`SeeUPOTrainer`] makes these from its `environment_factory`. To play the same rollouts with a stock
+    [`~trl.GRPOTrainer`], give them to a [`MultiTurnRollout`] yourself, as in the example.
+
+    Args:
+        factory (`Callable[[], object]`):
+            A TRL environment class, or a function without arguments that returns an instance: it has `reset` and
+            public methods with type hints and docstrings, sync or async.
+        tools (`Sequence[Callable]`, *optional*, defaults to `()`):
+            Further tools, as in [`~trl.GRPOTrainer`].
+        event_loop (`asyncio.AbstractEventLoop`, *optional*):
+            Running event loop for the methods that are coroutines. Defaults to one that all environments share.
+
+    Attributes:
+        environment (`object`):
+            The TRL environment. It is made, reset, called and asked for its reward in one and the same thread
+            (coroutines: on the event loop), because connections of some libraries work in one thread only.
+        calls, failures (`int`):
+            Tool calls in this episode, and how many of them failed.
+        prompt (`list[dict]`):
+            The opening conversation of this episode, with what `reset` returned.
+
+    Example:
+
+    ```python
+    rollout = MultiTurnRollout(partial(ToolEnvironment, Counter), tasks=dataset)
+    ```
+    """
+
+    def __init__(
+        self,
+        factory: Callable[[], Any],
+        *,
+        tools: Sequence[Callable] = (),
+        event_loop: asyncio.AbstractEventLoop | None = None,
+    ):
+        self._thread = _Thread()
+        self.environment = self._thread.call(factory)
+        self.calls = self.failures = 0
+        self.prompt: list[Message] = EMPTY_PROMPT
+        self.event_loop = event_loop
+        self._tools = tools
+
+    @cached_property
+    def tools(self) -> list[Callable]:
+        """Everything the policy can call: the further tools, then the methods in alphabetical order."""
+        names = [name for name in self._methods if name not in RESERVED_METHODS and not name.startswith("_")]
+        return [*self._tools, *(getattr(self.environment, name) for name in names)]
+
+    @cached_property
+    def schemas(self) -> list[dict[str, Any]]:
+        """
+        JSON schemas of the tools.
+
+        Raises:
+            `DocstringParsingException` or `TypeHintParsingException`:
+                When a tool lacks a docstring or type hints.
+        """
+        return [get_json_schema(tool) for tool in self.tools]
+
+    @cached_property
+    def owns_reward(self) -> bool:
+        """Whether the environment scores its episodes."""
+        return "get_reward" in self._methods
+
+    @property
+    def _methods(self) -> list[str]:
+        # of the class: a property is not to be evaluated
+        return [name for name, _ in inspect.getmembers(type(self.environment), predicate=inspect.isfunction)]
+
+    def reset(self, **task: Any) -> Observation:
+        self.calls = self.failures = 0
+        self.prompt = task.get("prompt", EMPTY_PROMPT)
+        if not isinstance(self.prompt, list) or not self.prompt:
+            raise TypeError(
+                f"The tools of an environment need a conversation to be called in, but the prompt is {self.prompt!r}. "
+                "Give a list of messages."
+            )
+        self.prompt = _append_to_prompt(self.prompt, self._thread.call(lambda: self.environment.reset(**task)))
+        return Observation(self.prompt, tools=self.schemas or None)
+
+    def step(self, message: Message) -> StepResult:
+        calls = message.get("tool_calls")
+        if not calls:
+            return StepResult([], terminated=True)
+        results = self._thread.call(lambda: self._execute(calls))
+        return StepResult([_tool_message(name, result) for name, result in results])
+
+    def close(self) -> None:
+        self._thread.end()
+
+    def reward(self) -> float | None:
+        """What the environment says the episode is worth."""
+        get_reward = self.environment.get_reward
+        if inspect.iscoroutinefunction(get_reward):
+            reward = self._run(get_reward())
+        else:
+            reward = self._thread.call(get_reward)
+        return None if reward is None else float(reward)
+
+    def _execute(self, calls: list[dict[str, Any]]) -> list[tuple[str, Any]]:
+        """Names and results of the calls: of functions in the order of the calls, then those of coroutines."""
+        functions = {tool.__name__: tool for tool in self.tools if not inspect.iscoroutinefunction(tool)}
+        coroutine_functions = {tool.__name__: tool for tool in self.tools if inspect.iscoroutinefunction(tool)}
+        results: list[tuple[str, Any]] = []
+        coroutines: list[tuple[str, Any]] = []
+        for call in calls:
+            self.calls += 1
+            if call["type"] != "function":
+                name = call.get("name", "unknown")
+                results.append((name, self._failure(f"Unsupported tool call type: {call['type']}")))
+                continue
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            try:
+                if name in functions:
+                    results.append((name, functions[name](**arguments)))
+                elif name in coroutine_functions:
+                    coroutines.append((name, coroutine_functions[name](**arguments)))
+                else:
+                    raise ValueError(f"Tool {name} not found.")
+            except Exception as error:
+                results.append((name, self._failure(error)))
+        if coroutines:
+            awaited = self._run(_gather([coroutine for _, coroutine in coroutines]))
+            for (name, _), result in zip(coroutines, awaited, strict=True):
+                results.append((name, self._failure(result) if isinstance(result, Exception) else result))
+        return results
+
+    def _run(self, coroutine: Any) -> Any:
+        event_loop = _common_event_loop() if self.event_loop is None else self.event_loop
+        return asyncio.run_coroutine_threadsafe(coroutine, event_loop).result()
+
+    def _failure(self, error: Any) -> dict[str, str]:
+        self.failures += 1
+        return {"error": str(error)}
+
+
+@cache
+def _common_event_loop() -> asyncio.AbstractEventLoop:
+    _, event_loop, is_ready = start_event_loop_in_daemon(name="seeupo-tools-loop")
+    is_ready.wait()
+    return event_loop
+
+
+async def _gather(coroutines: list[Any]) -> list[Any]:
+    return await asyncio.gather(*coroutines, return_exceptions=True)
+
+
+def _append_to_prompt(prompt: list[Message], text: Any) -> list[Message]:
+    """The prompt with what `reset` returned at the end of its last message."""
+    if text is None:
+        return prompt
+    if not isinstance(text, (str, list)):
+        raise TypeError(
+            f"reset() of a TRL environment must return text to append to the prompt, or None; it returned {text!r}."
+        )
+    _refuse_images(text)
+    content = prompt[-1]["content"]
+    if isinstance(text, list) and isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if isinstance(text, str) and isinstance(content, list):
+        text = [{"type": "text", "text": text}]
+    return [*prompt[:-1], {**prompt[-1], "content": content + text}]
+
+
+def _tool_message(name: str, result: Any) -> Message:
+    _refuse_images(result)
+    return {"role": "tool", "name": name, "content": result if isinstance(result, list) else str(result)}
+
+
+def _refuse_images(content: Any) -> None:
+    if isinstance(content, list) and any(isinstance(p, dict) and p.get("type") == "image" for p in content):
+        raise TypeError(
+            "The environment returned an image, but the policy reads text only. With a vision-language model, give "
+            "its processor as `processing_class`."
+        )
+
+
+class _Thread(threading.Thread):
+    """A thread that one environment lives in. It does not keep the interpreter from exiting."""
+
+    def __init__(self):
+        super().__init__(daemon=True, name="seeupo-tools")
+        self._calls: SimpleQueue = SimpleQueue()
+        self.start()
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Run a function in this thread, and wait for what it returns or raises."""
+        future: Future = Future()
+        self._calls.put((function, future))
+        return future.result()
+
+    def end(self) -> None:
+        """End the thread once its present call has returned."""
+        self._calls.put(None)
+
+    def run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            function, future = call
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+            del call, function, future  # they hold the environment

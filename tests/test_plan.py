@@ -1,0 +1,313 @@
+"""What `python -m seeupo_trl.plan` says, against what passes and runs really take."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_config
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+from trl.trainer.utils import add_fused_lm_head
+
+from seeupo_trl import activation_memory, plan
+from seeupo_trl.activation_memory import Pass, measure_pass, trace_pass
+from seeupo_trl.buffer import Trajectory, Turn, TurnBuffer
+from seeupo_trl.live_bytes import LiveBytes
+from seeupo_trl.memory_model import GIB, Run, Strategy, estimate, model_shape
+from seeupo_trl.scoring import Row, RowBatch
+from seeupo_trl.tree_scoring import TreeScorer
+
+
+ROOT = Path(__file__).parents[1]
+TOLERANCE = 0.15
+
+QWEN3_14B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 5120,
+    "intermediate_size": 17408,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+
+
+def test_live_bytes_are_those_of_the_storages_that_are_alive():
+    with LiveBytes() as memory:
+        first = torch.zeros(1000)
+        view = first[10:]
+        second = first + 1
+        del second
+        assert (memory.live, memory.peak) == (4000, 8000)
+        del first
+        assert memory.live == 4000  # the view keeps it
+        del view
+        assert memory.live == 0
+        without_memory = torch.zeros(1000, device="meta")
+        assert memory.live == 0 and len(without_memory) == 1000
+
+
+def episodes(prompt: int, action: int, observation: int, turns: int, count: int = 4) -> TurnBuffer:
+    trajectories = []
+    for index in range(count):
+        context, turns_of_one = [1] * prompt, []
+        for _ in range(turns):
+            turns_of_one.append(Turn(context, [2 + index] * action))
+            context = context + [2 + index] * action + [7] * observation
+        trajectories.append(Trajectory(turns_of_one))
+    return TurnBuffer(trajectories, [1.0] * count, count)
+
+
+CONFIGS = {
+    "qwen3": tiny_config(vocab_size=4000, hidden_size=192, intermediate_size=512, num_hidden_layers=5, head_dim=32),
+    "qwen3-tied": tiny_config(vocab_size=9000, num_hidden_layers=4, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(
+        vocab_size=1000,
+        hidden_size=128,
+        intermediate_size=640,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "packing", "lengths", "options"),
+    [
+        ("qwen3", "tree", (300, 20, 10, 4), {}),
+        ("qwen3", "tree", (300, 20, 10, 4), {"gradient_checkpointing": False, "dtype": torch.bfloat16}),
+        ("qwen3", "rows", (100, 60, 10, 2), {"gradient_checkpointing": False, "autocast": True}),
+        ("qwen3-tied", "tree", (600, 10, 5, 3), {"keeps_gradients": True}),
+        ("qwen2", "rows", (500, 40, 10, 2), {"autocast": True}),
+        ("qwen2", "tree", (200, 40, 10, 3), {"lora_rank": 4}),
+    ],
+)
+def test_peak_of_a_pass_is_predicted_without_the_model(config, packing, lengths, options):
+    config = CONFIGS[config]
+    one = Pass(tokens=0, scored=0, **{"dtype": torch.float32, **options})
+    model = AutoModelForCausalLM.from_config(config, dtype=one.dtype)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    causal_lm = model
+    if one.lora_rank is not None:
+        adapters = LoraConfig(r=one.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, adapters)
+    if one.gradient_checkpointing:
+        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        causal_lm.enable_input_require_grads()
+    model.train()
+    scorer = TreeScorer(model, pad_token_id=0, temperature=1.0, packing=packing)
+    buffer = episodes(*lengths)
+    keys = [(index, turn) for index in range(4) for turn in (buffer.num_turns - 1, buffer.num_turns)]
+    (batch,) = scorer.micro_batches(buffer, keys, max_rows=4)
+    assert isinstance(batch, RowBatch) == (packing == "rows")
+
+    def forward():
+        with torch.autocast("cpu", torch.bfloat16, enabled=one.autocast):
+            scores, _ = scorer.score(model, batch)
+        return sum(score.logps.sum() for score in scores.values())
+
+    with scorer.attention(batch):
+        measured = measure_pass(model, forward, one.keeps_gradients)
+    assert trace_pass(config, one, batch).peak == pytest.approx(measured.peak, rel=TOLERANCE)
+
+
+def test_layers_are_extrapolated_exactly():
+    config = tiny_config(num_hidden_layers=6)
+    one = Pass(tokens=300, scored=50)
+    assert trace_pass(config, one) == activation_memory._trace(config, one, None)
+
+
+RESIDENT = """
+import sys, torch
+from pathlib import Path
+from transformers import AutoConfig, AutoModelForCausalLM
+from seeupo_trl.activation_memory import _forward_on_cpu
+from seeupo_trl.scoring import Row, RowBatch
+from trl.trainer.utils import add_fused_lm_head
+torch.set_num_threads(1)
+config = AutoConfig.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+def resident(name):
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
+def step(length):
+    loss = _forward_on_cpu(model, RowBatch([Row([1] * length, {(0, 1): (length - 100, length)})]))()
+    loss.backward()
+step(200)
+Path("/proc/self/clear_refs").write_text("5")
+before = resident("VmRSS")
+step(2000)
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+def test_predicted_peak_is_what_the_operating_system_sees(tmp_path):
+    config = Qwen3Config(
+        vocab_size=2000,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+    )
+    config.architectures = ["Qwen3ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", RESIDENT, str(tmp_path)]
+    measured = int(subprocess.run(command, env=env, check=True, capture_output=True, text=True, timeout=300).stdout)
+    one = Pass(2000, 100, rows=1, dtype=torch.float32, gradient_checkpointing=False, keeps_gradients=True)
+    batch = RowBatch([Row([1] * 2000, {(0, 1): (1900, 2000)})])
+    assert trace_pass(config, one, batch).peak == pytest.approx(measured, rel=TOLERANCE)
+
+
+def deepspeed(stage: int) -> dict:
+    zero3 = {"zero3_init_flag": True, "zero3_save_16bit_model": True} if stage == 3 else {}
+    offload = {"offload_optimizer_device": "none", "offload_param_device": "none"}
+    options = {"zero_stage": stage, "deepspeed_multinode_launcher": "standard", **offload, **zero3}
+    return {"distributed_type": "DEEPSPEED", "deepspeed_config": options}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [{"distributed_type": "MULTI_GPU"}, deepspeed(2), deepspeed(3)], ids=str)
+def test_two_processes_take_what_was_planned_and_reload_what_they_saved(launcher, tmp_path):
+    pytest.importorskip("deepspeed")
+    config = {
+        **{"compute_environment": "LOCAL_MACHINE", "machine_rank": 0, "main_training_function": "main"},
+        **{"mixed_precision": "bf16", "num_machines": 1, "num_processes": 2, "rdzv_backend": "static"},
+        **{"same_network": True, "use_cpu": False, **launcher},
+    }
+    path = tmp_path / "launcher.yaml"
+    path.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
+    command += ["--main_process_port", "0", str(ROOT / "benchmarks" / "dry_run_14b.py")]
+    command += ["--shape", "1,4,4000", "--iterations", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)}
+    env |= {"PYTHONPATH": str(ROOT), "TRL_EXPERIMENTAL_SILENCE": "1"}
+    process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stderr[-4000:]
+    assert "reloaded bit by bit: True" in process.stdout
+    rows = dict(re.findall(r"\| (kept|peak) \|.*\| ([0-9.]+) \|", process.stdout))
+    for name in ("kept", "peak"):
+        assert float(rows[name]) == pytest.approx(1.0, abs=TOLERANCE), process.stdout
+
+
+# --- The command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def qwen3_14b(tmp_path) -> str:
+    directory = tmp_path / "qwen3-14b"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(QWEN3_14B))
+    return str(directory)
+
+
+def planned(capsys, *arguments: str) -> dict:
+    plan.main([*arguments, "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("recipe", ["qwen3_14b_bfcl"])
+def test_the_14b_recipe_fits_eight_gpus_of_80_gib(recipe, qwen3_14b, capsys):
+    arguments = ["--config", str(ROOT / f"examples/configs/{recipe}.yaml"), "--model", qwen3_14b]
+    arguments += ["--accelerate-config", str(ROOT / "examples/accelerate_configs/zero3.yaml")]
+    output = planned(capsys, *arguments, "--host-memory", "512GiB")
+    assert output["model"]["total"] == 14_768_307_200
+    (row,) = output["strategies"]
+    assert row["verdict"] == "fits"
+    assert row["max_tokens"] >= output["tokens"] >= 24000
+
+
+def test_full_training_of_14b_needs_zero_and_more_than_a_small_card(qwen3_14b, capsys):
+    shared = ["--model", qwen3_14b, "--generation", "vllm-server", "--tokens", "16384"]
+
+    def row(*arguments: str) -> dict:
+        (one,) = planned(capsys, *shared, *arguments)["strategies"]
+        return one
+
+    ddp, zero3 = row("--zero-stage", "0"), row("--zero-stage", "3")
+    assert not ddp["fits"] and ddp["max_tokens"] == 0 and "GiB too much" in ddp["verdict"]
+    assert zero3["fits"]
+    assert row("--zero-stage", "3", "--offload-optimizer")["max_tokens"] > zero3["max_tokens"]
+    assert row("--zero-stage", "3", "--gpu-memory", "8GiB")["max_tokens"] == 0
+
+
+def test_the_largest_budget_fits_and_a_larger_one_does_not():
+    config = tiny_config(num_hidden_layers=3, max_position_embeddings=8192)
+    run = Run(config, gpus=2, gpu_memory=GIB // 2, reserve=0, generation="vllm-server", prompt=10)
+    strategy = Strategy(3, reduce_bucket_size=10_000)
+    (one,) = plan.plan(run, [strategy])
+    for tokens, fits in ((one.max_tokens, True), (one.max_tokens * 21 // 20, False)):
+        assert estimate(Run(**{**run.__dict__, "tokens": tokens}), strategy).fits == fits
+
+
+def test_vllm_without_room_for_one_context_is_a_problem_whatever_the_memory(qwen3_14b, capsys):
+    arguments = ["--model", qwen3_14b, "--generation", "vllm-colocate", "--vllm-utilization", "0.35"]
+    (row,) = planned(capsys, *arguments, "--zero-stage", "3", "--gpu-memory", "80GiB")["strategies"]
+    assert row["verdict"].startswith("cannot start")
+    assert "vllm_tensor_parallel_size" in row["problems"][0]
+
+
+def test_table_names_what_differs_from_the_libraries_own_estimators(qwen3_14b, capsys):
+    shape = "layers=2,hidden=64,intermediate=128,heads=4,kv_heads=2,head_dim=16,vocabulary=500"
+    plan.main(["--shape", shape, "--zero-stage", "0"])
+    output = capsys.readouterr().out
+    assert "| DDP |" in output and "accelerate estimate-memory" in output
+    shape = model_shape(CONFIGS["qwen3"])
+    run = Run(CONFIGS["qwen3"], gpus=8, gpu_memory=GIB)
+    assert len(plan.all_strategies(lora_rank=8)) == len({one.name for one in plan.all_strategies(lora_rank=8)})
+    assert plan.library_estimates(shape, run, Strategy(0))["accelerate estimate-memory"] > 16 * shape.total
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no/such-model"], "describe its shape with `--shape`"),
+        ([], "Which model?"),
+        (["--shape", "layers=2"], "head_dim=<number>"),
+        (["--model", "x", "--gpu-memory", "lots"], "write it as 80GiB"),
+        (["--model", "x", "--config", "no-such.yaml"], "no-such.yaml"),
+    ],
+)
+def test_bad_arguments_say_what_to_do(arguments, message, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit):
+        plan.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "size"), [("80GiB", 80 * GIB), ("80GB", 80e9), ("1.5 TiB", 1.5 * 2**40), ("42", 42)])
+def test_sizes_are_read_with_their_units(text, size):
+    assert plan.parse_bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"zero_stage": 4}, "zero_stage"),
+        ({"offload_optimizer": True}, "ZeRO only"),
+        ({"zero_stage": 2, "offload_param": True}, "ZeRO-3 only"),
+    ],
+)
+def test_strategies_that_do_not_exist_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Strategy(**options)
+
+
+def test_ddp_in_bfloat16_warns_of_missing_master_weights():
+    one = estimate(Run(CONFIGS["qwen3"], gpus=2, gpu_memory=GIB, generation="vllm-server"), Strategy(0))
+    assert any("float32 copy" in note for note in one.notes)
