@@ -82,8 +82,9 @@ class MultiTurnRollout:
         max_turns (`int`, *optional*, defaults to `10`):
             Most assistant messages in an episode.
         max_context_length (`int`, *optional*):
-            Most tokens of context and response together. Defaults to the model's number of positions. The length of
-            one response is limited by the trainer's `max_completion_length`.
+            Most tokens of context and response together. Defaults to the model's number of positions, and is never
+            more than a vLLM engine takes. The length of one response is limited by the trainer's
+            `max_completion_length`; a vLLM server takes no context that leaves less room than that.
         max_concurrent_envs (`int`, *optional*):
             Most environments that exist at once on a process; further episodes begin when others end. Defaults to no
             limit: all episodes of a batch play at once.
@@ -287,7 +288,7 @@ class MultiTurnRollout:
             self._end(episode, StopReason.context_overflow)  # without tokenising it
             return
         episode.context_ids = self._contexts.first(episode)
-        if len(episode.context_ids) >= limit:
+        if len(episode.context_ids) > self._settings.longest_context:
             self._end(episode, StopReason.context_overflow)
 
     def _step(self, episodes: list[Episode]) -> None:
@@ -344,7 +345,8 @@ class MultiTurnRollout:
 
     def _has_room(self, episode: Episode) -> bool:
         """Whether a response fits behind the context."""
-        return len(episode.context_ids) < self._limit(episode)[0]
+        length = len(episode.context_ids)
+        return length <= self._settings.longest_context and length < self._limit(episode)[0]
 
     def _reads_unfinished(self, episode: Episode) -> bool:
         """Whether the environment gets to read a response that was cut."""
@@ -401,14 +403,19 @@ def _generate(
 ) -> list[tuple[list[int], list[float] | None]] | None:
     """One response for each episode, or `None` when no process has any episode left. A collective operation."""
     accelerator = trainer.accelerator
-    most = int(accelerator.gather(torch.tensor([len(episodes)], device=accelerator.device)).max())
+    counts = accelerator.gather(torch.tensor([len(episodes)], device=accelerator.device))
+    most = int(counts.max())
     if most == 0:
         return None
     rows, keys = [episode.context_ids for episode in episodes], [episode.key for episode in episodes]
-    if accelerator.num_processes > 1:
-        # vLLM's server and its tensor-parallel groups share out responses as if every process had sent as many rows.
-        missing = (most if trainer.use_vllm else max(1, len(rows))) - len(rows)
-        rows += [[trainer.processing_class.eos_token_id]] * missing
+    # vLLM's server and its tensor-parallel groups share out responses as if every process had sent as many rows.
+    needed = most if trainer.use_vllm else 1
+    if int(counts.min()) < needed:
+        # All processes wait for a throw-away row too. The answer to a real context ends like the others'; that to
+        # anything else may ramble on to `max_completion_length`.
+        shortest = min(gather_object([min(rows, key=len)] if rows else []), key=len)
+        missing = needed - len(rows)
+        rows += [shortest] * missing
         keys += [None] * missing
     if cache is not None:
         completion_ids, logprobs = cache.generate(keys, rows), None

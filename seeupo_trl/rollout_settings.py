@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .history import History, check_history
+from .vllm_sampler import engine_limits
 
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class RolloutSettings:
             Largest fraction of a batch's episodes that may fail by their environments.
         max_observation_tokens (`int`, *optional*, defaults to `32768`):
             Most tokens of a message from `step`.
+        longest_context (`int`, *optional*, defaults to `math.inf`):
+            Most tokens of a context that a response can be generated from. Follows from the other lengths, see [`of`].
     """
 
     history: History = "append"
@@ -43,6 +46,7 @@ class RolloutSettings:
     env_reset_retries: int = 2
     max_env_failure_rate: float = 0.5
     max_observation_tokens: float = 32768
+    longest_context: float = math.inf
 
     def __post_init__(self):
         check_history(self.history)
@@ -77,7 +81,11 @@ class RolloutSettings:
         values = vars(cls.from_arguments(vars(trainer.args))) | values
         # State-space models have no number of positions.
         positions = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        length = values["max_context_length"]
-        engine_length = trainer.args.vllm_max_model_length if trainer.args.use_vllm else None
-        values["max_context_length"] = min(positions if length == math.inf else length, engine_length or math.inf)
+        length = positions if values["max_context_length"] == math.inf else values["max_context_length"]
+        longest_context = math.inf
+        if trainer.args.use_vllm:
+            limits = engine_limits(trainer)
+            length, longest_context = min(length, limits.total), limits.context
+        values["max_context_length"] = length
+        values["longest_context"] = min(longest_context, length - 1)
         return cls(**values)

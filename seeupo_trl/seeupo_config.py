@@ -14,6 +14,7 @@ UPDATE_ORDERS = ("reverse", "forward", "random", "simultaneous")
 OLD_POLICIES = ("iteration", "turn")
 TURN_RATIOS = ("geometric", "product")
 PACKINGS = ("auto", "tree", "rows")
+SAMPLER_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 # Loss types of GRPO that only say how token losses are averaged: no surrogate of a whole turn depends on that.
 _AVERAGING_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
@@ -78,7 +79,9 @@ class SeeUPOConfig(GRPOConfig):
             of your own `rollout_func` are never cut. `None` sets no limit.
         max_context_length (`int`, *optional*):
             Largest number of tokens of a context together with its response in [`MultiTurnRollout`]. `None` takes the
-            model's number of positions.
+            model's number of positions. With vLLM never more than its engine takes (`vllm_max_model_length`, or the
+            server's `--max-model-len`). A server also refuses contexts that leave less than `max_completion_length`
+            of its length; episodes end there.
         history (`str`, *optional*, defaults to `"append"`):
             What the policy is shown of earlier turns in [`MultiTurnRollout`]. `"append"`: everything as it was.
             `"strip_reasoning"`: without the reasoning of the turns before the last user message, as the chat templates
@@ -132,6 +135,11 @@ class SeeUPOConfig(GRPOConfig):
         loss_type (`str`, *optional*, defaults to `"seeupo"`):
             The averaging schemes of GRPO (`"grpo"`, `"bnpo"`, `"dr_grpo"`, `"dapo"`) have no counterpart here and
             warn; the other surrogates of GRPO raise an error.
+        vllm_importance_sampling_mode (`str`, *optional*, defaults to `"sequence_mask"`):
+            The modes are GRPO's, applied to each turn (each block of turns, where they are merged): a sequence is the
+            tokens of one action, and a token-level correction enters as its mean over the action's tokens.
+        vllm_enable_sleep_mode (`bool`, *optional*, defaults to `False`):
+            A colocated engine is awake for a whole rollout, not for one turn, and asleep during the updates.
         use_bias_correction_kl (`bool`, *optional*, defaults to `False`):
             Whether to multiply the KL term by the turn's ratio. Off by default, as in the published setup.
         multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
@@ -330,6 +338,7 @@ class SeeUPOConfig(GRPOConfig):
             ("history", HISTORIES),
             ("scale_rewards", ("batch", "none", "group")),
             ("importance_sampling_level", ("sequence", "token")),
+            ("vllm_importance_sampling_mode", SAMPLER_CORRECTIONS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is not one of {', '.join(map(repr, allowed))}.")

@@ -47,6 +47,7 @@ from .tool_rollout import ToolRollout, tool_rollout_for
 from .trajectory_log import TrajectoryLog
 from .tree_scoring import TreeScorer
 from .update import Reference, TurnUpdater
+from .vllm_sampler import kept_awake
 
 
 class SeeUPOTrainer(GRPOTrainer):
@@ -369,7 +370,8 @@ class SeeUPOTrainer(GRPOTrainer):
             self.tools, self.environment_factories = saved
 
     def _generate(self, prompts: list) -> tuple:
-        output = list(super()._generate(prompts))
+        with kept_awake(self):
+            output = list(super()._generate(prompts))
         prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields = output[:6]
         if self._tool_rollout is not None:
             self.environments = extra_fields.pop("environments")

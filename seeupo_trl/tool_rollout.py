@@ -155,7 +155,9 @@ class ToolRollout(MultiTurnRollout):
         # TRL asks for one more response when a result fills the budget to its last token, and keeps none of it
         limit, reason = self._limit(episode)
         fills_budget = len(episode.context_ids) == limit and reason == StopReason.response_truncated
-        return fills_budget or super()._has_room(episode)
+        if fills_budget and limit <= self._settings.longest_context:
+            return True
+        return super()._has_room(episode)
 
     def _reads_unfinished(self, episode: Episode) -> bool:
         return bool(episode.messages) and "tool_calls" in episode.messages[-1]

@@ -49,6 +49,9 @@ class OracleSettings:
     minibatches: tuple[int, ...] | None = None
     max_grad_norm: float = 0.0
     temperature: float = 1.0
+    vllm_importance_sampling_mode: str = "sequence_mask"
+    vllm_importance_sampling_clip_min: float | None = None
+    vllm_importance_sampling_clip_max: float | None = 3.0
 
 
 @dataclass
@@ -73,7 +76,7 @@ class OracleResult:
     parameters: dict[str, torch.Tensor]
 
 
-def seeupo_iteration(model, groups, settings: OracleSettings, ref_model=None) -> OracleResult:
+def seeupo_iteration(model, groups, settings: OracleSettings, ref_model=None, sampling_logps=None) -> OracleResult:
     """
     Run one iteration on `model`, in place.
 
@@ -86,17 +89,22 @@ def seeupo_iteration(model, groups, settings: OracleSettings, ref_model=None) ->
             Settings of the iteration.
         ref_model (`PreTrainedModel`, *optional*):
             Model of the KL penalty, needed when `settings.beta` is not 0.
+        sampling_logps (`list[list[list[float]]]`, *optional*):
+            Log-probabilities that a sampler reported, by trajectory, turn and token. The objective of an action is
+            then corrected for the difference from the policy's.
     """
     trajectories = [turns for group in groups for turns, _ in group]
     rewards = [[reward for _, reward in group] for group in groups]
     advantages = normalised_advantages(rewards, settings.scale_rewards, settings.advantage_clip)
     blocks = ordered_blocks(max(len(turns) for turns in trajectories), settings)
 
-    old_logps, ref_logps = {}, {}
+    old_logps, ref_logps, start_logps = {}, {}, {}
     for i, turns in enumerate(trajectories):
         for t, (context, action) in enumerate(turns):
             if settings.old_policy == "iteration":
                 old_logps[i, t] = token_logps(model, context, action, settings.temperature).detach()
+            if sampling_logps is not None:
+                start_logps[i, t] = token_logps(model, context, action, settings.temperature).detach()
             if settings.beta != 0:
                 ref_logps[i, t] = token_logps(ref_model, context, action, settings.temperature).detach()
 
@@ -131,6 +139,10 @@ def seeupo_iteration(model, groups, settings: OracleSettings, ref_model=None) ->
                         ratio = log_ratio.mean().exp()
                         record.first_ratios.setdefault(i, ratio.item())
                         objective = clipped_objective(ratio, advantages[i] * weights[i], settings)
+                        if sampling_logps is not None:
+                            policy = [logp.item() for t in turns_of[i] for logp in start_logps[i, t]]
+                            sampler = [logp for t in turns_of[i] for logp in sampling_logps[i][t]]
+                            objective = objective * sampler_weight(policy, sampler, settings)
                         if settings.beta != 0:
                             difference = torch.cat([ref_logps[i, t] for t in turns_of[i]]) - new_logps
                             k3 = difference.exp() - difference - 1
@@ -234,6 +246,24 @@ def clipped_objective(ratio: torch.Tensor, weighted_advantage: float, settings: 
     if (unclipped * weighted_advantage).item() <= (clipped * weighted_advantage).item():
         return unclipped * weighted_advantage
     return clipped * weighted_advantage
+
+
+def sampler_weight(policy_logps: list[float], sampling_logps: list[float], settings: OracleSettings) -> float:
+    """Correction of one action in the chosen mode, averaged over tokens where a mode has one ratio a token."""
+    level, constraint = settings.vllm_importance_sampling_mode.split("_")
+    differences = [p - s for p, s in zip(policy_logps, sampling_logps, strict=True)]
+    ratios = [math.exp(d) for d in ([math.fsum(differences)] if level == "sequence" else differences)]
+    low = (
+        -math.inf if settings.vllm_importance_sampling_clip_min is None else settings.vllm_importance_sampling_clip_min
+    )
+    high = (
+        math.inf if settings.vllm_importance_sampling_clip_max is None else settings.vllm_importance_sampling_clip_max
+    )
+    if constraint == "truncate":
+        ratios = [min(max(ratio, low), high) for ratio in ratios]
+    else:
+        ratios = [ratio if low <= ratio <= high else 0.0 for ratio in ratios]
+    return math.fsum(ratios) / len(ratios)
 
 
 def sgd_step(model, lr: float, max_grad_norm: float) -> float:

@@ -41,6 +41,7 @@ def test_defaults_warn_about_nothing():
         ({"old_policy": "theta"}, "`old_policy='theta'` is not one of"),
         ({"turn_ratio": "mean"}, "`turn_ratio='mean'` is not one of"),
         ({"importance_sampling_level": "word"}, "`importance_sampling_level='word'` is not one of 'sequence'"),
+        ({"vllm_importance_sampling_mode": "token"}, "`vllm_importance_sampling_mode='token'` is not one of"),
         ({"max_turns": 0}, "`max_turns` must be at least 1"),
         ({"max_turn_updates": 0}, "`max_turn_updates` must be at least 1"),
         ({"max_context_length": -5}, "`max_context_length` must be at least 1"),

@@ -26,6 +26,8 @@ from trl.chat_template_utils import (
     supports_tool_calling,
 )
 from trl.data_utils import is_conversational
+from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import (
     RepeatSampler,
@@ -302,6 +304,20 @@ def test_message_level_rollouts_read_these_settings():
     fields = SeeUPOConfig.__dataclass_fields__
     for name in ("use_vllm", "vllm_max_model_length", "max_completion_length", "max_turns", "max_context_length"):
         assert name in fields, f"The configuration has no `{name}` {VERSIONS}: see rollout.py."
+
+
+def test_what_is_used_of_the_vllm_backend():
+    backend, client = inspect.getsource(VLLMGeneration), inspect.getsource(VLLMClient)
+    for name in ("mode", "llm", "vllm_client", "enable_sleep_mode", "max_completion_length", "generation_kwargs"):
+        assert f"self.{name} = " in backend, f"VLLMGeneration sets no `{name}` {VERSIONS}: see vllm_sampler.py."
+    for use in ("self.llm.sleep(level=2)", "self._llm_weights_sleeping = True", 'wake_up(tags=["kv_cache"])'):
+        assert use in backend, f"VLLMGeneration handles sleep mode differently {VERSIONS}: see kept_awake."
+    for use in ("self.session = ", "self.base_url = ", "/v1/models"):
+        assert use in client, f"VLLMClient has no {use!r} {VERSIONS}: see engine_limits."
+    trainer = inspect.getsource(GRPOTrainer)
+    assert trainer.count("self.state.global_step != self._last_loaded_step") == 2, (
+        f"GRPOTrainer pushes the weights to vLLM at other times {VERSIONS}: once a `global_step` is once an iteration."
+    )
 
 
 @pytest.mark.parametrize(
