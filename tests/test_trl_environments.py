@@ -695,8 +695,8 @@ for name, faults in FAULTS.items():
         "turns": [len(t.turns) for t in trainer._trajectories], "calls": list(trainer.calls),
         "stop": [t.stop_reason.value for t in trainer._trajectories],
         "value": [environment.value for environment in trainer.environments],
-        "frequency": trainer._metrics["train"]["tools/call_frequency"],
-        "reward": trainer._metrics["train"]["rewards/Unreliable/mean"],
+        "frequency": list(trainer._metrics["train"]["tools/call_frequency"]),
+        "reward": list(trainer._metrics["train"]["rewards/Unreliable/mean"]),
     }
 trainer.train()
 found["parameters"] = sum(parameter.double().abs().sum().item() for parameter in trainer.model.parameters())
