@@ -14,7 +14,7 @@ import transformers
 import trl
 from accelerate import Accelerator
 from datasets import Dataset
-from tiny import load_tiny_model
+from tiny import load_tiny_model, tiny_tokenizer
 from transformers import DynamicCache, Trainer
 from transformers.cache_utils import DynamicLayer
 from transformers.trainer_callback import CallbackHandler
@@ -34,6 +34,7 @@ from trl.trainer.utils import (
     add_fused_lm_head,
     get_config_model_id,
     split_pixel_values_by_grid,
+    start_event_loop_in_daemon,
     unsplit_pixel_values_by_grid,
     use_adapter,
 )
@@ -96,6 +97,7 @@ SIGNATURES = [
     (supports_tool_calling, "processing_class", "chat_format.py checks the chat template"),
     (add_response_schema, "processing_class", "chat_format.py teaches the tokenizer to parse"),
     (get_training_chat_template, "processing_class tokenizer", "chat_format.py: templates that only grow"),
+    (start_event_loop_in_daemon, "name", "envs/tools.py: coroutines of environments"),
     (Trainer._clip_grad_norm, "self model", "seeupo_trainer.py and engine.py clip inner optimizer steps with it"),
     (Trainer._get_grad_norm, "self model grad_norm", "seeupo_trainer.py and engine.py report inner gradient norms"),
     (GRPOTrainer._save_checkpoint, "self model trial", "seeupo_trainer.py: no stale word that a checkpoint is whole"),
@@ -151,6 +153,7 @@ def one_point_each(completions, **kwargs):
         *("entropy_coef", "_last_world_entropy", "aux_loss_enabled", "router_aux_loss_coef", "use_vllm"),
         *("vllm_importance_sampling_correction", "pad_to_multiple_of", "eos_token_ids", "chat_template_kwargs"),
         *("max_tool_calling_iterations", "callback_handler", "control", "state", "optimizer"),
+        *("tools", "environment_factories", "chat_template", "max_completion_length", "_has_async_funcs"),
     ],
 )
 def test_a_trainer_has_the_attribute(trainer, name):
@@ -208,6 +211,52 @@ def test_what_a_scored_batch_holds(trainer):
     assert not missing, f"A generation batch lacks {missing} {VERSIONS}: see multimodal.py."
     assert "old_per_token_logps" not in batch, f"TRL scores the sampler's policy {VERSIONS}: a wasted pass."
     assert len(trainer._logs["advantages"]) == 2, f"SeeUPOTrainer replaces the logged advantages, one each {VERSIONS}."
+
+
+def test_prompts_that_generation_changes_reach_reward_functions_and_logs(trainer, monkeypatch):
+    class Ends(Exception):
+        pass
+
+    def generate(prompts):
+        generated = GRPOTrainer._generate(trainer, prompts)
+        prompts[:] = ["w5", "w6"]
+        return generated
+
+    def calculate(inputs, prompts, completions, completion_ids):
+        raise Ends(prompts)
+
+    monkeypatch.setattr(trainer, "_generate", generate)
+    monkeypatch.setattr(trainer, "_calculate_rewards", calculate)
+    with pytest.raises(Ends) as ended:
+        trainer._generate_and_score_completions([{"prompt": "w1 w2"}] * 2)
+    assert ended.value.args == (["w5", "w6"],), f"TRL copies the prompts {VERSIONS}: see SeeUPOTrainer._generate."
+
+
+def test_an_environment_is_probed_for_its_methods(tiny_dir, tmp_path):
+    """One instance of each kind, and a reward function behind the others for each class with `get_reward`."""
+    made = []
+
+    class Probed:
+        def __init__(self):
+            made.append(self)
+
+        def reset(self, **row):
+            return None
+
+        def get_reward(self):
+            return 2.0
+
+    trainer = GRPOTrainer(
+        model=load_tiny_model(tiny_dir),
+        processing_class=tiny_tokenizer(),
+        args=GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=1),
+        reward_funcs=one_point_each,
+        environment_factory=Probed,
+    )
+    message = f"TRL sets environments up differently {VERSIONS}: see SeeUPOTrainer._play_by and tool_rollout.py."
+    assert trainer._environment_pool == {None: made} and len(made) == 1, message
+    assert trainer.reward_func_names == ["one_point_each", "Probed"], message
+    assert trainer.reward_funcs[1](environments=[*made, None]) == [2.0, None], message
 
 
 def test_rewards_are_gathered_with_one_column_a_function(trainer):

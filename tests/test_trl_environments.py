@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from test_drop_in import CALL, WRONG_NAME, only, tool_dir  # noqa: F401 - a fixture
 from test_rollout import byte_tokenizer, run_on_two_processes, tiny_model
@@ -635,6 +636,7 @@ def test_it_trains_and_evaluates(settings):
     assert trainer.evaluate()["eval_tools/call_frequency"] > 0
 
 
+@pytest.mark.skipif(trl.__version__.startswith("1.15"), reason="GRPOTrainer of trl 1.15 needs a GPU to train")
 def test_the_same_rollouts_serve_a_stock_trainer(settings):
     """For a baseline: environments of tools in a `rollout_func`, without TRL's loop."""
     values, arguments = settings()
