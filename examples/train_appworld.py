@@ -82,8 +82,8 @@ def main(script_args: AppWorldArguments, training_args: Config, model_args: Mode
         raise ValueError("Name a model by --model_name_or_path, or a configuration that does by --config.")
     if (training_args.max_concurrent_envs or script_args.num_servers) > script_args.num_servers:
         raise ValueError(
-            f"max_concurrent_envs is {training_args.max_concurrent_envs}, num_servers {script_args.num_servers}; every "
-            "environment needs a server of its own."
+            f"max_concurrent_envs is {training_args.max_concurrent_envs}, num_servers {script_args.num_servers}; "
+            "every environment needs a server of its own."
         )
     training_args.max_concurrent_envs = training_args.max_concurrent_envs or script_args.num_servers
     use_all_cores(training_args)
