@@ -45,7 +45,7 @@ class AppWorldArguments:
         appworld_root (`str`, *optional*):
             Directory that AppWorld's data was downloaded to. Defaults to `$APPWORLD_ROOT`.
         num_servers (`int`, *optional*, defaults to `32`):
-            Most AppWorld servers of each training process: the episodes it plays at a time.
+            Most AppWorld servers of each training process. Not less than `max_concurrent_envs`.
         split (`str`, *optional*, defaults to `"train"`):
             Tasks to train on.
         held_out_split (`str`, *optional*, defaults to `"dev"`):
@@ -80,6 +80,12 @@ class AppWorldArguments:
 def main(script_args: AppWorldArguments, training_args: Config, model_args: ModelConfig) -> None:
     if model_args.model_name_or_path is None:
         raise ValueError("Name a model by --model_name_or_path, or a configuration that does by --config.")
+    if (training_args.max_concurrent_envs or script_args.num_servers) > script_args.num_servers:
+        raise ValueError(
+            f"max_concurrent_envs is {training_args.max_concurrent_envs}, num_servers {script_args.num_servers}; "
+            "every environment needs a server of its own."
+        )
+    training_args.max_concurrent_envs = training_args.max_concurrent_envs or script_args.num_servers
     use_all_cores(training_args)
     servers = AppWorldServers(
         script_args.num_servers,

@@ -473,7 +473,9 @@ def test_configuration_is_understood_and_that_of_the_paper(train_appworld, path,
     processes = yaml.safe_load((EXAMPLES / "accelerate_configs" / "zero3.yaml").read_text())["num_processes"]
     config = training_args
     assert config.gradient_accumulation_steps * config.per_device_train_batch_size * processes == 32 * 8
-    assert script_args.num_servers >= config.gradient_accumulation_steps * config.per_device_train_batch_size
+    assert script_args.num_servers >= config.max_concurrent_envs
+    assert config.env_timeout > script_args.execution_timeout + 30  # or the rollout gives up before the server does
+    assert config.max_observation_tokens == 3000
     assert (config.num_generations, config.max_turns, config.num_train_epochs) == (8, 10, 75)
     assert (config.learning_rate, config.epsilon, config.beta, config.temperature) == (1e-6, 0.2, 0.002, 0.9)
     assert (config.max_completion_length, config.max_context_length) == (3000, 16000)

@@ -7,7 +7,7 @@ world, therefore concurrency is a pool of processes.
 
 Code of the model runs inside the server's process, where it can replace what it likes, and some of what it does stays
 (AppWorld itself keeps about 1 MB of each task). So every episode gets a process of its own: one process imports
-AppWorld, and servers are forked from it, in a few hundredths of a second and sharing its memory.
+AppWorld, and servers are forked from it: quickly, and sharing some of its memory.
 
 What a server did wrong and what the model's code did wrong are told apart: [`AppWorldServerError`] is a fault of the
 environment, [`BrokenByCodeError`] says that the code hung or killed its server.
