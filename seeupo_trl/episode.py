@@ -2,7 +2,6 @@
 One episode while it is played: the conversation, the tokens, and whose fault it is when it goes wrong.
 """
 
-import copy
 import logging
 import textwrap
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 
 from .buffer import Trajectory, Turn
 from .envs.base import MultiTurnEnvironment, Observation, StepResult, StopReason
+from .observations import copied
 
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Episode:
     @property
     def last_message(self) -> Message:
         """A copy of the policy's last message, for the environment."""
-        return copy.deepcopy(self.messages[-1])
+        return copied(self.messages[-1])
 
     def begin(self, observation: Observation) -> None:
         """The environment opened the conversation."""

@@ -16,6 +16,8 @@ from .envs.base import Observation, StepResult
 
 Message = dict[str, Any]
 
+_IMMUTABLE = (str, int, float, bool, type(None))
+
 # A text with more characters than this for each token allowed is cut before it is tokenised.
 CHARACTERS_PER_TOKEN = 32
 
@@ -33,7 +35,7 @@ def check_observation(observation: Any) -> Observation:
     tools = observation.tools
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise TypeError(f"Observation.tools must be a list of JSON schemas; got {_brief(tools)}.")
-    return Observation(_check_messages(observation.messages), copy.deepcopy(tools))
+    return Observation(_check_messages(observation.messages), copied(tools))
 
 
 def check_step_result(result: Any) -> StepResult:
@@ -71,12 +73,22 @@ def _check_messages(messages: Any) -> list[Message]:
         content = message.get("content")
         if content is not None and not isinstance(content, (str, list)):
             raise TypeError(f"The content of a message must be a text; got {_brief(content)}.")
-        message = copy.deepcopy(message)
+        message = copied(message)
         if isinstance(content, str):
             # lone surrogates, as in '\ud83d', have no UTF-8 form
             message["content"] = content.encode("utf-8", "replace").decode("utf-8")
         checked.append(message)
     return checked
+
+
+def copied(value: Any) -> Any:
+    """A deep copy; of dicts and lists, as JSON has them, several times faster than `copy.deepcopy`."""
+    kind = type(value)
+    if kind is dict:
+        return {key: copied(item) for key, item in value.items()}
+    if kind is list:
+        return [copied(item) for item in value]
+    return value if kind in _IMMUTABLE else copy.deepcopy(value)
 
 
 def cut_to_tokens(text: str, limit: int, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -15,7 +15,6 @@ one whose episodes have ended generates a throw-away row until all are done.
 An environment may raise, hang, or return garbage; none of that reaches the policy. See [`MultiTurnRollout`].
 """
 
-import copy
 import json
 import logging
 import math
@@ -36,7 +35,7 @@ from .envs.base import MultiTurnEnvironment, StepResult, StopReason
 from .episode import Episode, describe, shorten
 from .generation import CachedGeneration
 from .history import Contexts, History, HistoryError, contexts_for
-from .observations import CHARACTERS_PER_TOKEN, check_observation, check_step_result, cut_to_tokens
+from .observations import CHARACTERS_PER_TOKEN, check_observation, check_step_result, copied, cut_to_tokens
 from .rollout_settings import RolloutSettings
 
 
@@ -279,7 +278,7 @@ class MultiTurnRollout:
     def _reset(self, episode: Episode, seat: list[MultiTurnEnvironment]) -> Any:
         environment = self._pool.take()
         seat.append(environment)
-        return environment.reset(**copy.deepcopy(episode.task))
+        return environment.reset(**copied(episode.task))
 
     def _open_context(self, episode: Episode) -> None:
         limit = self._settings.max_context_length
