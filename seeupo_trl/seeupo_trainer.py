@@ -192,10 +192,9 @@ class SeeUPOTrainer(GRPOTrainer):
         self._outcomes: list[Outcome] = []
         self._rewards_per_func = torch.empty(0)
         self._evaluation: Evaluation | None = None
-        self._trajectory_log: TrajectoryLog | None = None
-        if args.save_trajectories:
-            processes = self.accelerator.process_index, self.accelerator.num_processes
-            self._trajectory_log = TrajectoryLog(args.output_dir, self._tokenizer, *processes)
+        processes = self.accelerator.process_index, self.accelerator.num_processes
+        saved_in = args.output_dir if args.save_trajectories else None
+        self._trajectory_log = TrajectoryLog(saved_in, self._tokenizer, *processes)
         # set while the Trainer's own optimizer step is due: label of the block it belongs to, or None for no step
         self._block_of_last_step: str | None = None
         self._is_idle = False
@@ -285,10 +284,9 @@ class SeeUPOTrainer(GRPOTrainer):
         self.entropy_coef = updater.entropy_bonus.coef
         self._last_world_entropy = updater.entropy_bonus.last_entropy
         self._log_update(updater)
-        if self._trajectory_log is not None:
-            self._trajectory_log.clear()
-            self._trajectory_log.add(self._outcomes, self._trajectories, updater.turn_updates)
-            self._trajectory_log.write("train", self.state.global_step + 1)
+        self._trajectory_log.clear()
+        self._trajectory_log.add(self._outcomes, self._trajectories, updater.turn_updates)
+        self._trajectory_log.write("train", self.state.global_step + 1)
         if self._is_idle:
             # no gradient, no step: momentum and weight decay must not move the parameters either
             self.accelerator.gradient_state._set_sync_gradients(False)
@@ -341,8 +339,7 @@ class SeeUPOTrainer(GRPOTrainer):
         )
         if self._evaluation is not None:
             self._evaluation.add(self._outcomes)
-            if self._trajectory_log is not None:
-                self._trajectory_log.add(self._outcomes, self._trajectories)
+            self._trajectory_log.add(self._outcomes, self._trajectories)
         return batch
 
     @contextmanager
@@ -474,8 +471,7 @@ class SeeUPOTrainer(GRPOTrainer):
             self.accelerator.num_processes,
             self.args.seed,
         )
-        if self._trajectory_log is not None:
-            self._trajectory_log.clear()
+        self._trajectory_log.clear()
         try:
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         finally:
@@ -483,8 +479,7 @@ class SeeUPOTrainer(GRPOTrainer):
         # TRL averages over batches, whose sizes may differ
         self._metrics["eval"].update({name: [value] for name, value in evaluation.rewards().items()})
         output.metrics.update({f"{metric_key_prefix}_{n}": value for n, value in evaluation.metrics().items()})
-        if self._trajectory_log is not None:
-            self._trajectory_log.write(metric_key_prefix, self.state.global_step, evaluation.num_episodes)
+        self._trajectory_log.write(metric_key_prefix, self.state.global_step, evaluation.num_episodes)
         return output
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:

@@ -92,8 +92,8 @@ class TrajectoryLog:
     Writes the trajectories of one process.
 
     Args:
-        output_dir (`str` or `Path`):
-            Directory of the run.
+        output_dir (`str` or `Path`, *optional*):
+            Directory of the run. `None` saves nothing.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer, for the columns of text.
         process_index (`int`, *optional*, defaults to `0`), num_processes (`int`, *optional*, defaults to `1`):
@@ -102,12 +102,12 @@ class TrajectoryLog:
 
     def __init__(
         self,
-        output_dir: str | Path,
+        output_dir: str | Path | None,
         tokenizer: "PreTrainedTokenizerBase",
         process_index: int = 0,
         num_processes: int = 1,
     ):
-        self.directory = Path(output_dir) / "trajectories"
+        self.directory = None if output_dir is None else Path(output_dir) / "trajectories"
         self._tokenizer = tokenizer
         self._process_index = process_index
         self._num_processes = num_processes
@@ -129,6 +129,8 @@ class TrajectoryLog:
             updates (`dict[tuple[int, int], TurnUpdate]`, *optional*):
                 How the turns were trained on, by position in `trajectories` and number of the turn.
         """
+        if self.directory is None:
+            return
         updates = {} if updates is None else updates
         rows = []
         for position, (outcome, trajectory) in enumerate(zip(outcomes, trajectories, strict=True)):
@@ -144,7 +146,7 @@ class TrajectoryLog:
         """Forget what was added and not written, by an evaluation that failed."""
         self._tables = []
 
-    def write(self, split: str, iteration: int, num_episodes: int | None = None) -> Path:
+    def write(self, split: str, iteration: int, num_episodes: int | None = None) -> Path | None:
         """
         Write what was added since the last call.
 
@@ -157,9 +159,11 @@ class TrajectoryLog:
                 Leave out trajectories whose number is not smaller: an evaluation may repeat rows at its end.
 
         Returns:
-            `Path`:
-                The file of this process.
+            `Path`, *optional*:
+                The file of this process; `None` where nothing is saved.
         """
+        if self.directory is None:
+            return None
         table = pa.concat_tables([SCHEMA.empty_table(), *self._tables])
         self.clear()
         if num_episodes is not None:
