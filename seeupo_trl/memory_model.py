@@ -424,12 +424,13 @@ def _training_state(
         adapter_size = 4 if strategy.lora_rank is not None else size  # PEFT casts adapters to float32
         kept = {
             "parameters": size * frozen + adapter_size * trained,
-            "gradients": adapter_size * trained,
             "optimizer": _optimizer_bytes(run.optimizer, adapter_size) * trained,
         }
         if processes > 1:
             kept["buckets"] = adapter_size * trained
-        return kept, {}, {}, {}
+        # they are there from the first micro-batch to the step
+        gradients = {"gradients": adapter_size * trained}
+        return kept, gradients, gradients, {}
 
     size = 2 if run.bf16 else run.dtype.itemsize
     share = trained / processes
@@ -451,14 +452,13 @@ def _training_state(
     else:
         kept = {"parameters": size * shape.total}
         transient["buckets"] = bucket
-        transient["gradients"] = gradients if strategy.zero_stage == 2 else 0
-        kept["gradients"] = size * trained if strategy.zero_stage == 1 else 0
-        step = {"gradients in float32": (2 * size + 4) * share}
+        transient["gradients"] = gradients if strategy.zero_stage == 2 else size * trained
+        step = {"gradients": transient["gradients"], "gradients in float32": (size + 4) * share}
     if strategy.offload_optimizer:
         # float32 gradients stay with the master weights there
         host["optimizer"] = (optimizer + 4 * share) * per_host
         host["gradients"] = gradients * per_host
-        kept["gradients"] = 0
+        kept.pop("gradients", None)
         transient.pop("gradients", None)
         step = {}
     else:
