@@ -29,7 +29,8 @@ import yaml
 from accelerate.commands.estimate import estimate_training_usage
 from transformers import AutoConfig, PreTrainedConfig, Qwen3Config
 
-from .memory_model import GIB, Estimate, ModelShape, Run, Strategy, estimate, largest_micro_batch, model_shape
+from .memory_model import Estimate, estimate, largest_micro_batch
+from .planned_run import GIB, ModelShape, Run, Strategy, model_shape
 
 
 _UNITS = {"": 1, "B": 1, **{f"{prefix}iB": 2**power for prefix, power in zip("KMGT", (10, 20, 30, 40), strict=True)}}
