@@ -20,6 +20,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -377,8 +378,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(arguments)
     try:
-        run, strategies = run_from_arguments(args)
-        estimates = plan(run, strategies)
+        # libraries greet on the standard output when they are imported
+        with redirect_stdout(sys.stderr):
+            run, strategies = run_from_arguments(args)
+            estimates = plan(run, strategies)
     except (ValueError, ImportError, FileNotFoundError) as error:
         parser.error(str(error))
     if args.json:
