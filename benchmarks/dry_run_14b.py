@@ -32,8 +32,9 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from seeupo_trl import SeeUPOConfig, SeeUPOTrainer, Trajectory, Turn
 from seeupo_trl.activation_memory import PassMemory, trace_pass
 from seeupo_trl.live_bytes import LiveBytes
-from seeupo_trl.memory_model import GIB, Run, Strategy, estimate, model_shape, update_pass
+from seeupo_trl.memory_model import estimate, update_pass
 from seeupo_trl.plan import parse_bytes
+from seeupo_trl.planned_run import GIB, Run, Strategy, model_shape
 
 
 WIDTHS = (8, 7, 6, 5, 4, 3, 2, 1)

@@ -20,6 +20,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ import yaml
 from accelerate.commands.estimate import estimate_training_usage
 from transformers import AutoConfig, PreTrainedConfig, Qwen3Config
 
-from .memory_model import GIB, Estimate, ModelShape, Run, Strategy, estimate, largest_micro_batch, model_shape
+from .memory_model import Estimate, estimate, largest_micro_batch
+from .planned_run import GIB, ModelShape, Run, Strategy, model_shape
 
 
 _UNITS = {"": 1, "B": 1, **{f"{prefix}iB": 2**power for prefix, power in zip("KMGT", (10, 20, 30, 40), strict=True)}}
@@ -223,16 +225,22 @@ def verdict(one: Estimate) -> str:
     return f"host: {(one.host_peak - one.host_memory) / GIB:.0f} GiB too much"
 
 
+def _states(one: Estimate) -> dict[str, float]:
+    """Bytes of the training state; gradients may be there in the update only."""
+    kept = {**one.update, **one.kept}
+    return {name: kept.get(name, 0) for name in ("parameters", "gradients", "optimizer")}
+
+
 def table(run: Run, estimates: Sequence[Estimate]) -> str:
     """One line a strategy, in GiB per GPU (per host in the last columns)."""
     header = ["strategy", "parameters", "gradients", "optimizer", "other", "update", "step", "rollout", "peak"]
     header += ["host", "verdict", "largest micro-batch"]
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * 9 + "---|---:|"]
     for one in estimates:
-        named = [one.kept.get(name, 0) for name in ("parameters", "gradients", "optimizer")]
-        other = sum(one.kept.values()) - sum(named)
+        named = _states(one)
+        other = sum(value for name, value in one.kept.items() if name not in named)
         phases = [sum(parts.values()) for parts in (one.update, one.step, one.rollout)]
-        sizes = [f"{value / GIB:.1f}" for value in (*named, other, *phases, one.peak)]
+        sizes = [f"{value / GIB:.1f}" for value in (*named.values(), other, *phases, one.peak)]
         tokens = "none" if not one.max_tokens else f"{one.max_tokens:,} tokens"
         cells = [one.strategy.name, *sizes, f"{one.host_peak / GIB:.0f}", verdict(one), tokens]
         lines.append("| " + " | ".join(cells) + " |")
@@ -255,7 +263,7 @@ def details(run: Run, one: Estimate) -> str:
             lines.append(f"  {section}: {sizes}")
     lines.append(f"  loading the model, per host: {one.loading / GIB:.1f}")
     if one.strategy.lora_rank is None:
-        states = sum(one.kept.get(name, 0) for name in ("parameters", "gradients", "optimizer"))
+        states = sum(_states(one).values())
         shape = model_shape(run.config)
         for name, value in library_estimates(shape, run, one.strategy).items():
             lines.append(f"  {name}: {value / GIB:.1f} where this plan has {states / GIB:.1f} ({_difference(one)})")
@@ -370,8 +378,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(arguments)
     try:
-        run, strategies = run_from_arguments(args)
-        estimates = plan(run, strategies)
+        # libraries greet on the standard output when they are imported
+        with redirect_stdout(sys.stderr):
+            run, strategies = run_from_arguments(args)
+            estimates = plan(run, strategies)
     except (ValueError, ImportError, FileNotFoundError) as error:
         parser.error(str(error))
     if args.json:

@@ -19,7 +19,8 @@ from seeupo_trl import activation_memory, plan
 from seeupo_trl.activation_memory import Pass, measure_pass, trace_pass
 from seeupo_trl.buffer import Trajectory, Turn, TurnBuffer
 from seeupo_trl.live_bytes import LiveBytes
-from seeupo_trl.memory_model import GIB, Run, Strategy, estimate, model_shape
+from seeupo_trl.memory_model import estimate
+from seeupo_trl.planned_run import GIB, Run, Strategy, model_shape
 from seeupo_trl.scoring import Row, RowBatch
 from seeupo_trl.tree_scoring import TreeScorer
 
