@@ -6,6 +6,7 @@ or cut, because what a tool prints is often out of the environment's hands.
 """
 
 import copy
+import json
 import math
 from typing import Any
 
@@ -35,7 +36,8 @@ def check_observation(observation: Any) -> Observation:
     tools = observation.tools
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise TypeError(f"Observation.tools must be a list of JSON schemas; got {_brief(tools)}.")
-    return Observation(_check_messages(observation.messages), copied(tools))
+    # schemas are long, and JSON's own copy is ten times faster than one in Python
+    return Observation(_check_messages(observation.messages), json.loads(json.dumps(tools)))
 
 
 def check_step_result(result: Any) -> StepResult:
