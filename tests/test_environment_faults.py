@@ -438,22 +438,21 @@ def test_a_run_through_a_storm_ends_with_the_right_counts_and_finite_parameters(
 def test_threads_are_used_again(make_trainer):  # noqa: F811
     rows = [row(*[[user("Go on.")]] * 3, number=i) for i in range(4)]
     trainer = make_trainer(rows, script=["Yes.<|im_end|>"] * 4)
+    others = set(threading.enumerate())
+
+    def own_threads():
+        return {t for t in threading.enumerate() if t.name == "seeupo-environment"} - others
+
     rollout = MultiTurnRollout(Talk, tasks=rows)
-
-    def environment_threads():
-        return sum(thread.name == "seeupo-environment" for thread in threading.enumerate())
-
-    rollout([r["prompt"] for r in rows], trainer)
-    before = environment_threads()
-    for _ in range(3):
+    for _ in range(4):
         rollout([r["prompt"] for r in rows], trainer)
-    assert environment_threads() == before
+    assert len(own_threads()) == 4
     del rollout
     gc.collect()
     deadline = time.monotonic() + 10
-    while environment_threads() > before - 4 and time.monotonic() < deadline:
+    while own_threads() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert environment_threads() <= before - 4
+    assert not own_threads()
 
 
 @pytest.mark.slow
