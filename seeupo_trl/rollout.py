@@ -402,14 +402,16 @@ def _generate(
 ) -> list[tuple[list[int], list[float] | None]] | None:
     """One response for each episode, or `None` when no process has any episode left. A collective operation."""
     accelerator = trainer.accelerator
-    counts = accelerator.gather(torch.tensor([len(episodes)], device=accelerator.device))
-    most = int(counts.max())
+    counts = [len(episodes)]
+    if accelerator.num_processes > 1:
+        counts = accelerator.gather(torch.tensor(counts, device=accelerator.device)).tolist()
+    most = max(counts)
     if most == 0:
         return None
     rows, keys = [episode.context_ids for episode in episodes], [episode.key for episode in episodes]
     # vLLM's server and its tensor-parallel groups share out responses as if every process had sent as many rows.
     needed = most if trainer.use_vllm else 1
-    if int(counts.min()) < needed:
+    if min(counts) < needed:
         # All processes wait for a throw-away row too. The answer to a real context ends like the others'; that to
         # anything else may ramble on to `max_completion_length`.
         shortest = min(gather_object([min(rows, key=len)] if rows else []), key=len)
