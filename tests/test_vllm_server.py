@@ -155,10 +155,11 @@ if base_url:
 else:
     vllm_generation.LLM = engine()
     options = {"vllm_tensor_parallel_size": int(sys.argv[5])}
-# the first process's episodes have one turn, the second's have three
+# The first process's episodes have one turn, the second's have three. With a KL term every iteration takes steps, also
+# one whose rewards happen to be all alike: a server draws tokens as it likes.
 trainer = SeeUPOTrainer(
     model,
-    args=config(out, per_device_train_batch_size=4, shuffle_dataset=False, max_steps=2, **options),
+    args=config(out, per_device_train_batch_size=4, shuffle_dataset=False, max_steps=2, beta=0.01, **options),
     train_dataset=chats(1, 3, 1, 3),
     environment_factory=Chat,
 )
