@@ -85,7 +85,8 @@ def wait_for(url, process, log):
 
 def test_a_server_gets_the_weights_once_an_iteration(server, talker, tmp_path, monkeypatch):
     requests = send_weights_through_files(monkeypatch)
-    args = config(tmp_path, vllm_mode="server", vllm_server_base_url=server, vllm_max_model_length=None)
+    options = {"vllm_mode": "server", "vllm_server_base_url": server, "vllm_max_model_length": None}
+    args = config(tmp_path, beta=0.01, **options)  # steps in every iteration, whatever the server draws
     trainer = SeeUPOTrainer(talker, args=args, train_dataset=chats(1, 3, 2, 3), environment_factory=Chat)
     watch = Watch(trainer).train()
     assert re.fullmatch("(sg+u+){3}", watch.events), watch.events
