@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .envs.base import ENVIRONMENT_FAULTS
 from .objective import fold_in_ratio
 from .schedule import Block
 
@@ -65,6 +66,11 @@ class Trajectory:
     stop_reason: str | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_quarantined(self) -> bool:
+        """Whether the environment failed: no reward counts then, and nothing is learned from the episode."""
+        return self.stop_reason in ENVIRONMENT_FAULTS
 
 
 def turns_from_mask(

@@ -17,10 +17,11 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from queue import SimpleQueue
+from functools import partial
 from typing import Any
 
 from .envs.base import MultiTurnEnvironment
+from .envs.call_thread import CallThread
 
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class EnvironmentPool:
         self._environments.remove(environment)
         _close_all([environment], self._callers)
 
-    def call(self, functions: list[Callable[[], Any]], timeout: float | None) -> list["Outcome"]:
+    def call(self, functions: list[Callable[[], Any]], timeout: float | None) -> list["CallOutcome"]:
         """
         Run functions at the same time.
 
@@ -85,7 +86,7 @@ class EnvironmentPool:
                 Seconds until those that have not returned are given up. `None` waits for ever.
 
         Returns:
-            `list[Outcome]`: one for each function.
+            `list[CallOutcome]`: one for each function.
         """
         return self._callers.call(functions, timeout)
 
@@ -99,7 +100,7 @@ class NotAnEnvironmentError(TypeError):
     """The factory does not make environments: a mistake of the script, not a fault of an environment."""
 
 
-class Outcome:
+class CallOutcome:
     """
     What became of a call.
 
@@ -142,13 +143,13 @@ class _Callers:
         self._loop: _EventLoop | None = None
         self._lock = threading.Lock()
 
-    def call(self, functions: list[Callable[[], Any]], timeout: float | None) -> list[Outcome]:
+    def call(self, functions: list[Callable[[], Any]], timeout: float | None) -> list[CallOutcome]:
         with self._lock:
             idle = [self._idle.pop() for _ in functions[: len(self._idle)]]
         callers = idle + [_Caller(self.run_coroutine) for _ in functions[len(idle) :]]
-        futures = [caller.submit(function) for caller, function in zip(callers, functions, strict=True)]
+        futures = [caller.call(function) for caller, function in zip(callers, functions, strict=True)]
         wait(futures, timeout)
-        outcomes = [Outcome(future, timeout) for future in futures]
+        outcomes = [CallOutcome(future, timeout) for future in futures]
         for caller, outcome in zip(callers, outcomes, strict=True):
             if outcome.is_stuck:
                 caller.give_up()
@@ -174,41 +175,33 @@ class _Callers:
             self._loop = None
 
 
-class _Caller(threading.Thread):
-    """A thread that runs one call after another. It does not keep the interpreter from exiting."""
+class _Caller(CallThread):
+    """A thread whose calls may be given up."""
 
     def __init__(self, run_coroutine: Callable[[Any], Future]):
-        super().__init__(daemon=True, name="seeupo-environment")
         self._run_coroutine = run_coroutine
-        self._calls: SimpleQueue = SimpleQueue()
         self._coroutine: Future | None = None
-        self.start()
+        super().__init__("seeupo-environment")
 
-    def submit(self, function: Callable[[], Any]) -> Future:
-        future: Future = Future()
-        self._calls.put((function, future))
-        return future
+    def call(self, function: Callable[[], Any]) -> Future:
+        """Run a function; a coroutine that it returns is run on the event loop."""
+        return self.submit(partial(self._complete, function))
 
     def give_up(self) -> None:
         """End the thread once its present call has returned; a coroutine is cancelled."""
-        self._calls.put(None)
+        self.end()
         if self._coroutine is not None:
             self._coroutine.cancel()
 
-    def run(self) -> None:
-        while (call := self._calls.get()) is not None:
-            function, future = call
-            try:
-                result = function()
-                if inspect.iscoroutine(result):
-                    self._coroutine = self._run_coroutine(result)
-                    result = self._coroutine.result()
-            except BaseException as error:
-                future.set_exception(error)
-            else:
-                future.set_result(result)
+    def _complete(self, function: Callable[[], Any]) -> Any:
+        result = function()
+        if not inspect.iscoroutine(result):
+            return result
+        self._coroutine = self._run_coroutine(result)
+        try:
+            return self._coroutine.result()
+        finally:
             self._coroutine = None
-            del call, function, future  # they hold the environment
 
 
 class _EventLoop:

@@ -13,7 +13,6 @@ Only contexts are built here. What is trained on is always the action as it was 
 sampled from, so nothing the policy generated is tokenised again for training.
 """
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import chain
@@ -22,6 +21,7 @@ from typing import Any
 from .chat_format import ChatFormat
 from .envs.base import Observation
 from .episode import Episode
+from .observations import copied
 
 
 Message = dict[str, Any]
@@ -187,7 +187,7 @@ class RewrittenContexts(Contexts):
         return self.chat.render_history(Observation(episode.shown, episode.observation.tools))
 
     def _shown(self, episode: Episode) -> list[Message]:
-        messages = copy.deepcopy([*episode.observation.messages, *episode.messages])
+        messages = copied([*episode.observation.messages, *episode.messages])
         try:
             shown = self._history(messages)
         except Exception as error:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .buffer import Trajectory
-from .envs.base import StopReason
+from .envs.base import ENVIRONMENT_FAULTS
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Outcome:
     @property
     def is_quarantined(self) -> bool:
         """Whether the environment failed, so that the episode says nothing about the policy."""
-        return self.stop_reason in (StopReason.env_error, StopReason.env_timeout)
+        return self.stop_reason in ENVIRONMENT_FAULTS
 
 
 def describe_outcomes(

@@ -30,7 +30,7 @@ from accelerate.utils import gather_object
 
 from .buffer import Turn
 from .chat_format import ChatFormat, RewritingTemplateError, shared_length
-from .environment_pool import EnvironmentPool, NotAnEnvironmentError, Outcome
+from .environment_pool import CallOutcome, EnvironmentPool, NotAnEnvironmentError
 from .envs.base import MultiTurnEnvironment, StepResult, StopReason
 from .episode import Episode, describe, shorten
 from .generation import CachedGeneration
@@ -241,7 +241,7 @@ class MultiTurnRollout:
 
     # ---- Environments ----
 
-    def _call(self, functions: list[Callable[[], Any]]) -> list[Outcome]:
+    def _call(self, functions: list[Callable[[], Any]]) -> list[CallOutcome]:
         start = time.perf_counter()
         timeout = self._settings.env_timeout
         outcomes = self._pool.call(functions, None if timeout == math.inf else timeout)
@@ -320,7 +320,7 @@ class MultiTurnRollout:
             self._pool.give_back(episode.environment)
             episode.environment = None
 
-    def _drop_environment(self, episode: Episode, outcome: Outcome, seat: list[MultiTurnEnvironment]) -> None:
+    def _drop_environment(self, episode: Episode, outcome: CallOutcome, seat: list[MultiTurnEnvironment]) -> None:
         episode.environment = None
         if outcome.is_stuck:
             outcome.when_it_returns(lambda: [self._pool.discard(environment) for environment in seat])

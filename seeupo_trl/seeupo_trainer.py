@@ -319,7 +319,7 @@ class SeeUPOTrainer(GRPOTrainer):
         # TRL empties the mask of a completion that `mask_truncated_completions` leaves out
         kept = batch["completion_mask"].any(dim=1).tolist()
         batch["trajectories"] = [
-            trajectory if keep and not _is_quarantined(trajectory) else Trajectory(turns=[])
+            trajectory if keep and not trajectory.is_quarantined else Trajectory(turns=[])
             for trajectory, keep in zip(self._trajectories, kept, strict=True)
         ]
         logged = self._logs["advantages"]  # GRPO's
@@ -391,7 +391,7 @@ class SeeUPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, *args, **kwargs) -> torch.Tensor:
         self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
-        quarantined = torch.tensor([_is_quarantined(t) for t in self._trajectories], device=self.accelerator.device)
+        quarantined = torch.tensor([t.is_quarantined for t in self._trajectories], device=self.accelerator.device)
         self._rewards_per_func[self.accelerator.gather(quarantined)] = torch.nan
         if self._rewards_per_func.isinf().any():
             name = self.reward_func_names[self._rewards_per_func.isinf().any(dim=0).nonzero()[0].item()]
@@ -553,11 +553,6 @@ class SeeUPOTrainer(GRPOTrainer):
             self._metrics["train"][name].append(value)
         for block, grad_norm in updater.grad_norms:
             self._metrics["train"][f"turn_{block.label}/grad_norm"].append(grad_norm)
-
-
-def _is_quarantined(trajectory: Trajectory) -> bool:
-    """Whether the environment failed: no reward counts then, and nothing is learned from the episode."""
-    return trajectory.stop_reason in (StopReason.env_error, StopReason.env_timeout)
 
 
 def _with_plain_arguments(conversation: Any) -> Any:

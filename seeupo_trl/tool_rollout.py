@@ -11,7 +11,6 @@ processes generate equally often, which TRL's loop does not see to (with ZeRO-3 
 in length).
 """
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from .environment_pool import EnvironmentPool
 from .envs.base import MultiTurnEnvironment, StopReason
 from .envs.tools import EMPTY_PROMPT, ToolEnvironment
 from .episode import Episode
+from .observations import copied
 from .rollout import MultiTurnRollout
 
 
@@ -120,7 +120,7 @@ class ToolRollout(MultiTurnRollout):
     def _reset(self, episode: Episode, seat: list[MultiTurnEnvironment]) -> Any:
         player = self._pool.take_seat(episode.key)
         seat.append(player)
-        task = copy.deepcopy(episode.task)
+        task = copied(episode.task)
         if None not in self.factories:
             del task["environment"]
         return player.reset(**task)

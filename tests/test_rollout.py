@@ -787,8 +787,11 @@ def two_processes(tmp_path_factory):
     return run_on_two_processes(TWO_PROCESSES, tmp_path_factory.mktemp("two_processes"))
 
 
-def run_on_two_processes(code, directory):
-    """Run a script with the directories of the tests and of its output, and return what each process wrote there."""
+def run_on_two_processes(code, directory, *arguments, timeout=240):
+    """
+    Run a script with the directories of the tests and of its output, and further arguments, and return what each
+    process wrote there.
+    """
     script, config = directory / "script.py", directory / "ddp.yaml"
     script.write_text(code)
     config.write_text(
@@ -796,9 +799,9 @@ def run_on_two_processes(code, directory):
         " mixed_precision: 'no', main_training_function: main, rdzv_backend: static, same_network: true}"
     )
     launch = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={config}", "--main_process_port=0"]
-    arguments = [str(script), str(Path(__file__).parent), str(directory)]
+    command = [*launch, str(script), str(Path(__file__).parent), str(directory), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch + arguments, capture_output=True, text=True, timeout=240, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
     files = [directory / f"rank{rank}.json" for rank in range(2)]
     assert all(file.exists() for file in files), done.stderr[-3000:]
     return [json.loads(file.read_text()) for file in files]

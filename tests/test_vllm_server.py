@@ -5,13 +5,11 @@ TRL's client speaks to the server that TRL would start; of the weight sync, ever
 theirs, see vllm_on_cpu.py.
 """
 
-import json
 import os
 import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -27,6 +25,7 @@ pytest.importorskip("vllm", reason="no vLLM here; .ci/run tests it in a virtual 
 if torch.cuda.is_available():
     pytest.skip("these tests drive vLLM's CPU build", allow_module_level=True)
 
+from test_rollout import run_on_two_processes
 from vllm_on_cpu import (
     WEIGHTS_DIR,
     save_talker,
@@ -192,19 +191,7 @@ found = {
 
 
 def in_two_processes(directory, talker, base_url="", tensor_parallel_size=1):
-    script, launcher = directory / "script.py", directory / "ddp.yaml"
-    script.write_text(TWO_PROCESSES)
-    launcher.write_text(
-        "{distributed_type: MULTI_GPU, num_processes: 2, num_machines: 1, machine_rank: 0, use_cpu: false,"
-        " mixed_precision: 'no', main_training_function: main, rdzv_backend: static, same_network: true}"
-    )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={launcher}", "--main_process_port=0"]
-    arguments = [str(script), str(Path(__file__).parent), str(directory), talker, base_url, str(tensor_parallel_size)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch + arguments, capture_output=True, text=True, timeout=280, env=environment)
-    files = [directory / f"rank{rank}.json" for rank in range(2)]
-    assert all(file.exists() for file in files), done.stderr[-5000:]
-    return [json.loads(file.read_text()) for file in files]
+    return run_on_two_processes(TWO_PROCESSES, directory, talker, base_url, str(tensor_parallel_size), timeout=280)
 
 
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])

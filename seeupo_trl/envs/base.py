@@ -35,6 +35,10 @@ class StopReason(str, Enum):
         return self.value
 
 
+# Stop reasons that say the environment failed: no reward counts then, and nothing is learned from the episode.
+ENVIRONMENT_FAULTS = (StopReason.env_error, StopReason.env_timeout)
+
+
 @dataclass
 class Observation:
     """

@@ -12,17 +12,15 @@ in `reset` or `get_reward` is a fault of the environment.
 
 import asyncio
 import inspect
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from functools import cache, cached_property
-from queue import SimpleQueue
 from typing import Any
 
 from transformers.utils import get_json_schema
 from trl.trainer.utils import start_event_loop_in_daemon
 
 from .base import MultiTurnEnvironment, Observation, StepResult
+from .call_thread import CallThread
 
 
 # What TRL shows where a row has no prompt, for `reset` to append to.
@@ -73,8 +71,8 @@ class ToolEnvironment(MultiTurnEnvironment):
         tools: Sequence[Callable] = (),
         event_loop: asyncio.AbstractEventLoop | None = None,
     ):
-        self._thread = _Thread()
-        self.environment = self._thread.call(factory)
+        self._thread = CallThread("seeupo-tools")
+        self.environment = self._in_its_thread(factory)
         self.calls = self.failures = 0
         self.prompt: list[Message] = EMPTY_PROMPT
         self.event_loop = event_loop
@@ -115,14 +113,14 @@ class ToolEnvironment(MultiTurnEnvironment):
                 f"The tools of an environment need a conversation to be called in, but the prompt is {self.prompt!r}. "
                 "Give a list of messages."
             )
-        self.prompt = _append_to_prompt(self.prompt, self._thread.call(lambda: self.environment.reset(**task)))
+        self.prompt = _append_to_prompt(self.prompt, self._in_its_thread(lambda: self.environment.reset(**task)))
         return Observation(self.prompt, tools=self.schemas or None)
 
     def step(self, message: Message) -> StepResult:
         calls = message.get("tool_calls")
         if not calls:
             return StepResult([], terminated=True)
-        results = self._thread.call(lambda: self._execute(calls))
+        results = self._in_its_thread(lambda: self._execute(calls))
         return StepResult([_tool_message(name, result) for name, result in results])
 
     def close(self) -> None:
@@ -134,8 +132,11 @@ class ToolEnvironment(MultiTurnEnvironment):
         if inspect.iscoroutinefunction(get_reward):
             reward = self._run(get_reward())
         else:
-            reward = self._thread.call(get_reward)
+            reward = self._in_its_thread(get_reward)
         return None if reward is None else float(reward)
+
+    def _in_its_thread(self, function: Callable[[], Any]) -> Any:
+        return self._thread.submit(function).result()
 
     def _execute(self, calls: list[dict[str, Any]]) -> list[tuple[str, Any]]:
         """Names and results of the calls: of functions in the order of the calls, then those of coroutines."""
@@ -213,31 +214,3 @@ def _refuse_images(content: Any) -> None:
             "The environment returned an image, but the policy reads text only. With a vision-language model, give "
             "its processor as `processing_class`."
         )
-
-
-class _Thread(threading.Thread):
-    """A thread that one environment lives in. It does not keep the interpreter from exiting."""
-
-    def __init__(self):
-        super().__init__(daemon=True, name="seeupo-tools")
-        self._calls: SimpleQueue = SimpleQueue()
-        self.start()
-
-    def call(self, function: Callable[[], Any]) -> Any:
-        """Run a function in this thread, and wait for what it returns or raises."""
-        future: Future = Future()
-        self._calls.put((function, future))
-        return future.result()
-
-    def end(self) -> None:
-        """End the thread once its present call has returned."""
-        self._calls.put(None)
-
-    def run(self) -> None:
-        while (call := self._calls.get()) is not None:
-            function, future = call
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-            del call, function, future  # they hold the environment
