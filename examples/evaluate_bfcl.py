@@ -13,6 +13,11 @@ A model of the Hub by the official protocol, on the paper's test split:
 
     accelerate launch examples/evaluate_bfcl.py --model_name_or_path Qwen/Qwen3-14B --bf16 true --max_turns 140 \\
         --num_generations_eval 4 --per_device_eval_batch_size 16 --max_completion_length 4096 --output_dir qwen3-14b
+
+What `train_bfcl.py` made of it, as it was trained, on 8 GPUs:
+
+    accelerate launch --config_file examples/accelerate_configs/ddp.yaml \\
+        examples/evaluate_bfcl.py --config examples/configs/qwen3_14b_evaluate.yaml
 """
 
 import os
@@ -52,6 +57,9 @@ class EvaluationArguments:
             `"train"`, `"test"` or `"all"`.
         num_tasks (`int`, *optional*):
             Play this many tasks of each category, evenly spread over the split. `None` plays all.
+        protocol (`str`, *optional*, defaults to `"official"`):
+            Limits of an episode: `"official"`, 20 steps a user turn, or `"paper"`, 10 assistant messages. `max_turns`
+            ends an episode, too.
         tools, tool_list, distractors, max_user_turns:
             Departures from the official protocol for small models, see [`~seeupo_trl.envs.bfcl.BfclEnvironment`].
         cache_dir (`str`, *optional*):
@@ -64,6 +72,7 @@ class EvaluationArguments:
     )
     split: str = field(default="test", metadata={"help": "'train', 'test' or 'all'."})
     num_tasks: int | None = field(default=None, metadata={"help": "Tasks of each category. Unset: all."})
+    protocol: str = field(default="official", metadata={"help": "Limits of an episode: 'official' or 'paper'."})
     tools: str = field(default="full", metadata={"help": "Documents shown: 'full', 'trimmed' or 'brief'."})
     tool_list: str = field(default="classes", metadata={"help": "Functions shown: 'classes' or 'needed'."})
     distractors: int = field(default=0, metadata={"help": "With tool_list 'needed', how many others to add."})
@@ -102,6 +111,7 @@ def main(script_args: EvaluationArguments, args: Config, model_args: ModelConfig
         args=args,
         environment_factory=partial(
             BfclEnvironment,
+            protocol=script_args.protocol,
             tools=script_args.tools,
             tool_list=script_args.tool_list,
             distractors=script_args.distractors,
