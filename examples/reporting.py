@@ -15,9 +15,12 @@ from seeupo_trl import MultiTurnEnvironment, MultiTurnRollout, SeeUPOConfig, See
 
 @dataclass
 class Config(SeeUPOConfig):
-    """[`SeeUPOConfig`] that runs on the CPU where there is no GPU, without being told."""
+    """[`SeeUPOConfig`] that runs on the CPU where there is no GPU, and resumes by `--resume_from_checkpoint true`."""
 
     def __post_init__(self):
+        # a yaml file says `true` itself, but a word of the command line is taken for a path
+        if self.resume_from_checkpoint in ("true", "True"):
+            self.resume_from_checkpoint = True
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         super().__post_init__()
 
