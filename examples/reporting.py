@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import ProgressCallback
+from transformers import ProgressCallback, TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from seeupo_trl import MultiTurnEnvironment, MultiTurnRollout, SeeUPOConfig, SeeUPOTrainer, Trajectory
@@ -59,6 +59,16 @@ class IterationLine(ProgressCallback):
             )
         line += f"rollout {logs['time/rollout']:.0f} s  update {logs['time/old_pass'] + logs['time/update']:.0f} s"
         self.training_bar.write(line)
+
+
+class BeforeTraining(TrainerCallback):
+    """Calls a function when the model is ready for training: what DeepSpeed evaluates before, it cannot train."""
+
+    def __init__(self, function: Callable[[], None]):
+        self.function = function
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.function()
 
 
 def use_all_cores(training_args: Config) -> None:
@@ -116,12 +126,17 @@ def train_and_report(
     trainer.add_callback(IterationLine)
     say = PartialState().print
 
+    before = {}
+
+    def evaluate_before() -> None:
+        for name, tasks in held_out.items():
+            before[name] = evaluate(trainer, tasks)
+            say(f"before training: success {before[name]:.3f} on {len(tasks)} {name} tasks")
+        if held_out:
+            say("\nAn episode before training\n" + readable(*rollout.last_episodes[0]))
+
+    trainer.add_callback(BeforeTraining(evaluate_before))
     say(f"\n{len(train)} training tasks; evaluated: { {name: len(tasks) for name, tasks in held_out.items()} }")
-    before = {name: evaluate(trainer, tasks) for name, tasks in held_out.items()}
-    for name, score in before.items():
-        say(f"before training: success {score:.3f} on {len(held_out[name])} {name} tasks")
-    if held_out:
-        say("\nAn episode before training\n" + readable(*rollout.last_episodes[0]))
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     say("\nAn episode of the last iteration\n" + readable(*rollout.last_episodes[0]))
     for name, tasks in held_out.items():
