@@ -143,7 +143,7 @@ def reward(outcome, **kwargs):
 
 
 class Memory(TrainerCallback):
-    """Bytes in use when the last iteration starts and at most during it, by CUDA or by counting tensors."""
+    """Bytes in use at most during the last iteration and after it, by CUDA or by counting tensors."""
 
     def __init__(self, counter: LiveBytes, on_cpu: bool):
         self._counter, self._on_cpu = counter, on_cpu
@@ -155,13 +155,13 @@ class Memory(TrainerCallback):
             for parameter in model.parameters():
                 self._counter.count(parameter)
             self._counter.reset_peak()
-            self.kept = self._counter.live
         else:
             torch.cuda.reset_peak_memory_stats()
-            self.kept = torch.cuda.memory_allocated()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.peak = self._counter.peak if self._on_cpu else torch.cuda.max_memory_allocated()
+        gc.collect()
+        self.kept = self._counter.live if self._on_cpu else torch.cuda.memory_allocated()
 
 
 class Digest(TrainerCallback):

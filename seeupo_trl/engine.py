@@ -54,6 +54,12 @@ class UpdateEngine:
         self._trainer = trainer
         self._accelerator = trainer.accelerator
         self._is_deepspeed = trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
+        # with sharded parameters, gradients that wait to be reduced would be those of the whole model
+        self._reduces_always = (
+            self._is_deepspeed
+            or trainer.accelerator.is_fsdp2
+            or trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        )
         self.model = model
 
     @property
@@ -85,11 +91,14 @@ class UpdateEngine:
 
     @contextmanager
     def micro_batch(self, is_last: bool) -> Iterator[None]:
-        """Around the forward and backward pass of a micro-batch; gradients are reduced with the last one."""
+        """
+        Around the forward and backward pass of a micro-batch. Gradients are reduced with the last one; with every one
+        under DeepSpeed and FSDP2, or if `accelerator_config` asks for `sync_each_batch`.
+        """
         # DeepSpeed reads its accumulation boundary from this flag, and then steps by itself inside `backward`
         self._accelerator.gradient_state._set_sync_gradients(is_last)
         try:
-            with nullcontext() if is_last or self._is_deepspeed else self._accelerator.no_sync(self.model):
+            with nullcontext() if is_last or self._reduces_always else self._accelerator.no_sync(self.model):
                 yield
         finally:
             self._accelerator.gradient_state._set_sync_gradients(True)
