@@ -7,9 +7,11 @@ equally often on every process.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -34,6 +36,22 @@ def check_deepspeed(args: TrainingArguments) -> None:
             "optimizer step, of which an iteration makes one for each turn. Remove the section and set "
             "`lr_scheduler_type` and `warmup_steps`: these count iterations."
         )
+
+
+def keep_output_dtype(accelerator: Accelerator) -> None:
+    """
+    Let log-probabilities leave a model under FSDP2 as they are.
+
+    accelerate tells FSDP2 to cast what a model returns to the dtype of mixed precision: a log-probability of -8 in
+    bfloat16 is off by up to 0.03, and so would be the ratio of a whole turn.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Accelerator that has not prepared a model yet.
+    """
+    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.mixed_precision_policy is not None:
+        plugin = accelerator.state.fsdp_plugin
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 class UpdateEngine:

@@ -258,6 +258,12 @@ def test_run_stays_finite(launched, run, finished, models):
         assert all(log["aux_loss"] > 0 for log in logs if log["optimizer_steps"])
 
 
+@cases("bf16")
+def test_log_probabilities_are_not_rounded_to_bfloat16(launched, run, finished):
+    """A ratio multiplies what is lost in every token."""
+    assert not any(note["log-probabilities are bfloat16"] for note in finished(launched).notes(run))
+
+
 @cases("refused")
 def test_trajectory_over_the_budget_stops_every_process(launched, run, finished):
     """Only one process has such a trajectory; the others must not wait for it."""
