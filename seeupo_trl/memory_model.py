@@ -238,9 +238,12 @@ def _training_state(
     share = trained / processes
     optimizer = (4 + _optimizer_bytes(run.optimizer, 4)) * share  # with the float32 master weights
     gradients = size * share
-    bucket = size * strategy.reduce_bucket_size
+    bucket_size = strategy.reduce_bucket_size
+    if bucket_size is None:
+        bucket_size = run.config.get_text_config().hidden_size ** 2
+    bucket = size * bucket_size
     # reducing a bucket copies it
-    transient = {"reduction": size * min(strategy.reduce_bucket_size, trained)}
+    transient = {"reduction": size * min(bucket_size, trained)}
     host: dict[str, float] = {}
     if strategy.zero_stage == 3:
         kept = {"parameters": size * (shape.total / processes + shape.persistent), "gradients": gradients}

@@ -157,18 +157,24 @@ def from_accelerate_config(path: str) -> tuple[dict[str, Any], Strategy]:
     if "deepspeed_config_file" in options:
         zero = json.loads(Path(options["deepspeed_config_file"]).read_text()).get("zero_optimization", {})
         sizes = {"reduce_bucket_size": "reduce_bucket_size", "max_live_parameters": "stage3_max_live_parameters"}
-        sizes = {name: int(zero[key]) for name, key in sizes.items() if isinstance(zero.get(key), (int, float))}
+        sizes = {name: zero[key] for name, key in sizes.items() if key in zero}
         return fields, Strategy(
             zero_stage=zero.get("stage", 0),
-            offload_optimizer=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
-            offload_param=(zero.get("offload_param") or {}).get("device", "none") != "none",
-            **sizes,
+            offload_optimizer=_is_offloaded(path, (zero.get("offload_optimizer") or {}).get("device")),
+            offload_param=_is_offloaded(path, (zero.get("offload_param") or {}).get("device")),
+            **{name: None if value == "auto" else int(value) for name, value in sizes.items()},
         )
     return fields, Strategy(
         zero_stage=options.get("zero_stage", 2),
-        offload_optimizer=options.get("offload_optimizer_device", "none") != "none",
-        offload_param=options.get("offload_param_device", "none") != "none",
+        offload_optimizer=_is_offloaded(path, options.get("offload_optimizer_device")),
+        offload_param=_is_offloaded(path, options.get("offload_param_device")),
     )
+
+
+def _is_offloaded(path: str, device: str | None) -> bool:
+    if device not in (None, "none", "cpu"):
+        raise ValueError(f"{path}: offloading to {device!r} is not planned here; 'cpu' and 'none' are.")
+    return device == "cpu"
 
 
 def _fsdp_strategy(path: str, options: dict[str, Any]) -> Strategy:

@@ -112,8 +112,10 @@ class Strategy:
             partitioned).
         lora_rank (`int`, *optional*):
             Rank of LoRA adapters. `None` trains all parameters.
-        reduce_bucket_size, max_live_parameters (`int`, *optional*):
-            As in DeepSpeed's json, with its defaults.
+        reduce_bucket_size (`int`, *optional*, defaults to 500,000,000):
+            As in DeepSpeed's json; `None` is `"auto"`, which transformers replaces by the square of the hidden size.
+        max_live_parameters (`int`, *optional*, defaults to 1,000,000,000):
+            As in DeepSpeed's json.
     """
 
     zero_stage: int = 0
@@ -121,7 +123,7 @@ class Strategy:
     offload_optimizer: bool = False
     offload_param: bool = False
     lora_rank: int | None = None
-    reduce_bucket_size: int = 500_000_000
+    reduce_bucket_size: int | None = 500_000_000
     max_live_parameters: int = 1_000_000_000
 
     def __post_init__(self):

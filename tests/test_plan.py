@@ -287,6 +287,23 @@ def test_fsdp2_is_planned_from_its_launcher_file(qwen3_14b, tmp_path, capsys):
     assert not one.kept and one.host["optimizer"] == 8 * model_shape(CONFIGS["qwen3"]).total
 
 
+def test_a_deepspeed_json_is_read_as_transformers_reads_it(tmp_path):
+    def strategy(**zero) -> Strategy:
+        (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
+        options = {"deepspeed_config_file": str(tmp_path / "zero.json")}
+        (tmp_path / "launcher.yaml").write_text(
+            yaml.safe_dump({"distributed_type": "DEEPSPEED", "deepspeed_config": options, "num_processes": 2})
+        )
+        return plan.from_accelerate_config(str(tmp_path / "launcher.yaml"))[1]
+
+    one = strategy(stage=3, reduce_bucket_size="auto", stage3_max_live_parameters=1e6, offload_param={"device": "cpu"})
+    assert one == Strategy(3, offload_param=True, reduce_bucket_size=None, max_live_parameters=1_000_000)
+    run = Run(CONFIGS["qwen3"], gpus=2, gpu_memory=GIB, generation="vllm-server")
+    assert estimate(run, one).kept["buckets"] == 2 * CONFIGS["qwen3"].hidden_size ** 2
+    with pytest.raises(ValueError, match="offloading to 'nvme' is not planned here"):
+        strategy(stage=3, offload_optimizer={"device": "nvme"})
+
+
 def test_full_training_of_14b_needs_zero_and_more_than_a_small_card(qwen3_14b, capsys):
     shared = ["--model", qwen3_14b, "--generation", "vllm-server", "--tokens", "16384"]
 
