@@ -1,31 +1,39 @@
 """
 One full iteration of a Qwen3-14B-shaped model - rollout stub, all turn updates, checkpoint, reload - and its memory.
 
-    accelerate launch --config_file CONFIG benchmarks/dry_run_14b.py                       # the largest that fits
-    accelerate launch --config_file CONFIG benchmarks/dry_run_14b.py --shape 8,40,151936   # Qwen3-14B itself
+    python benchmarks/dry_run_14b.py CONFIG                                  # the largest that fits
+    python benchmarks/dry_run_14b.py CONFIG --shape 8,40,151936              # Qwen3-14B itself
 
-A shape is `width,layers,vocabulary` in the proportions of Qwen3-14B: width 8 is its own, with hidden size 5120, 40
-query and 8 key-value heads of 128, and an intermediate size of 17408; width 1 is an eighth of each but the head size.
-Without `--shape` it is the largest that `seeupo_trl.plan` says needs no more than `--memory` over all processes (on a
-GPU: of each). Weights are random; `--model` takes real ones. On a CPU every process counts the bytes of its tensors,
-on a GPU CUDA's allocator does. The plan's prediction is printed beside that, and what was reloaded is compared bit by
-bit with what was saved.
+`CONFIG` is a yaml of `accelerate config`, such as `examples/accelerate_configs/zero3.yaml`; `--processes` overrides
+its number of processes. A shape is `width,layers,vocabulary` in the proportions of Qwen3-14B: width 8 is its own, with
+hidden size 5120, 40 query and 8 key-value heads of 128, and an intermediate size of 17408; width 1 is an eighth of
+each but the head size. Without `--shape` it is the largest that `seeupo_trl.plan` says needs no more than `--memory`
+over all processes (on a GPU: of each). Weights are random; `--model` takes real ones.
+
+The processes are launched twice: the first ones train and save a checkpoint, the second ones load it, compare what
+they loaded bit by bit with what was saved, and train one more iteration. On a CPU every process counts the bytes of
+its tensors, on a GPU CUDA's allocator does. The plan's prediction is printed beside that.
 """
 
 import argparse
 import gc
 import hashlib
+import json
 import os
 import random
+import subprocess
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from tokenizers import Tokenizer, models
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -33,14 +41,16 @@ from seeupo_trl import SeeUPOConfig, SeeUPOTrainer, Trajectory, Turn
 from seeupo_trl.activation_memory import PassMemory, trace_pass
 from seeupo_trl.live_bytes import LiveBytes
 from seeupo_trl.memory_model import estimate, update_pass
-from seeupo_trl.plan import parse_bytes
+from seeupo_trl.plan import from_accelerate_config, parse_bytes
 from seeupo_trl.planned_run import GIB, Run, Strategy, model_shape
+from seeupo_trl.scoring import MicroBatch
 
 
 WIDTHS = (8, 7, 6, 5, 4, 3, 2, 1)
 # vocabularies: Qwen3's, and shares of it where not even width 1 fits with it
 CANDIDATES = [(width, 40, 151936) for width in WIDTHS] + [(1, 40, 18992), (1, 20, 18992), (1, 8, 4748)]
 GROUP_SIZE = 4
+ON_CPU = not torch.cuda.is_available()
 
 
 def shaped_config(width: int, layers: int, vocabulary: int) -> Qwen3Config:
@@ -58,26 +68,11 @@ def shaped_config(width: int, layers: int, vocabulary: int) -> Qwen3Config:
     )
 
 
-def strategy_of(args: SeeUPOConfig) -> Strategy:
-    """What the launcher asks for, from DeepSpeed's own configuration."""
-    plugin = args.deepspeed_plugin
-    if plugin is None:
-        return Strategy(0)
-    zero = plugin.deepspeed_config["zero_optimization"]
-    sizes = {"reduce_bucket_size": "reduce_bucket_size", "max_live_parameters": "stage3_max_live_parameters"}
-    return Strategy(
-        zero_stage=zero["stage"],
-        offload_optimizer=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
-        offload_param=(zero.get("offload_param") or {}).get("device", "none") != "none",
-        **{name: int(zero[key]) for name, key in sizes.items() if key in zero},
-    )
-
-
-def run_of(config: Qwen3Config, options: argparse.Namespace, processes: int) -> Run:
+def run_of(config: Qwen3Config, options: argparse.Namespace) -> Run:
     episode = options.prompt + options.turns * (options.action + options.observation)
     return Run(
         config=config,
-        gpus=processes,
+        gpus=options.processes,
         gpu_memory=80 * GIB,
         tokens=GROUP_SIZE // 2 * episode,
         prompt=options.prompt,
@@ -94,15 +89,14 @@ def predicted_peak(run: Run, strategy: Strategy, memory: PassMemory | None = Non
     return sum(one.kept.values()) + offloaded, max(one.peaks["update"], one.peaks["optimizer step"]) + offloaded
 
 
-def choose_shape(options: argparse.Namespace, strategy: Strategy, state: PartialState) -> Qwen3Config:
-    on_cpu = state.device.type == "cpu"
+def choose_shape(options: argparse.Namespace, strategy: Strategy) -> Qwen3Config:
     if options.shape:
         return shaped_config(*map(int, options.shape.split(",")))
     for shape in CANDIDATES:
         config = shaped_config(*shape)
-        peak = predicted_peak(run_of(config, options, state.num_processes), strategy)[1]
-        if peak * (state.num_processes if on_cpu else 1) <= options.memory:
-            state.print("shape", ",".join(map(str, shape)))
+        peak = predicted_peak(run_of(config, options), strategy)[1]
+        if peak * (options.processes if ON_CPU else 1) <= options.memory:
+            print("shape", ",".join(map(str, shape)))
             return config
     raise SystemExit(
         f"Not even the smallest shape fits {options.memory / GIB:.1f} GiB; give --shape or more --memory."
@@ -143,29 +137,29 @@ def reward(outcome, **kwargs):
 
 
 class Memory(TrainerCallback):
-    """Bytes in use when the last iteration starts and at most during it, by CUDA or by counting tensors."""
+    """Bytes in use at most during the last iteration and after it, by CUDA or by counting tensors."""
 
-    def __init__(self, counter: LiveBytes, on_cpu: bool):
-        self._counter, self._on_cpu = counter, on_cpu
+    def __init__(self, counter: LiveBytes):
+        self._counter = counter
         self.kept = self.peak = 0
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         gc.collect()
-        if self._on_cpu:
+        if ON_CPU:
             for parameter in model.parameters():
                 self._counter.count(parameter)
             self._counter.reset_peak()
-            self.kept = self._counter.live
         else:
             torch.cuda.reset_peak_memory_stats()
-            self.kept = torch.cuda.memory_allocated()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.peak = self._counter.peak if self._on_cpu else torch.cuda.max_memory_allocated()
+        self.peak = self._counter.peak if ON_CPU else torch.cuda.max_memory_allocated()
+        gc.collect()
+        self.kept = self._counter.live if ON_CPU else torch.cuda.memory_allocated()
 
 
 class Digest(TrainerCallback):
-    """Digest of this process's parameters and optimizer state once training begins, after a checkpoint was loaded."""
+    """Digest of what a process holds once training begins, after a checkpoint was loaded."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.value = digest(self.trainer)
@@ -184,6 +178,7 @@ def digest(trainer: SeeUPOTrainer) -> str:
             tensors += [parameter, *(state[name] for name in sorted(state) if torch.is_tensor(state[name]))]
     sha = hashlib.sha256()
     for tensor in tensors:
+        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return sha.hexdigest()
 
@@ -204,97 +199,46 @@ def prepare_cpu() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def make_trainer(model: str, options, args: SeeUPOConfig, callbacks: list) -> SeeUPOTrainer:
-    vocabulary = AutoConfig.from_pretrained(model).vocab_size
-    return SeeUPOTrainer(
-        model=model,
-        reward_funcs=reward,
-        args=args,
-        train_dataset=Dataset.from_dict({"prompt": ["a"] * 64 * PartialState().num_processes}),
-        processing_class=make_tokenizer(),
-        rollout_func=stub(options, vocabulary),
-        callbacks=callbacks,
-    )
+def lora_config(rank: int) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def arguments(output_dir: str, options: argparse.Namespace, steps: int) -> SeeUPOConfig:
-    return SeeUPOConfig(
-        output_dir=output_dir,
+def make_trainer(options: argparse.Namespace, steps: int, callbacks: list) -> SeeUPOTrainer:
+    args = SeeUPOConfig(
+        output_dir=str(Path(options.directory, "run")),
         per_device_train_batch_size=GROUP_SIZE // 2,
         gradient_accumulation_steps=2,
         num_generations=GROUP_SIZE,
         max_steps=steps,
-        save_strategy="steps",
-        save_steps=options.iterations,
+        save_strategy="no" if options.reload else "steps",
+        save_steps=steps,
         learning_rate=1e-6,
         beta=0.0,
         bf16=True,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=ON_CPU,
         model_init_kwargs={"dtype": "bfloat16"},
         report_to="none",
         disable_tqdm=True,
         logging_steps=1,
     )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", help="width,layers,vocabulary")
-    parser.add_argument("--model", help="directory of a real model, in place of a shape with random weights")
-    parser.add_argument("--memory", type=parse_bytes, default="6GiB", help="over all processes; on a GPU, of each")
-    parser.add_argument("--prompt", type=int, default=270)
-    parser.add_argument("--action", type=int, default=12)
-    parser.add_argument("--observation", type=int, default=8)
-    parser.add_argument("--turns", type=int, default=4)
-    parser.add_argument("--iterations", type=int, default=1, help="the last one is measured")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        prepare_cpu()
-    directory = [tempfile.mkdtemp()]
-    args = arguments(directory[0], options, options.iterations)
-    state = PartialState()
-    broadcast_object_list(directory)
-    args.output_dir = str(Path(directory[0], "run"))
-    on_cpu = state.device.type == "cpu"
-    strategy = strategy_of(args)
-
-    model = options.model
-    if model is None:
-        model = str(Path(directory[0], "model"))
-        if state.is_main_process:
-            write_random_model(choose_shape(options, strategy, state), model)
-    state.wait_for_everyone()
-    config = AutoConfig.from_pretrained(model)
-    run = run_of(config, options, state.num_processes)
-
-    with LiveBytes() if on_cpu else torch.enable_grad() as counter:
-        memory = Memory(counter, on_cpu)
-        trainer = make_trainer(model, options, args, [memory])
-        largest = record_largest_batch(trainer)
-        trainer.train()
-        saved = digest(trainer)
-        steps = trainer.state.log_history[0]["optimizer_steps"]
-        trainer.accelerator.free_memory()
-        del trainer
-        gc.collect()
-
-        reloaded = Digest()
-        again = make_trainer(model, options, arguments(args.output_dir, options, options.iterations + 1), [reloaded])
-        reloaded.trainer = again
-        again.args.save_strategy = "no"
-        again.train(resume_from_checkpoint=True)
-    equal = gather_object([saved == reloaded.value])
-
-    measured = gather_object([(memory.kept, memory.peak)])
-    if state.is_main_process:
-        report(
-            config, replace(run, tokens=largest[0].num_tokens), strategy, largest[0], measured, steps, equal, on_cpu
-        )
-    again.accelerator.end_training()
+    if ON_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # accelerate shards for FSDP only where it sees several GPUs, but FSDP2 itself works on CPUs
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return SeeUPOTrainer(
+        model=options.model,
+        reward_funcs=reward,
+        args=args,
+        train_dataset=Dataset.from_dict({"prompt": ["a"] * 64 * PartialState().num_processes}),
+        processing_class=make_tokenizer(),
+        rollout_func=stub(options, AutoConfig.from_pretrained(options.model).vocab_size),
+        peft_config=lora_config(options.lora_rank) if options.lora_rank else None,
+        callbacks=callbacks,
+    )
 
 
 def write_random_model(config: Qwen3Config, directory: str) -> None:
-    """Save a randomly initialised model; the process that writes it is not part of a ZeRO-3 initialisation."""
     torch.manual_seed(0)
     previous = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -303,7 +247,7 @@ def write_random_model(config: Qwen3Config, directory: str) -> None:
     model.save_pretrained(directory)
 
 
-def record_largest_batch(trainer: SeeUPOTrainer) -> list:
+def record_largest_batch(trainer: SeeUPOTrainer) -> list[MicroBatch]:
     """A list that holds the largest micro-batch that was laid out so far."""
     micro_batches, largest = trainer._scorer.micro_batches, []
 
@@ -316,21 +260,99 @@ def record_largest_batch(trainer: SeeUPOTrainer) -> list:
     return largest
 
 
-def report(config, run, strategy, batch, measured, steps, equal, on_cpu) -> None:
-    one = update_pass(run, strategy)
-    # the launcher's ZeRO-3 initialisation would partition the model that is traced
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+def train(options: argparse.Namespace) -> None:
+    """What a process does: train, or reload and train on; it leaves a note of what it saw."""
+    if ON_CPU:
+        prepare_cpu()
+    with LiveBytes() if ON_CPU else torch.enable_grad() as counter:
+        memory, loaded = Memory(counter), Digest()
+        steps = options.iterations + options.reload
+        trainer = loaded.trainer = make_trainer(options, steps, [memory, loaded])
+        largest = record_largest_batch(trainer)
+        trainer.train(resume_from_checkpoint=True if options.reload else None)
+    note = {
+        "kept": memory.kept,
+        "peak": memory.peak,
+        "loaded": loaded.value,
+        "trained": digest(trainer),
+        "turn updates": trainer.state.log_history[0]["turn_updates"],
+    }
+    rank = trainer.accelerator.process_index
+    Path(options.directory, f"{'reload' if options.reload else 'train'}_{rank}.json").write_text(json.dumps(note))
+    if rank == 0 and not options.reload:
+        torch.save(largest[0], Path(options.directory, "batch.pt"))
+    trainer.accelerator.end_training()
 
-    unset_hf_deepspeed_config()
-    memory = trace_pass(config, one, batch if on_cpu else None)
-    kept, peak = predicted_peak(run, strategy, memory)
-    shape = model_shape(config)
-    print(f"{shape.total / 1e6:.0f}M parameters, {strategy.name}, {run.gpus} processes, {steps:.0f} turn updates,")
+
+def launch(options: argparse.Namespace, *flags: str) -> list[dict]:
+    """Start the processes with this script, wait for them, and read their notes."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", options.config]
+    command += ["--num_processes", str(options.processes), "--main_process_port", "0", __file__, options.config]
+    for name in (
+        "prompt",
+        "action",
+        "observation",
+        "turns",
+        "lora_rank",
+        "iterations",
+        "processes",
+        "model",
+        "directory",
+    ):
+        command += [f"--{name}", str(getattr(options, name))]
+    subprocess.run([*command, *flags], check=True)
+    phase = flags[0].removeprefix("--")
+    return [
+        json.loads(Path(options.directory, f"{phase}_{rank}.json").read_text()) for rank in range(options.processes)
+    ]
+
+
+def report(options: argparse.Namespace, strategy: Strategy, trained: list[dict], reloaded: list[dict]) -> None:
+    config = AutoConfig.from_pretrained(options.model)
+    batch = torch.load(Path(options.directory, "batch.pt"), weights_only=False)
+    run = replace(run_of(config, options), tokens=batch.num_tokens)
+    memory = trace_pass(config, update_pass(run, strategy), batch if ON_CPU else None)
+    equal = [one["trained"] == two["loaded"] for one, two in zip(trained, reloaded, strict=True)]
+    print(
+        f"{model_shape(config).total / 1e6:.0f}M parameters, {strategy.name}, {run.gpus} processes, "
+        f"{trained[0]['turn updates']:.0f} turn updates,"
+    )
     print(f"largest micro-batch {run.tokens} tokens; checkpoint reloaded bit by bit: {all(equal)}")
     print("| GiB a process | measured | predicted | ratio |\n|---|---:|---:|---:|")
-    for name, values, prediction in zip(("kept", "peak"), zip(*measured, strict=True), (kept, peak), strict=True):
-        largest = max(values)
+    for name, prediction in zip(("kept", "peak"), predicted_peak(run, strategy, memory), strict=True):
+        largest = max(note[name] for note in trained)
         print(f"| {name} | {largest / GIB:.3f} | {prediction / GIB:.3f} | {prediction / largest:.2f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="yaml of `accelerate config`")
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--shape", help="width,layers,vocabulary")
+    parser.add_argument("--model", help="directory of a real model, in place of a shape with random weights")
+    parser.add_argument("--memory", type=parse_bytes, default="6GiB", help="over all processes; on a GPU, of each")
+    parser.add_argument("--prompt", type=int, default=270)
+    parser.add_argument("--action", type=int, default=12)
+    parser.add_argument("--observation", type=int, default=8)
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--lora_rank", type=int, default=0, help="of adapters that are trained instead of the model")
+    parser.add_argument("--iterations", type=int, default=1, help="before the checkpoint; the last one is measured")
+    # for the processes themselves
+    parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--reload", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--directory", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.train or options.reload:
+        train(options)
+        return
+    fields, strategy = from_accelerate_config(options.config)
+    options.processes = options.processes or fields["gpus"]
+    strategy = replace(strategy, lora_rank=options.lora_rank or None)
+    with tempfile.TemporaryDirectory() as options.directory:
+        if options.model is None:
+            options.model = str(Path(options.directory, "model"))
+            write_random_model(choose_shape(options, strategy), options.model)
+        report(options, strategy, launch(options, "--train"), launch(options, "--reload"))
 
 
 if __name__ == "__main__":

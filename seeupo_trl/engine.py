@@ -7,9 +7,11 @@ equally often on every process.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -36,6 +38,22 @@ def check_deepspeed(args: TrainingArguments) -> None:
         )
 
 
+def keep_output_dtype(accelerator: Accelerator) -> None:
+    """
+    Let log-probabilities leave a model under FSDP2 as they are.
+
+    accelerate tells FSDP2 to cast what a model returns to the dtype of mixed precision: a log-probability of -8 in
+    bfloat16 is off by up to 0.03, and so would be the ratio of a whole turn.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Accelerator that has not prepared a model yet.
+    """
+    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.mixed_precision_policy is not None:
+        plugin = accelerator.state.fsdp_plugin
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
 class UpdateEngine:
     """
     Backward passes and optimizer steps on behalf of a [`~transformers.Trainer`].
@@ -54,6 +72,12 @@ class UpdateEngine:
         self._trainer = trainer
         self._accelerator = trainer.accelerator
         self._is_deepspeed = trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
+        # with sharded parameters, gradients that wait to be reduced would be those of the whole model
+        self._reduces_always = (
+            self._is_deepspeed
+            or trainer.accelerator.is_fsdp2
+            or trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        )
         self.model = model
 
     @property
@@ -85,11 +109,14 @@ class UpdateEngine:
 
     @contextmanager
     def micro_batch(self, is_last: bool) -> Iterator[None]:
-        """Around the forward and backward pass of a micro-batch; gradients are reduced with the last one."""
+        """
+        Around the forward and backward pass of a micro-batch. Gradients are reduced with the last one; with every one
+        under DeepSpeed and FSDP2, or if `accelerator_config` asks for `sync_each_batch`.
+        """
         # DeepSpeed reads its accumulation boundary from this flag, and then steps by itself inside `backward`
         self._accelerator.gradient_state._set_sync_gradients(is_last)
         try:
-            with nullcontext() if is_last or self._is_deepspeed else self._accelerator.no_sync(self.model):
+            with nullcontext() if is_last or self._reduces_always else self._accelerator.no_sync(self.model):
                 yield
         finally:
             self._accelerator.gradient_state._set_sync_gradients(True)

@@ -11,6 +11,8 @@ see `tests/test_plan.py`), not from a rule of thumb:
   and moments, partitioned. Gradients stay in bfloat16. Its buckets hold `reduce_bucket_size` elements.
 - In an optimizer step DeepSpeed flattens a partition's gradients and copies them to float32.
 - ZeRO-3 gathers up to `max_live_parameters` at a time, and TRL's fused head gathers its weight beside them.
+- FSDP2 with `bf16=True` keeps parameters, gradients and moments in float32, partitioned, and gathers, computes and
+  reduces in bfloat16, one layer at a time.
 """
 
 from dataclasses import dataclass, replace
@@ -129,7 +131,9 @@ def estimate(
     size = one.dtype.itemsize
     processes = run.gpus
     if run.reference and strategy.lora_rank is None:
-        kept["reference model"] = size * shape.total / (processes if strategy.zero_stage == 3 else 1)
+        # DeepSpeed casts it, FSDP2 does not
+        reference_size = run.dtype.itemsize if strategy.fsdp else size
+        kept["reference model"] = reference_size * shape.total / (processes if strategy.is_sharded else 1)
         if strategy.offload_param:
             host["reference model"] = kept.pop("reference model") * processes / run.nodes
     tile = min(one.scored, HEAD_TILE_TOKENS) * HEAD_TILE_VOCABULARY * (2 if one.autocast else size)
@@ -142,6 +146,8 @@ def estimate(
         if strategy.zero_stage == 3:
             gathered = shape.total if run.gather_for_generation else min(shape.total, strategy.max_live_parameters)
             rollout["gathered parameters"] = size * gathered
+        elif strategy.fsdp:
+            rollout["gathered parameters"] = transient["gathered parameters"]
     elif run.generation == "vllm-colocate":
         share = run.vllm_utilization * run.gpu_memory
         (rollout if run.vllm_sleep else kept)["vLLM"] = share
@@ -160,16 +166,23 @@ def estimate(
                 f"vLLM's cache holds {capacity:,} tokens for every {run.vllm_tensor_parallel} GPU(s): "
                 f"{capacity // run.max_context} contexts of {run.max_context:,} at the same time."
             )
-    if strategy.zero_stage == 0 and run.dtype == torch.bfloat16 and strategy.lora_rank is None:
+    is_ddp = strategy.zero_stage == 0 and not strategy.fsdp
+    if is_ddp and run.dtype == torch.bfloat16 and strategy.lora_rank is None:
         notes.append(
             "Weights are bfloat16 without a float32 copy: updates smaller than 1/256 of a weight are lost. Load in "
-            "float32 (`dtype: float32`), or use ZeRO."
+            "float32 (`dtype: float32`), or use ZeRO or FSDP2."
         )
 
     per_host = processes / run.nodes
-    # ZeRO-3 partitions parameters as they are loaded; otherwise every process of a host holds the model once
-    loading = run.dtype.itemsize * shape.total * (1 if strategy.zero_stage == 3 else per_host)
-    host["checkpoint being gathered"] = size * shape.total if strategy.zero_stage == 3 else 0
+    # ZeRO-3 partitions parameters as they are loaded; otherwise every process of a host holds the model once, under
+    # FSDP2 with trained parameters in float32 already
+    loaded = run.dtype.itemsize * shape.total
+    if strategy.fsdp and run.bf16:
+        loaded += (4 - run.dtype.itemsize) * shape.trained
+    loading = loaded * (1 if strategy.zero_stage == 3 else per_host)
+    if strategy.is_sharded:
+        # FSDP2's is as its parameters are
+        host["checkpoint being gathered"] = loaded if strategy.fsdp else size * shape.total
     return Estimate(
         strategy=strategy,
         kept=kept,
@@ -192,10 +205,10 @@ def update_pass(run: Run, strategy: Strategy) -> Pass:
         tokens=run.tokens,
         scored=run.scored(run.tokens),
         rows=run.rows,
-        dtype=torch.bfloat16 if deepspeed and run.bf16 else run.dtype,
+        dtype=torch.bfloat16 if (deepspeed or strategy.fsdp) and run.bf16 else run.dtype,
         autocast=run.bf16 and not deepspeed,
         gradient_checkpointing=run.gradient_checkpointing,
-        keeps_gradients=strategy.zero_stage < 2,
+        keeps_gradients=strategy.zero_stage < 2 and not strategy.fsdp,
         lora_rank=strategy.lora_rank,
     )
 
@@ -206,6 +219,8 @@ def _training_state(
     """What is kept, and what an optimizer step, a pass and a host take: bytes by what they are for."""
     processes, per_host = run.gpus, run.gpus / run.nodes
     trained, frozen = shape.trained, shape.total - shape.trained
+    if strategy.fsdp:
+        return _fsdp_state(run, strategy, shape)
     if strategy.zero_stage == 0:
         size = run.dtype.itemsize
         adapter_size = 4 if strategy.lora_rank is not None else size  # PEFT casts adapters to float32
@@ -223,9 +238,12 @@ def _training_state(
     share = trained / processes
     optimizer = (4 + _optimizer_bytes(run.optimizer, 4)) * share  # with the float32 master weights
     gradients = size * share
-    bucket = size * strategy.reduce_bucket_size
+    bucket_size = strategy.reduce_bucket_size
+    if bucket_size is None:
+        bucket_size = run.config.get_text_config().hidden_size ** 2
+    bucket = size * bucket_size
     # reducing a bucket copies it
-    transient = {"reduction": size * min(strategy.reduce_bucket_size, trained)}
+    transient = {"reduction": size * min(bucket_size, trained)}
     host: dict[str, float] = {}
     if strategy.zero_stage == 3:
         kept = {"parameters": size * (shape.total / processes + shape.persistent), "gradients": gradients}
@@ -254,6 +272,31 @@ def _training_state(
         host["parameters"] = kept["parameters"] * per_host
         kept["parameters"] = size * shape.persistent
     return kept, step, transient, host
+
+
+def _fsdp_state(
+    run: Run, strategy: Strategy, shape: ModelShape
+) -> tuple[dict[str, float], dict[str, float], dict[str, float], dict[str, float]]:
+    """As `_training_state`, for FSDP2 as accelerate sets it up."""
+    size = 2 if run.bf16 else run.dtype.itemsize
+    trained_size = 4 if run.bf16 else run.dtype.itemsize
+    share = shape.trained / run.gpus
+    kept = {
+        "parameters": trained_size * share + run.dtype.itemsize * (shape.total - shape.trained) / run.gpus,
+        "optimizer": _optimizer_bytes(run.optimizer, trained_size) * share,
+    }
+    gradients = {"gradients": trained_size * share}
+    # one block is gathered while another, or the head, computes and its gradients are reduced
+    largest = max(shape.block, shape.head)
+    transient = {
+        "gathered parameters": size * (shape.block + largest),
+        "reduction": size * min(shape.trained, largest),
+    }
+    if strategy.offload_param:
+        per_host = run.gpus / run.nodes
+        host = {name: value * per_host for name, value in {**kept, **gradients}.items()}
+        return {}, {}, transient, host
+    return kept, gradients, {**transient, **gradients}, {}
 
 
 def _optimizer_bytes(optimizer: str, size: int) -> float:

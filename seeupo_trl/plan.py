@@ -147,24 +147,42 @@ def from_accelerate_config(path: str) -> tuple[dict[str, Any], Strategy]:
     kind = values.get("distributed_type", "NO")
     if kind in ("NO", "MULTI_GPU"):
         return fields, Strategy()
+    if kind == "FSDP":
+        return fields, _fsdp_strategy(path, values.get("fsdp_config") or {})
     if kind != "DEEPSPEED":
-        raise ValueError(f"{path}: `distributed_type: {kind}` is not planned here; NO, MULTI_GPU and DEEPSPEED are.")
+        raise ValueError(
+            f"{path}: `distributed_type: {kind}` is not planned here; NO, MULTI_GPU, DEEPSPEED and FSDP are."
+        )
     options = values.get("deepspeed_config") or {}
     if "deepspeed_config_file" in options:
         zero = json.loads(Path(options["deepspeed_config_file"]).read_text()).get("zero_optimization", {})
         sizes = {"reduce_bucket_size": "reduce_bucket_size", "max_live_parameters": "stage3_max_live_parameters"}
-        sizes = {name: int(zero[key]) for name, key in sizes.items() if isinstance(zero.get(key), (int, float))}
+        sizes = {name: zero[key] for name, key in sizes.items() if key in zero}
         return fields, Strategy(
             zero_stage=zero.get("stage", 0),
-            offload_optimizer=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
-            offload_param=(zero.get("offload_param") or {}).get("device", "none") != "none",
-            **sizes,
+            offload_optimizer=_is_offloaded(path, (zero.get("offload_optimizer") or {}).get("device")),
+            offload_param=_is_offloaded(path, (zero.get("offload_param") or {}).get("device")),
+            **{name: None if value == "auto" else int(value) for name, value in sizes.items()},
         )
     return fields, Strategy(
         zero_stage=options.get("zero_stage", 2),
-        offload_optimizer=options.get("offload_optimizer_device", "none") != "none",
-        offload_param=options.get("offload_param_device", "none") != "none",
+        offload_optimizer=_is_offloaded(path, options.get("offload_optimizer_device")),
+        offload_param=_is_offloaded(path, options.get("offload_param_device")),
     )
+
+
+def _is_offloaded(path: str, device: str | None) -> bool:
+    if device not in (None, "none", "cpu"):
+        raise ValueError(f"{path}: offloading to {device!r} is not planned here; 'cpu' and 'none' are.")
+    return device == "cpu"
+
+
+def _fsdp_strategy(path: str, options: dict[str, Any]) -> Strategy:
+    if options.get("fsdp_version", 1) != 2:
+        raise ValueError(f"{path}: FSDP 1 is not supported; set `fsdp_version: 2`.")
+    if not options.get("fsdp_reshard_after_forward", True):
+        raise ValueError(f"{path}: `fsdp_reshard_after_forward: false` is not planned here; true is.")
+    return Strategy(fsdp=True, offload_param=options.get("fsdp_offload_params", False))
 
 
 def all_strategies(lora_rank: int) -> list[Strategy]:
@@ -177,6 +195,7 @@ def all_strategies(lora_rank: int) -> list[Strategy]:
         Strategy(3),
         Strategy(3, offload_optimizer=True),
         Strategy(3, offload_optimizer=True, offload_param=True),
+        Strategy(fsdp=True),
         Strategy(0, lora_rank=lora_rank),
         Strategy(3, lora_rank=lora_rank),
     ]
@@ -190,8 +209,10 @@ def plan(run: Run, strategies: Sequence[Strategy]) -> list[Estimate]:
 def library_estimates(shape: ModelShape, run: Run, strategy: Strategy) -> dict[str, float]:
     """
     What DeepSpeed's and accelerate's own estimators say a GPU needs for parameters, gradients and optimizer. The
-    former is left out where DeepSpeed is not installed.
+    former is left out where DeepSpeed is not installed; neither knows FSDP2.
     """
+    if strategy.fsdp:
+        return {}
     if strategy.zero_stage == 0:
         usage = estimate_training_usage(4 * shape.total, "bfloat16" if run.bf16 else "float32")
         return {"accelerate estimate-memory": usage["model"] + usage["gradients"] + usage["optimizer"]}
@@ -314,6 +335,7 @@ def build_parser() -> argparse.ArgumentParser:
     machine.add_argument("--reserve", type=_size, metavar="SIZE", help="of a GPU, for what is no tensor (2GiB)")
     strategy = parser.add_argument_group("strategy (default: a table of all)")
     strategy.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), help="0 is DDP")
+    strategy.add_argument("--fsdp2", action="store_true")
     strategy.add_argument("--offload-optimizer", action="store_true")
     strategy.add_argument("--offload-param", action="store_true")
     strategy.add_argument("--lora-rank", type=int)
@@ -346,6 +368,8 @@ def run_from_arguments(args: argparse.Namespace) -> tuple[Run, list[Strategy]]:
         `ValueError`:
             When something is missing or contradictory.
     """
+    if (args.offload_optimizer or args.offload_param) and args.zero_stage is None and not args.fsdp2:
+        raise ValueError("What can be offloaded depends on the strategy: give `--zero-stage` or `--fsdp2` with it.")
     fields: dict[str, Any] = {"gpus": 8, "dtype": "bfloat16"}
     strategies: list[Strategy] | None = None
     if args.accelerate_config:
@@ -364,9 +388,9 @@ def run_from_arguments(args: argparse.Namespace) -> tuple[Run, list[Strategy]]:
     if fields["dtype"] not in _DTYPES:
         raise ValueError(f"`dtype: {fields['dtype']}` is not planned here; {', '.join(_DTYPES)} and auto are.")
     fields["dtype"] = _DTYPES[fields["dtype"]]
-    if args.zero_stage is not None:
+    if args.zero_stage is not None or args.fsdp2:
         options = {"offload_optimizer": args.offload_optimizer, "offload_param": args.offload_param}
-        strategies = [Strategy(args.zero_stage, **options, lora_rank=lora_rank)]
+        strategies = [Strategy(args.zero_stage or 0, fsdp=args.fsdp2, **options, lora_rank=lora_rank)]
     elif strategies is not None:
         strategies = [replace(strategy, lora_rank=lora_rank) for strategy in strategies]
     else:

@@ -42,6 +42,8 @@ class ModelShape:
             Whether head and embeddings are the same parameters.
         largest_layer (`int`):
             Parameters of the largest single module, as DeepSpeed's estimator asks for them.
+        block (`int`):
+            Parameters of the largest of the blocks that FSDP2 gathers one after the other: the layers.
         persistent (`int`):
             Parameters in tensors too small for ZeRO-3 to partition.
         kv_elements (`int`):
@@ -54,6 +56,7 @@ class ModelShape:
     embedding: int
     tied: bool
     largest_layer: int
+    block: int
     persistent: int
     kv_elements: int
 
@@ -78,6 +81,7 @@ def _model_shape(config: PreTrainedConfig, lora_rank: int | None) -> ModelShape:
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head, embedding = causal_lm.get_output_embeddings().weight, causal_lm.get_input_embeddings().weight
     parameters = list(model.parameters())
+    blocks = [m for m in causal_lm.modules() if type(m).__name__ in (causal_lm._no_split_modules or ())]
     return ModelShape(
         total=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
@@ -85,6 +89,7 @@ def _model_shape(config: PreTrainedConfig, lora_rank: int | None) -> ModelShape:
         embedding=embedding.numel(),
         tied=head is embedding,
         largest_layer=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()),
+        block=max((sum(p.numel() for p in m.parameters()) for m in blocks), default=0),
         persistent=sum(p.numel() for p in parameters if p.numel() < PERSISTENCE_THRESHOLD),
         kv_elements=2 * text.num_hidden_layers * kv_heads * head_dim,
     )
@@ -97,35 +102,50 @@ class Strategy:
 
     Args:
         zero_stage (`int`, *optional*, defaults to `0`):
-            DeepSpeed's ZeRO stage; 0 is DDP without DeepSpeed.
+            DeepSpeed's ZeRO stage; 0 is without DeepSpeed: DDP, or FSDP2.
+        fsdp (`bool`, *optional*, defaults to `False`):
+            Whether it is FSDP2, which gathers a layer's parameters for as long as it computes.
         offload_optimizer (`bool`, *optional*, defaults to `False`):
             Whether gradients' partitions and optimizer state are in the host's memory.
         offload_param (`bool`, *optional*, defaults to `False`):
-            Whether parameters' partitions are in the host's memory (stage 3).
+            Whether parameters' partitions are in the host's memory (stage 3; under FSDP2 with everything that is
+            partitioned).
         lora_rank (`int`, *optional*):
             Rank of LoRA adapters. `None` trains all parameters.
-        reduce_bucket_size, max_live_parameters (`int`, *optional*):
-            As in DeepSpeed's json, with its defaults.
+        reduce_bucket_size (`int`, *optional*, defaults to 500,000,000):
+            As in DeepSpeed's json; `None` is `"auto"`, which transformers replaces by the square of the hidden size.
+        max_live_parameters (`int`, *optional*, defaults to 1,000,000,000):
+            As in DeepSpeed's json.
     """
 
     zero_stage: int = 0
+    fsdp: bool = False
     offload_optimizer: bool = False
     offload_param: bool = False
     lora_rank: int | None = None
-    reduce_bucket_size: int = 500_000_000
+    reduce_bucket_size: int | None = 500_000_000
     max_live_parameters: int = 1_000_000_000
 
     def __post_init__(self):
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"`zero_stage` must be 0 (DDP), 1, 2 or 3; got {self.zero_stage}.")
-        if self.offload_param and self.zero_stage != 3:
-            raise ValueError(f"Parameters can be offloaded under ZeRO-3 only, not under stage {self.zero_stage}.")
+        if self.fsdp and self.zero_stage:
+            raise ValueError(f"A run is under FSDP2 or ZeRO, not both; `zero_stage` is {self.zero_stage}.")
+        if self.offload_param and not self.is_sharded:
+            raise ValueError(
+                f"Parameters can be offloaded under ZeRO-3 and FSDP2 only, not under stage {self.zero_stage}."
+            )
         if self.offload_optimizer and self.zero_stage == 0:
-            raise ValueError("The optimizer can be offloaded under ZeRO only; `zero_stage` is 0.")
+            raise ValueError("The optimizer can be offloaded by itself under ZeRO only; `zero_stage` is 0.")
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every process holds a part of the parameters only."""
+        return self.fsdp or self.zero_stage == 3
 
     @property
     def name(self) -> str:
-        name = f"ZeRO-{self.zero_stage}" if self.zero_stage else "DDP"
+        name = f"ZeRO-{self.zero_stage}" if self.zero_stage else "FSDP2" if self.fsdp else "DDP"
         name += " + optimizer offload" * self.offload_optimizer + " + parameter offload" * self.offload_param
         return name + (f", LoRA r={self.lora_rank}" if self.lora_rank else "")
 

@@ -30,7 +30,7 @@ from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from .buffer import Trajectory, TurnBuffer, turns_from_mask
-from .engine import UpdateEngine, check_deepspeed
+from .engine import UpdateEngine, check_deepspeed, keep_output_dtype
 from .entropy_bonus import EntropyBonus
 from .envs.base import StopReason
 from .envs.tools import EMPTY_PROMPT
@@ -39,11 +39,12 @@ from .multimodal import SampleScorer
 from .objective import center_by_group, k3_divergence, normalize_over_batch
 from .outcome import Outcome, describe_outcomes
 from .resume import ResumableRepeatSampler, agree_on_checkpoint, discard_state
-from .rollout import MultiTurnRollout, environment_reward
+from .rollout import MultiTurnRollout
 from .rollout_checks import checked_rollout
 from .scoring import Scorer, score_without_gradient
 from .seeupo_config import SeeUPOConfig
 from .tool_rollout import ToolRollout, tool_rollout_for
+from .trainer_inputs import check_dataset, placeholder_dataset, with_environment_reward
 from .trajectory_log import TrajectoryLog
 from .tree_scoring import TreeScorer
 from .update import Reference, TurnUpdater
@@ -145,14 +146,14 @@ class SeeUPOTrainer(GRPOTrainer):
                 )
             rollout_func, environment_factory = MultiTurnRollout(environment_factory), None
         if isinstance(rollout_func, MultiTurnRollout):
-            reward_funcs = _with_environment_reward(reward_funcs, trainer_args)
+            reward_funcs = with_environment_reward(reward_funcs, trainer_args)
             if train_dataset is None:
-                train_dataset = _placeholder_dataset(args)
+                train_dataset = placeholder_dataset(args)
         if rollout_func is not None:
             rollout_func = partial(checked_rollout, rollout_func)
         if (tools or environment_factory) and args.max_tool_calling_iterations is None and args.max_turns is not None:
             trainer_args.max_tool_calling_iterations = args.max_turns - 1
-        _check_dataset(train_dataset, args)
+        check_dataset(train_dataset, args)
         check_deepspeed(args)
 
         super().__init__(
@@ -209,6 +210,10 @@ class SeeUPOTrainer(GRPOTrainer):
         self._tool_rollout = tool_rollout
         self.rollout_func = partial(checked_rollout, tool_rollout)
         self.reward_funcs = tool_rollout.with_its_rewards(self.reward_funcs)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        keep_output_dtype(self.accelerator)
 
     # ---- Data and checkpoints ----
 
@@ -571,34 +576,3 @@ def _with_plain_arguments(conversation: Any) -> Any:
             message = {**message, "tool_calls": calls}
         messages.append(message)
     return messages
-
-
-def _with_environment_reward(reward_funcs: Any, args: SeeUPOConfig) -> list:
-    """Reward functions with the environment's own reward among them, at weight 1 where it was not given."""
-    reward_funcs = [] if reward_funcs is None else reward_funcs
-    reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
-    if environment_reward not in reward_funcs:
-        reward_funcs.append(environment_reward)
-        if args.reward_weights is not None:
-            args.reward_weights = [*args.reward_weights, 1.0]
-    return reward_funcs
-
-
-def _placeholder_dataset(args: SeeUPOConfig) -> Dataset:
-    if args.max_steps <= 0:
-        raise ValueError(
-            "Without a `train_dataset` (the environment brings the tasks), `max_steps` must be set to a positive "
-            f"number of iterations; got {args.max_steps}."
-        )
-    rows = args.generation_batch_size // args.num_generations
-    return Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * rows})
-
-
-def _check_dataset(dataset: Any, args: SeeUPOConfig) -> None:
-    needed = args.generation_batch_size // args.num_generations
-    if isinstance(dataset, Dataset) and len(dataset) < needed:
-        raise ValueError(
-            f"The training dataset has {len(dataset)} rows, but one iteration takes {needed} prompts (a generation "
-            f"batch of {args.generation_batch_size} completions in groups of {args.num_generations}). Give more rows, "
-            "or lower `per_device_train_batch_size`, `gradient_accumulation_steps` or `steps_per_generation`."
-        )

@@ -139,6 +139,20 @@ class KillerWhileSaving(Killer):
         trainer._save_rng_state = save_or_die
 
 
+class Precision:
+    """Whether all log-probabilities that a trainer scores are bfloat16 numbers."""
+
+    def __init__(self, trainer: SeeUPOTrainer):
+        self.is_bfloat16 = True
+        self._score = trainer._scorer.score
+        trainer._scorer.score = self.score
+
+    def score(self, *args, **kwargs):
+        scores, loss = self._score(*args, **kwargs)
+        self.is_bfloat16 &= all(torch.equal(s.logps, s.logps.bfloat16().to(s.logps)) for s in scores.values())
+        return scores, loss
+
+
 def train(run: dict, num_processes: int) -> None:
     options = dict(run)
     output = Path(options.pop("output")) / options.pop("name")
@@ -206,7 +220,7 @@ def train(run: dict, num_processes: int) -> None:
     for name, parameter in trainer.model.named_parameters():
         if any(name.startswith(prefix) for prefix in frozen):
             parameter.requires_grad_(False)
-    note = {}
+    note, precision = {}, Precision(trainer)
     if refused:
         try:
             trainer.train()
@@ -216,6 +230,7 @@ def train(run: dict, num_processes: int) -> None:
         trainer.train(resume_from_checkpoint=resume or None)
         trainer.save_model(str(output / "final"))
         note["distributed_type"] = str(trainer.accelerator.distributed_type.value)
+        note["log-probabilities are bfloat16"] = precision.is_bfloat16
         note["num_processes"] = trainer.accelerator.num_processes
         if plays:
             note["generations"] = rollouts["rollout_func"].generations

@@ -35,6 +35,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "lora": {"lora": True, "beta": 0.1, "gradient_checkpointing": True},
     "minibatches": {"packing": "rows", "per_device_train_batch_size": 1, "steps_per_generation": 6},
     "frozen": {"model": "tied", "frozen": ["model.layers.0", "model.norm"]},
+    "reduced_always": {
+        "packing": "rows",
+        "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
+    },
     # TRL adds the load-balancing loss of the architecture unless it is told not to
     "moe": {"model": "moe", "packing": "rows", "router_aux_loss_coef": 0.0},
     # beyond the oracle: these are compared with one process
@@ -47,12 +51,16 @@ RUNS: dict[str, dict[str, Any]] = {
     "refused": {"refused": True, "packing": "tree", "max_tokens_per_microbatch": 16},
 }
 ORACLE_SETTINGS = ("beta", "old_policy", "turn_weight_clip", "max_turn_updates", "advantage_clip")
-ORACLE_RUNS = ("rows", "kl", "trees", "stripped", "blocks", "lora", "minibatches", "frozen", "moe")
+ORACLE_RUNS = ("rows", "kl", "trees", "stripped", "blocks", "lora", "minibatches", "frozen", "reduced_always", "moe")
 SINGLE_RUNS = ("adam", "plays")
 
 LAUNCHES: dict[str, tuple[str | None, int, list[str]]] = {
     "one": (None, 1, ["rows", "adam", "plays"]),
-    "ddp": ("ddp", 2, ["rows", "kl", "lora", "minibatches", "frozen", "moe", "moe_with_auxiliary_loss", "bf16"]),
+    "ddp": (
+        "ddp",
+        2,
+        ["rows", "kl", "lora", "minibatches", "frozen", "reduced_always", "moe", "moe_with_auxiliary_loss", "bf16"],
+    ),
     "zero1": ("zero1", 2, ["kl", "lora", "minibatches"]),
     "zero2": ("zero2", 2, ["kl", "trees", "lora", "minibatches", "bf16"]),
     "zero3": (
@@ -63,7 +71,7 @@ LAUNCHES: dict[str, tuple[str | None, int, list[str]]] = {
     "zero3_offload_optimizer": ("zero3_offload_optimizer", 2, ["kl", "lora"]),
     "zero3_offload": ("zero3_offload", 2, ["trees", "lora"]),
     "torchrun-zero3": ("torchrun_zero3", 2, ["kl"]),
-    "fsdp2": ("fsdp2", 2, ["kl", "trees", "lora", "frozen", "adam", "plays"]),
+    "fsdp2": ("fsdp2", 2, ["kl", "trees", "lora", "frozen", "adam", "bf16", "plays"]),
     "three-ddp": ("ddp", 3, ["blocks", "trees", "plays", "refused"]),
     "three-zero3": ("zero3", 3, ["kl", "trees", "plays"]),
 }
@@ -248,6 +256,12 @@ def test_run_stays_finite(launched, run, finished, models):
     assert all(p.isfinite().all() for p in finished(launched).parameters(run).values())
     if run == "moe_with_auxiliary_loss":
         assert all(log["aux_loss"] > 0 for log in logs if log["optimizer_steps"])
+
+
+@cases("bf16")
+def test_log_probabilities_are_not_rounded_to_bfloat16(launched, run, finished):
+    """A ratio multiplies what is lost in every token."""
+    assert not any(note["log-probabilities are bfloat16"] for note in finished(launched).notes(run))
 
 
 @cases("refused")

@@ -59,6 +59,17 @@ def test_live_bytes_are_those_of_the_storages_that_are_alive():
         assert memory.live == 0 and len(without_memory) == 1000
 
 
+def test_live_bytes_follow_a_storage_that_is_resized():
+    with LiveBytes() as memory:
+        tensor = torch.zeros(1000)
+        tensor.untyped_storage().resize_(0)
+        assert (memory.live, memory.peak) == (0, 4000)
+        tensor.untyped_storage().resize_(8000)
+        assert (memory.live, memory.peak) == (8000, 8000)
+    tensor.untyped_storage().resize_(0)
+    assert memory.live == 8000  # it looks no more
+
+
 def episodes(prompt: int, action: int, observation: int, turns: int, count: int = 4) -> TurnBuffer:
     trajectories = []
     for index in range(count):
@@ -183,9 +194,23 @@ def deepspeed(stage: int) -> dict:
     return {"distributed_type": "DEEPSPEED", "deepspeed_config": options}
 
 
+FSDP2 = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2, "fsdp_reshard_after_forward": True}}
+FSDP2["fsdp_config"] |= {"fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_state_dict_type": "FULL_STATE_DICT"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [{"distributed_type": "MULTI_GPU"}, deepspeed(2), deepspeed(3)], ids=str)
-def test_two_processes_take_what_was_planned_and_reload_what_they_saved(launcher, tmp_path):
+@pytest.mark.parametrize(
+    ("launcher", "options"),
+    [
+        ({"distributed_type": "MULTI_GPU"}, []),
+        (deepspeed(2), []),
+        (deepspeed(3), []),
+        (FSDP2, []),
+        (FSDP2, ["--lora_rank", "8"]),
+    ],
+    ids=["ddp", "zero2", "zero3", "fsdp2", "fsdp2-lora"],
+)
+def test_two_processes_take_what_was_planned_and_reload_what_they_saved(launcher, options, tmp_path):
     pytest.importorskip("deepspeed")
     config = {
         **{"compute_environment": "LOCAL_MACHINE", "machine_rank": 0, "main_training_function": "main"},
@@ -194,9 +219,7 @@ def test_two_processes_take_what_was_planned_and_reload_what_they_saved(launcher
     }
     path = tmp_path / "launcher.yaml"
     path.write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
-    command += ["--main_process_port", "0", str(ROOT / "benchmarks" / "dry_run_14b.py")]
-    command += ["--shape", "1,4,4000", "--iterations", "2"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "dry_run_14b.py"), str(path), "--shape", "1,4,4000", *options]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)}
     env |= {"PYTHONPATH": str(ROOT), "TRL_EXPERIMENTAL_SILENCE": "1"}
     process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
@@ -255,6 +278,53 @@ def test_the_lora_recipe_fits_one_gpu_of_80_gib(qwen3_14b, capsys):
     assert row["max_tokens"] >= output["tokens"] >= 24000
 
 
+def test_fsdp2_is_planned_from_its_launcher_file(qwen3_14b, tmp_path, capsys):
+    arguments = ["--model", qwen3_14b, "--generation", "vllm-server", "--reference", "--accelerate-config"]
+
+    def row(name: str) -> dict:
+        (one,) = planned(capsys, *arguments, str(ROOT / f"examples/accelerate_configs/{name}.yaml"))["strategies"]
+        return one
+
+    fsdp2, zero3 = row("fsdp2"), row("zero3")
+    assert fsdp2["strategy"] == "FSDP2" and fsdp2["fits"]
+    # float32 parameters, gradients and moments, against bfloat16 ones with float32 master weights and moments
+    states = [sum(one["kept"].get(name, 0) for name in ("parameters", "optimizer")) for one in (fsdp2, zero3)]
+    assert states[0] == pytest.approx(12 * 14_768_307_200 / 8) == pytest.approx(states[1] * 12 / 14, rel=0.01)
+
+    options = yaml.safe_load((ROOT / "examples/accelerate_configs/fsdp2.yaml").read_text())
+    for name, value, message in (
+        ("fsdp_version", 1, "FSDP 1 is not supported"),
+        ("fsdp_reshard_after_forward", False, "is not planned here"),
+    ):
+        changed = {**options, "fsdp_config": {**options["fsdp_config"], name: value}}
+        path = tmp_path / "changed.yaml"
+        path.write_text(yaml.safe_dump(changed))
+        with pytest.raises(ValueError, match=message):
+            plan.from_accelerate_config(str(path))
+    offloading = {**options, "fsdp_config": {**options["fsdp_config"], "fsdp_offload_params": True}}
+    path.write_text(yaml.safe_dump(offloading))
+    run = Run(CONFIGS["qwen3"], gpus=2, gpu_memory=GIB, generation="vllm-server")
+    one = estimate(run, plan.from_accelerate_config(str(path))[1])
+    assert not one.kept and one.host["optimizer"] == 8 * model_shape(CONFIGS["qwen3"]).total
+
+
+def test_a_deepspeed_json_is_read_as_transformers_reads_it(tmp_path):
+    def strategy(**zero) -> Strategy:
+        (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
+        options = {"deepspeed_config_file": str(tmp_path / "zero.json")}
+        (tmp_path / "launcher.yaml").write_text(
+            yaml.safe_dump({"distributed_type": "DEEPSPEED", "deepspeed_config": options, "num_processes": 2})
+        )
+        return plan.from_accelerate_config(str(tmp_path / "launcher.yaml"))[1]
+
+    one = strategy(stage=3, reduce_bucket_size="auto", stage3_max_live_parameters=1e6, offload_param={"device": "cpu"})
+    assert one == Strategy(3, offload_param=True, reduce_bucket_size=None, max_live_parameters=1_000_000)
+    run = Run(CONFIGS["qwen3"], gpus=2, gpu_memory=GIB, generation="vllm-server")
+    assert estimate(run, one).kept["buckets"] == 2 * CONFIGS["qwen3"].hidden_size ** 2
+    with pytest.raises(ValueError, match="offloading to 'nvme' is not planned here"):
+        strategy(stage=3, offload_optimizer={"device": "nvme"})
+
+
 def test_full_training_of_14b_needs_zero_and_more_than_a_small_card(qwen3_14b, capsys):
     shared = ["--model", qwen3_14b, "--generation", "vllm-server", "--tokens", "16384"]
 
@@ -302,6 +372,7 @@ def test_table_names_what_differs_from_the_libraries_own_estimators(qwen3_14b, c
         (["--model", "no/such-model"], "describe its shape with `--shape`"),
         ([], "Which model?"),
         (["--shape", "layers=2"], "head_dim=<number>"),
+        (["--model", "x", "--offload-optimizer"], "give `--zero-stage` or `--fsdp2`"),
         (["--model", "x", "--gpu-memory", "lots"], "write it as 80GiB"),
         (["--model", "x", "--config", "no-such.yaml"], "no-such.yaml"),
     ],
@@ -323,7 +394,9 @@ def test_sizes_are_read_with_their_units(text, size):
     [
         ({"zero_stage": 4}, "zero_stage"),
         ({"offload_optimizer": True}, "ZeRO only"),
-        ({"zero_stage": 2, "offload_param": True}, "ZeRO-3 only"),
+        ({"zero_stage": 2, "offload_param": True}, "ZeRO-3 and FSDP2 only"),
+        ({"zero_stage": 3, "fsdp": True}, "not both"),
+        ({"fsdp": True, "offload_optimizer": True}, "ZeRO only"),
     ],
 )
 def test_strategies_that_do_not_exist_are_refused(options, message):
