@@ -38,7 +38,7 @@ from .evaluation import Evaluation
 from .multimodal import SampleScorer
 from .objective import center_by_group, k3_divergence, normalize_over_batch
 from .outcome import Outcome, describe_outcomes
-from .resume import ResumableRepeatSampler, agree_on_checkpoint, discard_state
+from .resume import ResumableRepeatSampler, agree_on_checkpoint, discard_state, save_entropy_state
 from .rollout import MultiTurnRollout
 from .rollout_checks import checked_rollout
 from .scoring import Scorer, score_without_gradient
@@ -246,6 +246,8 @@ class SeeUPOTrainer(GRPOTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
+        if self.use_adaptive_entropy and self.args.should_save:
+            save_entropy_state(output_dir, self.entropy_coef, self._last_world_entropy)
         # the state file, which is written next, says that the checkpoint is whole: on every process
         self.accelerator.wait_for_everyone()
 
