@@ -30,7 +30,7 @@ from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from .buffer import Trajectory, TurnBuffer, turns_from_mask
-from .engine import UpdateEngine, check_deepspeed, keep_output_dtype
+from .engine import UpdateEngine, check_deepspeed, keep_output_dtype, reference_in_layers
 from .entropy_bonus import EntropyBonus
 from .envs.base import StopReason
 from .envs.tools import EMPTY_PROMPT
@@ -156,22 +156,23 @@ class SeeUPOTrainer(GRPOTrainer):
         check_dataset(train_dataset, args)
         check_deepspeed(args)
 
-        super().__init__(
-            model=model,
-            reward_funcs=reward_funcs,
-            args=trainer_args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            reward_processing_classes=reward_processing_classes,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            tools=tools,
-            rollout_func=rollout_func,
-            environment_factory=environment_factory,
-        )
+        with reference_in_layers():
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs,
+                args=trainer_args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+                rollout_func=rollout_func,
+                environment_factory=environment_factory,
+            )
 
         self._tool_rollout: ToolRollout | None = None
         if tool_rollout is not None and rollout_func is None:
