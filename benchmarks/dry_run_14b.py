@@ -78,6 +78,7 @@ def run_of(config: Qwen3Config, options: argparse.Namespace) -> Run:
         prompt=options.prompt,
         action=options.action,
         observation=options.observation,
+        reference=options.beta != 0,
         generation="vllm-server",  # nothing is generated here
     )
 
@@ -215,7 +216,7 @@ def make_trainer(options: argparse.Namespace, steps: int, callbacks: list) -> Se
         save_strategy="no" if options.reload else "steps",
         save_steps=steps,
         learning_rate=1e-6,
-        beta=0.0,
+        beta=options.beta,
         bf16=True,
         use_cpu=ON_CPU,
         model_init_kwargs={"dtype": "bfloat16"},
@@ -288,18 +289,8 @@ def launch(options: argparse.Namespace, *flags: str) -> list[dict]:
     """Start the processes with this script, wait for them, and read their notes."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", options.config]
     command += ["--num_processes", str(options.processes), "--main_process_port", "0", __file__, options.config]
-    for name in (
-        "prompt",
-        "action",
-        "observation",
-        "turns",
-        "lora_rank",
-        "iterations",
-        "processes",
-        "model",
-        "directory",
-    ):
-        command += [f"--{name}", str(getattr(options, name))]
+    passed_on = ("prompt", "action", "observation", "turns", "lora_rank", "beta", "iterations", "processes")
+    command += [f"--{name}={getattr(options, name)}" for name in (*passed_on, "model", "directory")]
     subprocess.run([*command, *flags], check=True)
     phase = flags[0].removeprefix("--")
     return [
@@ -336,6 +327,7 @@ def main() -> None:
     parser.add_argument("--observation", type=int, default=8)
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--lora_rank", type=int, default=0, help="of adapters that are trained instead of the model")
+    parser.add_argument("--beta", type=float, default=0.0, help="of the KL term; other than 0, there is a reference")
     parser.add_argument("--iterations", type=int, default=1, help="before the checkpoint; the last one is measured")
     # for the processes themselves
     parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)

@@ -18,6 +18,7 @@ from trl.trainer.utils import RepeatSampler
 logger = logging.get_logger(__name__)
 
 TRAINER_STATE_FILE = "trainer_state.json"
+ENTROPY_STATE_FILE = "entropy_ctrl_state.json"
 
 
 class ResumableRepeatSampler(RepeatSampler):
@@ -106,6 +107,15 @@ def agree_on_checkpoint(output_dir: str, accelerator: Accelerator) -> str:
             "in a directory that all of them share."
         )
     return checkpoint
+
+
+def save_entropy_state(checkpoint: str, coefficient: float, last_entropy: float | None) -> None:
+    """
+    Write the state of the adaptive entropy bonus as TRL (1.15 and 1.16) does, which writes it when the checkpoint
+    counts as whole already: a run killed just then would resume with another coefficient.
+    """
+    with open(os.path.join(checkpoint, ENTROPY_STATE_FILE), "w") as file:
+        json.dump({"entropy_coef": coefficient, "last_world_entropy": last_entropy}, file)
 
 
 def discard_state(checkpoint: str) -> None:

@@ -30,7 +30,7 @@ from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from .buffer import Trajectory, TurnBuffer, turns_from_mask
-from .engine import UpdateEngine, check_deepspeed, keep_output_dtype
+from .engine import UpdateEngine, check_deepspeed, keep_output_dtype, reference_in_layers
 from .entropy_bonus import EntropyBonus
 from .envs.base import StopReason
 from .envs.tools import EMPTY_PROMPT
@@ -38,7 +38,7 @@ from .evaluation import Evaluation
 from .multimodal import SampleScorer
 from .objective import center_by_group, k3_divergence, normalize_over_batch
 from .outcome import Outcome, describe_outcomes
-from .resume import ResumableRepeatSampler, agree_on_checkpoint, discard_state
+from .resume import ResumableRepeatSampler, agree_on_checkpoint, discard_state, save_entropy_state
 from .rollout import MultiTurnRollout
 from .rollout_checks import checked_rollout
 from .scoring import Scorer, score_without_gradient
@@ -156,22 +156,23 @@ class SeeUPOTrainer(GRPOTrainer):
         check_dataset(train_dataset, args)
         check_deepspeed(args)
 
-        super().__init__(
-            model=model,
-            reward_funcs=reward_funcs,
-            args=trainer_args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            reward_processing_classes=reward_processing_classes,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            tools=tools,
-            rollout_func=rollout_func,
-            environment_factory=environment_factory,
-        )
+        with reference_in_layers():
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs,
+                args=trainer_args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+                rollout_func=rollout_func,
+                environment_factory=environment_factory,
+            )
 
         self._tool_rollout: ToolRollout | None = None
         if tool_rollout is not None and rollout_func is None:
@@ -246,6 +247,8 @@ class SeeUPOTrainer(GRPOTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
+        if self.use_adaptive_entropy and self.args.should_save:
+            save_entropy_state(output_dir, self.entropy_coef, self._last_world_entropy)
         # the state file, which is written next, says that the checkpoint is whole: on every process
         self.accelerator.wait_for_everyone()
 

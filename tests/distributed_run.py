@@ -23,6 +23,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
 from tiny import VOCABULARY
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 from unkind_rollouts import GROUP_SIZE, NUM_TRAJECTORIES, TURNS, FixedRollouts, outcome_reward
 
@@ -231,6 +232,8 @@ def train(run: dict, num_processes: int) -> None:
         trainer.save_model(str(output / "final"))
         note["distributed_type"] = str(trainer.accelerator.distributed_type.value)
         note["log-probabilities are bfloat16"] = precision.is_bfloat16
+        if trainer.ref_model is not None:
+            note["units of the reference"] = sum(isinstance(m, FSDPModule) for m in trainer.ref_model.modules())
         note["num_processes"] = trainer.accelerator.num_processes
         if plays:
             note["generations"] = rollouts["rollout_func"].generations

@@ -264,6 +264,11 @@ def test_log_probabilities_are_not_rounded_to_bfloat16(launched, run, finished):
     assert not any(note["log-probabilities are bfloat16"] for note in finished(launched).notes(run))
 
 
+def test_fsdp2_gathers_the_reference_layer_by_layer(finished):
+    for note in finished("fsdp2").notes("kl"):
+        assert note["units of the reference"] > tiny_config().num_hidden_layers
+
+
 @cases("refused")
 def test_trajectory_over_the_budget_stops_every_process(launched, run, finished):
     """Only one process has such a trajectory; the others must not wait for it."""

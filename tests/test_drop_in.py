@@ -21,6 +21,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     TrainerCallback,
+    TrainerState,
 )
 from trl import GRPOConfig, TrlParser
 
@@ -607,6 +608,23 @@ class TestRegularisation:
         assert coefficients == sorted(coefficients)
         assert coefficients[-1] == pytest.approx(0.03)
         assert trainer.entropy_coef == pytest.approx(0.03)
+
+    def test_the_entropy_coefficient_is_saved_before_the_checkpoint_counts_as_whole(self, make, monkeypatch, tmp_path):
+        def killed(state, path):
+            raise KeyboardInterrupt
+
+        bounds = {"entropy_coef_min": 0.0, "entropy_coef_max": 0.03, "entropy_coef_delta": 0.01}
+        args = {"use_adaptive_entropy": True, "entropy_target": 100.0, "save_strategy": "steps", "save_steps": 2}
+        trainer = make({**args, **bounds, "max_steps": 2, "output_dir": str(tmp_path)})
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(TrainerState, "save_to_json", killed)
+            trainer.train()
+        (early,) = tmp_path.glob("checkpoint-2/entropy_ctrl_state.json")
+        written = early.read_text()
+        early.unlink()
+        trainer._save_checkpoint(trainer.model, trial=None)
+        assert early.read_text() == written
+        assert json.loads(written)["entropy_coef"] == pytest.approx(0.02)
 
     def test_a_mixture_of_experts_is_balanced(self, make, tmp_path):
         torch.manual_seed(0)

@@ -29,6 +29,7 @@ from trl.data_utils import is_conversational
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer import grpo_trainer
 from trl.trainer.utils import (
     RepeatSampler,
     add_fused_lm_head,
@@ -332,6 +333,13 @@ def test_the_state_file_is_written_after_everything_else_of_a_checkpoint():
     assert -1 not in positions and positions == sorted(positions), (
         f"Trainer._save_checkpoint no longer writes the state file after the states of the random generators, or "
         f"removes older checkpoints before {VERSIONS}: see SeeUPOTrainer._save_rng_state and resume.py."
+    )
+
+
+def test_a_reference_that_is_sharded_already_stays_as_it_is():
+    called, prepares = inspect.getsource(GRPOTrainer.__init__), inspect.getsource(grpo_trainer.prepare_fsdp)
+    assert "prepare_fsdp(self.ref_model, self.accelerator)" in called and "FSDPModule)):" in prepares, (
+        f"TRL prepares a reference model for FSDP2 in another way {VERSIONS}: see reference_in_layers in engine.py."
     )
 
 
