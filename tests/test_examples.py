@@ -15,6 +15,8 @@ from tiny import VOCABULARY, save_tiny_model
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
+from seeupo_trl.tree_attention import flex_length
+
 
 pytest.importorskip("bfcl_eval", reason="bfcl-eval is installed without its dependencies, see the README")
 
@@ -52,6 +54,16 @@ def test_published_setup_is_that_of_the_paper(model):
     assert (settings["max_observation_tokens"], settings["num_train_epochs"]) == (3000, 50)
     # Qwen2.5's chat template has no reasoning to strip
     assert settings.get("history") == ("strip_reasoning" if model == "qwen3" else None)
+
+
+@pytest.mark.parametrize("recipe", ["qwen3_14b_bfcl", "qwen3_14b_bfcl_lora", "qwen2.5_14b_bfcl"])
+def test_no_episode_of_a_recipe_exceeds_its_token_budget(recipe):
+    settings = yaml.safe_load((EXAMPLES / "configs" / f"{recipe}.yaml").read_text())
+    needed = settings["max_context_length"]
+    if settings.get("history") == "strip_reasoning":
+        # two turns that are trained together may have no more in common than the prompt; the shortest has 3,688 tokens
+        needed += settings["max_context_length"] - 3688
+    assert settings["max_tokens_per_microbatch"] >= flex_length(needed)
 
 
 def test_evaluation_of_the_14b_model_plays_as_it_was_trained(tmp_path):
