@@ -8,11 +8,11 @@ saw and wrote as tokens is the business of [`~seeupo_trl.rollout.MultiTurnRollou
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 
-class StopReason(str, Enum):
+class StopReason(StrEnum):
     """
     Why an episode ended. Members are strings: `StopReason.completed == "completed"`.
 
@@ -30,9 +30,6 @@ class StopReason(str, Enum):
     response_truncated = "response_truncated"
     env_error = "env_error"
     env_timeout = "env_timeout"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 # Stop reasons that say the environment failed: no reward counts then, and nothing is learned from the episode.
