@@ -32,6 +32,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "trees": {"packing": "tree", "max_tokens_per_microbatch": 80, "beta": 0.1},
     "stripped": {"packing": "tree", "strip": True, "turn_weight_clip": None},
     "blocks": {"max_turn_updates": 3, "old_policy": "turn", "advantage_clip": 1.0},
+    "entropy": {"packing": "rows", "entropy_coef": 0.02, "update_order": "forward", "num_iterations": 2},
     "lora": {"lora": True, "beta": 0.1, "gradient_checkpointing": True},
     "minibatches": {"packing": "rows", "per_device_train_batch_size": 1, "steps_per_generation": 6},
     "frozen": {"model": "tied", "frozen": ["model.layers.0", "model.norm"]},
@@ -47,7 +48,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "refused": {"refused": True, "packing": "tree", "max_tokens_per_microbatch": 16},
 }
 ORACLE_SETTINGS = ("beta", "old_policy", "turn_weight_clip", "max_turn_updates", "advantage_clip")
-ORACLE_RUNS = ("rows", "kl", "trees", "stripped", "blocks", "lora", "minibatches", "frozen", "moe")
+ORACLE_SETTINGS += ("entropy_coef", "update_order", "num_iterations")
+ORACLE_RUNS = ("rows", "kl", "trees", "stripped", "blocks", "entropy", "lora", "minibatches", "frozen", "moe")
 SINGLE_RUNS = ("adam", "plays")
 
 LAUNCHES: dict[str, tuple[str | None, int, list[str]]] = {
@@ -58,7 +60,10 @@ LAUNCHES: dict[str, tuple[str | None, int, list[str]]] = {
     "zero3": (
         "zero3",
         2,
-        ["rows", "kl", "trees", "stripped", "lora", "frozen", "moe", "adam", "bf16", "plays", "plays_sharded"],
+        [
+            *("rows", "kl", "trees", "stripped", "entropy", "lora", "frozen", "moe", "adam", "bf16", "plays"),
+            "plays_sharded",
+        ],
     ),
     "zero3_offload_optimizer": ("zero3_offload_optimizer", 2, ["kl", "lora"]),
     "zero3_offload": ("zero3_offload", 2, ["trees", "lora"]),
