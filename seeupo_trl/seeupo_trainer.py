@@ -38,7 +38,7 @@ from .evaluation import Evaluation
 from .multimodal import SampleScorer
 from .objective import center_by_group, k3_divergence, normalize_over_batch
 from .outcome import Outcome, describe_outcomes
-from .resume import ResumableRepeatSampler, agree_on_checkpoint, discard_state
+from .resume import ResumableRepeatSampler, agree_on_checkpoint, check_checkpoint, discard_state
 from .rollout import MultiTurnRollout, environment_reward
 from .rollout_checks import checked_rollout
 from .scoring import Scorer, score_without_gradient
@@ -225,10 +225,13 @@ class SeeUPOTrainer(GRPOTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
         Main training entry point, see [`~transformers.Trainer.train`]. With `resume_from_checkpoint=True` it resumes
-        from the newest checkpoint that was written to its end.
+        from the newest checkpoint that was written to its end. A checkpoint that was not, one without the state of
+        every process (`save_only_model=True`), and one of another number of processes are refused.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = agree_on_checkpoint(self.args.output_dir, self.accelerator)
+        if resume_from_checkpoint:
+            check_checkpoint(resume_from_checkpoint, self.accelerator)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

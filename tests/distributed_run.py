@@ -209,7 +209,7 @@ def train(run: dict, num_processes: int) -> None:
     note = {}
     if refused:
         try:
-            trainer.train()
+            trainer.train(resume_from_checkpoint=resume or None)
         except ValueError as error:
             note["error"] = str(error)
     else:
