@@ -36,6 +36,26 @@ def check_deepspeed(args: TrainingArguments) -> None:
         )
 
 
+def check_first_engine(trainer: Trainer) -> None:
+    """
+    Refuse to train with DeepSpeed on a trainer that has an engine already, be it for an evaluation: the Trainer
+    destroys it and makes no other one.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            The trainer.
+
+    Raises:
+        `ValueError`:
+            Where there is an engine.
+    """
+    if trainer.deepspeed is not None:
+        raise ValueError(
+            "With DeepSpeed, a trainer cannot train after `evaluate()` or a second time. To evaluate before the first "
+            "iteration, set `eval_on_start=True`; to train on, make a new trainer."
+        )
+
+
 class UpdateEngine:
     """
     Backward passes and optimizer steps on behalf of a [`~transformers.Trainer`].

@@ -30,7 +30,7 @@ from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from .buffer import Trajectory, TurnBuffer, turns_from_mask
-from .engine import UpdateEngine, check_deepspeed
+from .engine import UpdateEngine, check_deepspeed, check_first_engine
 from .entropy_bonus import EntropyBonus
 from .envs.base import StopReason
 from .envs.tools import EMPTY_PROMPT
@@ -228,6 +228,7 @@ class SeeUPOTrainer(GRPOTrainer):
         from the newest checkpoint that was written to its end. A checkpoint that was not, one without the state of
         every process (`save_only_model=True`), and one of another number of processes are refused.
         """
+        check_first_engine(self)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = agree_on_checkpoint(self.args.output_dir, self.accelerator)
         if resume_from_checkpoint:
