@@ -58,13 +58,13 @@ LAUNCHES: dict[str, tuple[str | None, int, list[str]]] = {
     "one": (None, 1, ["rows", "adam", "plays", "plays_lora"]),
     "ddp": ("ddp", 2, ["rows", "kl", "lora", "minibatches", "frozen", "moe", "moe_with_auxiliary_loss", "bf16"]),
     "zero1": ("zero1", 2, ["kl", "lora", "minibatches"]),
-    "zero2": ("zero2", 2, ["kl", "trees", "lora", "minibatches", "bf16", "evaluates_first"]),
+    "zero2": ("zero2", 2, ["kl", "trees", "lora", "minibatches", "bf16"]),
     "zero3": (
         "zero3",
         2,
         [
             *("rows", "kl", "trees", "stripped", "entropy", "lora", "frozen", "moe", "adam", "bf16", "plays"),
-            "plays_sharded",
+            *("plays_lora", "plays_sharded", "moe_with_auxiliary_loss", "evaluates_first"),
         ],
     ),
     "zero3_offload_optimizer": ("zero3_offload_optimizer", 2, ["kl", "lora"]),
