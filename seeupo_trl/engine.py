@@ -23,19 +23,62 @@ def check_deepspeed(args: TrainingArguments) -> None:
     """
     Refuse what a DeepSpeed configuration may hold that does not go with several optimizer steps in a training step.
 
+    Batch sizes of a launcher's configuration that agree with the arguments become `"auto"`: transformers would compare
+    them with the arguments under which the Trainer runs underneath.
+
     Args:
         args ([`~transformers.TrainingArguments`]):
-            Arguments of the run, whose DeepSpeed configuration comes from `deepspeed=` or from the launcher.
+            Arguments of the run as the user gave them, whose DeepSpeed configuration comes from `deepspeed=` or from
+            the launcher.
 
     Raises:
         `ValueError`:
-            Where the configuration has a `scheduler` section.
+            Where the configuration has a `scheduler` section, or batch sizes that disagree with the arguments.
     """
-    if args.deepspeed_plugin is not None and "scheduler" in args.deepspeed_plugin.deepspeed_config:
+    if args.deepspeed_plugin is None:
+        return
+    config = args.deepspeed_plugin.deepspeed_config
+    if "scheduler" in config:
         raise ValueError(
             "The DeepSpeed configuration has a `scheduler` section. DeepSpeed would step that scheduler at every "
             "optimizer step, of which an iteration makes one for each turn. Remove the section and set "
             "`lr_scheduler_type` and `warmup_steps`: these count iterations."
+        )
+    if args.deepspeed is not None:
+        return  # transformers has compared them already
+    rows, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    allowed = {
+        "train_micro_batch_size_per_gpu": ("auto", rows),
+        "gradient_accumulation_steps": ("auto", steps, 1),  # 1 is what the launcher writes where nothing was said
+        "train_batch_size": ("auto", rows * steps * args.world_size),
+    }
+    for name, values in allowed.items():
+        given = config.get(name, "auto")
+        if given not in values:
+            raise ValueError(
+                f"The DeepSpeed configuration has `{name}={given}`, and the training arguments say {values[1]}. "
+                'Set it to "auto".'
+            )
+        config[name] = "auto"
+
+
+def check_first_engine(trainer: Trainer) -> None:
+    """
+    Refuse to train with DeepSpeed on a trainer that has an engine already, be it for an evaluation: the Trainer
+    destroys it and makes no other one.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            The trainer.
+
+    Raises:
+        `ValueError`:
+            Where there is an engine.
+    """
+    if trainer.deepspeed is not None:
+        raise ValueError(
+            "With DeepSpeed, a trainer cannot train after `evaluate()` or a second time. To evaluate before the first "
+            "iteration, set `eval_on_start=True`; to train on, make a new trainer."
         )
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, register_fsdp_forward_method
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
@@ -125,6 +125,9 @@ class CachedGeneration:
             return generate(input_ids=input_ids, generation_config=generation_config, past_key_values=cache, **inputs)
 
         with _replaced(model, "generate", generate_from_cache):
+            # FSDP 2 gathers what no layer holds around a forward pass of the whole model; with an adapter, the passes
+            # are those of the model in it. Does nothing to other models.
+            register_fsdp_forward_method(model, "generate")
             responses, _ = self.trainer._generate_single_turn(contexts, None, {}, 1)
         for cache, width in batches:  # none where a subclass of the trainer generates by other means
             self._keep(keys, contexts, responses, cache, width)

@@ -19,6 +19,7 @@ logger = logging.get_logger(__name__)
 
 TRAINER_STATE_FILE = "trainer_state.json"
 ENTROPY_STATE_FILE = "entropy_ctrl_state.json"
+_RNG_STATE = re.compile(r"^rng_state(_\d+)?\.pth$")
 
 
 class ResumableRepeatSampler(RepeatSampler):
@@ -90,8 +91,7 @@ def agree_on_checkpoint(output_dir: str, accelerator: Accelerator) -> str:
 
     Raises:
         `ValueError`:
-            On every process, where there is no complete checkpoint, or where a process does not see the files of the
-            main one.
+            On every process, where there is no complete checkpoint.
     """
     found = [last_complete_checkpoint(output_dir) if accelerator.is_main_process else None]
     (checkpoint,) = broadcast_object_list(found)
@@ -100,13 +100,53 @@ def agree_on_checkpoint(output_dir: str, accelerator: Accelerator) -> str:
             f"`resume_from_checkpoint=True`, but {output_dir} holds no complete checkpoint. Start without it, or give "
             "the path of a checkpoint."
         )
-    blind = [i for i, sees in enumerate(gather_object([os.path.isdir(checkpoint)])) if not sees]
+    return checkpoint
+
+
+def check_checkpoint(checkpoint: str, accelerator: Accelerator) -> None:
+    """
+    Refuse a checkpoint from which this run cannot go on exactly. Must be called on every process.
+
+    Args:
+        checkpoint (`str`):
+            Path of the checkpoint.
+        accelerator ([`~accelerate.Accelerator`]):
+            Communication.
+
+    Raises:
+        `ValueError`:
+            On every process, where a process does not see the checkpoint or sees an incomplete one, and where it was
+            not written by as many processes as this run has.
+    """
+    sees = os.path.isfile(os.path.join(checkpoint, TRAINER_STATE_FILE))
+    parts = [name for name in os.listdir(checkpoint) if _RNG_STATE.match(name)] if sees else []
+    seen_by = gather_object([(sees, parts)])
+    blind = [process for process, (sees, _) in enumerate(seen_by) if not sees]
+    if len(blind) == len(seen_by):
+        raise ValueError(
+            f"Cannot resume from {checkpoint}: there is no {TRAINER_STATE_FILE} in it. It was not written to its end, "
+            "or is no checkpoint."
+        )
     if blind:
         raise ValueError(
             f"Cannot resume from {checkpoint}: processes {blind} do not see it. Checkpoints of several nodes must lie "
             "in a directory that all of them share."
         )
-    return checkpoint
+    found = sorted({part for _, parts in seen_by for part in parts})
+    if not found:
+        raise ValueError(
+            f"Cannot resume from {checkpoint}: it holds a model, but no state of the optimizer and of the random "
+            "generators (`save_only_model=True`). To start a new run from the model, give this path as `model`."
+        )
+    # the Trainer's names for the states of the random generators
+    count = accelerator.num_processes
+    expected = [f"rng_state_{process}.pth" for process in range(count)] if count > 1 else ["rng_state.pth"]
+    if set(found) != set(expected):
+        raise ValueError(
+            f"Cannot resume from {checkpoint} with {count} process{'es' if count > 1 else ''}: it holds the parts "
+            f"{', '.join(found)}. Resume with as many processes as it was written by, from a checkpoint that has the "
+            "part of each. To start a new run from the model, give this path as `model`."
+        )
 
 
 def save_entropy_state(checkpoint: str, coefficient: float, last_entropy: float | None) -> None:

@@ -30,7 +30,7 @@ from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from .buffer import Trajectory, TurnBuffer, turns_from_mask
-from .engine import UpdateEngine, check_deepspeed, keep_output_dtype, reference_in_layers
+from .engine import UpdateEngine, check_deepspeed, check_first_engine, keep_output_dtype, reference_in_layers
 from .entropy_bonus import EntropyBonus
 from .envs.base import StopReason
 from .envs.tools import EMPTY_PROMPT
@@ -38,7 +38,7 @@ from .evaluation import Evaluation
 from .multimodal import SampleScorer
 from .objective import center_by_group, k3_divergence, normalize_over_batch
 from .outcome import Outcome, describe_outcomes
-from .resume import ResumableRepeatSampler, agree_on_checkpoint, discard_state, save_entropy_state
+from .resume import ResumableRepeatSampler, agree_on_checkpoint, check_checkpoint, discard_state, save_entropy_state
 from .rollout import MultiTurnRollout
 from .rollout_checks import checked_rollout
 from .scoring import Scorer, score_without_gradient
@@ -231,10 +231,14 @@ class SeeUPOTrainer(GRPOTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
         Main training entry point, see [`~transformers.Trainer.train`]. With `resume_from_checkpoint=True` it resumes
-        from the newest checkpoint that was written to its end.
+        from the newest checkpoint that was written to its end. A checkpoint that was not, one without the state of
+        every process (`save_only_model=True`), and one of another number of processes are refused.
         """
+        check_first_engine(self)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = agree_on_checkpoint(self.args.output_dir, self.accelerator)
+        if resume_from_checkpoint:
+            check_checkpoint(resume_from_checkpoint, self.accelerator)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -346,7 +346,9 @@ class TurnUpdater:
     def _loss(self, step: OptimizerStep, scores: dict[Key, TurnScores]) -> torch.Tensor:
         """`-J_t` of the trajectories in a micro-batch, plus what regularises it, summed and divided by N."""
         if DUMMY_KEY in scores:
-            return scores[DUMMY_KEY].logps.sum() * 0.0
+            # ZeRO-3 gets out of step where processes do not backpropagate through the same outputs of the model
+            outputs = scores[DUMMY_KEY] if self.entropy_bonus.is_enabled else scores[DUMMY_KEY][:1]
+            return torch.cat(outputs).sum() * 0.0
         config, block = self.config, step.block
         logps = {key: score.logps for key, score in scores.items()}
         constants = {key: values.detach() for key, values in logps.items()}

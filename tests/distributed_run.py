@@ -165,6 +165,7 @@ def train(run: dict, num_processes: int) -> None:
     resume = options.pop("resume", False)
     fsdp = options.pop("fsdp", False)
     refused = options.pop("refused", False)
+    evaluates_first = options.pop("evaluates_first", False)
     strip = options.pop("strip", False)
     if plays:
         options = {"max_turns": max(LENGTHS), "max_completion_length": 4, "top_k": 1, **options}
@@ -176,6 +177,7 @@ def train(run: dict, num_processes: int) -> None:
         **{
             "output_dir": str(output),
             "per_device_train_batch_size": 2,
+            "per_device_eval_batch_size": rows,
             "num_generations": GROUP_SIZE,
             "shuffle_dataset": False,
             "max_steps": len(TURNS),
@@ -206,10 +208,12 @@ def train(run: dict, num_processes: int) -> None:
             "turns": LENGTHS * len(TURNS),
             "word": [5 * i for i in range(len(prompts))],
         }
+    train_dataset = Dataset.from_dict(dataset)
     trainer = SeeUPOTrainer(
         model=model,
         args=args,
-        train_dataset=Dataset.from_dict(dataset),
+        train_dataset=train_dataset,
+        eval_dataset=train_dataset.select(range(NUM_TRAJECTORIES // GROUP_SIZE)) if evaluates_first else None,
         peft_config=LoraConfig(**LORA) if lora else None,
         callbacks=[KillerBetweenTurns(**kill, note=output / "killed")] if kill else None,
         **rollouts,
@@ -222,9 +226,11 @@ def train(run: dict, num_processes: int) -> None:
         if any(name.startswith(prefix) for prefix in frozen):
             parameter.requires_grad_(False)
     note, precision = {}, Precision(trainer)
+    if evaluates_first:
+        trainer.evaluate()
     if refused:
         try:
-            trainer.train()
+            trainer.train(resume_from_checkpoint=resume or None)
         except ValueError as error:
             note["error"] = str(error)
     else:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from launching import Finished, launch
 from oracle import OracleSettings, seeupo_iteration
-from tiny import load_tiny_model, save_tiny_model, tiny_config, tiny_tokenizer
+from tiny import save_tiny_model, tiny_config, tiny_tokenizer
 from unkind_rollouts import NUM_TRAJECTORIES, TURNS, groups
 
 from seeupo_trl.update import assign_minibatches
@@ -32,6 +32,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "trees": {"packing": "tree", "max_tokens_per_microbatch": 80, "beta": 0.1},
     "stripped": {"packing": "tree", "strip": True, "turn_weight_clip": None},
     "blocks": {"max_turn_updates": 3, "old_policy": "turn", "advantage_clip": 1.0},
+    "entropy": {"packing": "rows", "entropy_coef": 0.02, "update_order": "forward", "num_iterations": 2},
     "lora": {"lora": True, "beta": 0.1, "gradient_checkpointing": True},
     "minibatches": {"packing": "rows", "per_device_train_batch_size": 1, "steps_per_generation": 6},
     "frozen": {"model": "tied", "frozen": ["model.layers.0", "model.norm"]},
@@ -44,18 +45,22 @@ RUNS: dict[str, dict[str, Any]] = {
     # beyond the oracle: these are compared with one process
     "adam": {"optim": "adamw_torch", "learning_rate": 1e-3},
     "plays": {"plays": True},
+    "plays_lora": {"plays": True, "lora": True},
     "plays_sharded": {"plays": True, "ds3_gather_for_generation": False},
     # these only have to run
     "bf16": {"bf16": True, "beta": 0.1},
     "moe_with_auxiliary_loss": {"model": "moe_aux"},
+    "evaluates_first": {"refused": True, "evaluates_first": True},
     "refused": {"refused": True, "packing": "tree", "max_tokens_per_microbatch": 16},
 }
 ORACLE_SETTINGS = ("beta", "old_policy", "turn_weight_clip", "max_turn_updates", "advantage_clip")
-ORACLE_RUNS = ("rows", "kl", "trees", "stripped", "blocks", "lora", "minibatches", "frozen", "reduced_always", "moe")
-SINGLE_RUNS = ("adam", "plays")
+ORACLE_SETTINGS += ("entropy_coef", "update_order", "num_iterations")
+ORACLE_RUNS = ("rows", "kl", "trees", "stripped", "blocks", "entropy", "lora", "minibatches", "frozen")
+ORACLE_RUNS += ("reduced_always", "moe")
+SINGLE_RUNS = ("adam", "plays", "plays_lora")
 
 LAUNCHES: dict[str, tuple[str | None, int, list[str]]] = {
-    "one": (None, 1, ["rows", "adam", "plays"]),
+    "one": (None, 1, ["rows", "adam", "plays", "plays_lora"]),
     "ddp": (
         "ddp",
         2,
@@ -66,12 +71,15 @@ LAUNCHES: dict[str, tuple[str | None, int, list[str]]] = {
     "zero3": (
         "zero3",
         2,
-        ["rows", "kl", "trees", "stripped", "lora", "frozen", "moe", "adam", "bf16", "plays", "plays_sharded"],
+        [
+            *("rows", "kl", "trees", "stripped", "entropy", "lora", "frozen", "moe", "adam", "bf16", "plays"),
+            *("plays_lora", "plays_sharded", "moe_with_auxiliary_loss", "evaluates_first"),
+        ],
     ),
     "zero3_offload_optimizer": ("zero3_offload_optimizer", 2, ["kl", "lora"]),
     "zero3_offload": ("zero3_offload", 2, ["trees", "lora"]),
     "torchrun-zero3": ("torchrun_zero3", 2, ["kl"]),
-    "fsdp2": ("fsdp2", 2, ["kl", "trees", "lora", "frozen", "adam", "bf16", "plays"]),
+    "fsdp2": ("fsdp2", 2, ["kl", "trees", "lora", "frozen", "adam", "bf16", "plays", "plays_lora"]),
     "three-ddp": ("ddp", 3, ["blocks", "trees", "plays", "refused"]),
     "three-zero3": ("zero3", 3, ["kl", "trees", "plays"]),
 }
@@ -203,13 +211,13 @@ def test_processes_end_where_one_process_ends(launched, run, finished, models):
     if launched == "one":
         pytest.skip("this is the one process")
     one = finished("one")
-    reference = "plays" if RUNS[run].get("plays") else run
-    expected = one.parameters(reference)
-    start = {name: p.double() for name, p in load_tiny_model(models["plain"]).named_parameters()}
+    expected = one.parameters("plays" if run == "plays_sharded" else run)
+    model = policy(models["plain"], RUNS[run].get("lora", False), ("no such parameter",))
+    start = {name.replace(".default", ""): p.detach() for name, p in model.named_parameters()}
     assert relative_error(finished(launched).parameters(run), expected, start) < TOLERANCE
 
 
-@cases("plays", "plays_sharded")
+@cases("plays", "plays_lora", "plays_sharded")
 def test_processes_generate_equally_often_whenever_their_episodes_end(launched, run, finished):
     notes = finished(launched).notes(run)
     assert len(notes) == LAUNCHES[launched][1]
@@ -275,3 +283,11 @@ def test_trajectory_over_the_budget_stops_every_process(launched, run, finished)
     notes = finished(launched).notes(run)
     assert len(notes) == LAUNCHES[launched][1]
     assert all("max_tokens_per_microbatch=16" in note["error"] for note in notes)
+
+
+@cases("evaluates_first")
+def test_training_after_an_evaluation_is_refused_under_deepspeed(launched, run, finished):
+    """The Trainer destroys the evaluation's engine and makes no other one: the first backward pass would fail."""
+    notes = finished(launched).notes(run)
+    assert len(notes) == LAUNCHES[launched][1]
+    assert all("eval_on_start=True" in note["error"] for note in notes)

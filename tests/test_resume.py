@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from tiny import save_tiny_model
 
-from seeupo_trl.resume import last_complete_checkpoint
+from seeupo_trl.resume import check_checkpoint, last_complete_checkpoint
 
 
 SCRIPT = Path(__file__).with_name("killable_run.py")
@@ -82,3 +83,21 @@ def test_last_complete_checkpoint_needs_a_readable_state(tmp_path):
     found = last_complete_checkpoint(str(tmp_path))
     assert found == str(tmp_path / "checkpoint-2")
     assert json.loads((Path(found) / "trainer_state.json").read_text())["global_step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "there is no trainer_state.json in it"),
+        (["rng_state.pth"], "there is no trainer_state.json in it"),
+        (["trainer_state.json"], "save_only_model"),
+        (["trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"], "Resume with as many processes"),
+        (["trainer_state.json", "rng_state_0.pth"], "Resume with as many processes"),
+    ],
+    ids=["empty", "half-written", "model-only", "of-two-processes", "of-two-processes-one-lost"],
+)
+def test_checkpoint_from_which_a_run_cannot_go_on_exactly_is_refused(files, message, tmp_path):
+    for name in files:
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"Cannot resume from {tmp_path}.*{message}"):
+        check_checkpoint(str(tmp_path), Accelerator(cpu=True))

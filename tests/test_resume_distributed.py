@@ -38,7 +38,10 @@ SECONDS_TO_END = 120  # about 5 on an idle machine; PyTorch's launcher gives pro
 
 
 class Story(NamedTuple):
-    """First launch: a run to its end, and one that dies. Second launch: that one resumed, and one that dies saving."""
+    """
+    First launch: a run to its end, and one that dies. Second launch: that one resumed, one of which a process's part
+    of the checkpoint is lost, and one that dies saving.
+    """
 
     first: Finished
     second: Finished
@@ -64,9 +67,13 @@ def story(tmp_path_factory):
         (half_written / "trainer_state.json").unlink()
         (half_written / "latest").unlink(missing_ok=True)
         next(half_written.glob("rng_state_1*")).unlink()
+        lost = output / "lost" / f"checkpoint-{KILLED_AT}"
+        shutil.copytree(checkpoints / f"checkpoint-{KILLED_AT}", lost)
+        next(lost.glob("rng_state_1*")).unlink()
         resumed = {**options, "name": "dying", "resume": True}
+        incomplete = {**options, "name": "lost", "resume": True, "refused": True}
         saving = {**options, "name": "saving", "kill_while_saving": {"step": 2, "process": 1}}
-        return Story(first, launch(output, backend, 2, [resumed, saving]), found)
+        return Story(first, launch(output, backend, 2, [resumed, incomplete, saving]), found)
 
     return tell
 
@@ -100,3 +107,10 @@ def test_checkpoint_that_one_process_did_not_finish_is_not_resumed_from(backend,
     assert (runs / "killed").exists()
     assert list((runs / "checkpoint-2").glob("rng_state_0*"))
     assert last_complete_checkpoint(str(runs)) == str(runs / "checkpoint-1")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_checkpoint_that_lost_the_part_of_one_process_is_refused_by_all(backend, story):
+    notes = story(backend).second.notes("lost")
+    assert len(notes) == 2
+    assert all("it holds the parts rng_state_0.pth" in note["error"] for note in notes)
