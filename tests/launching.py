@@ -49,6 +49,8 @@ def deepspeed_json(stage: int, offload_optimizer: bool, offload_param: bool) -> 
         zero["offload_param"] = {"device": "cpu"}
     if stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
+        # every tensor of the tiny models is below the default, and would not be partitioned
+        zero["stage3_param_persistence_threshold"] = 0
     return {
         "zero_optimization": zero,
         # DeepSpeed's own optimizer for offloading takes two minutes to compile; PyTorch's runs on CPUs as well
