@@ -29,8 +29,9 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id, use_adapter
 
+from .backends import check_deepspeed, check_first_engine, keep_output_dtype, reference_in_layers
 from .buffer import Trajectory, TurnBuffer, turns_from_mask
-from .engine import UpdateEngine, check_deepspeed, check_first_engine, keep_output_dtype, reference_in_layers
+from .engine import UpdateEngine
 from .entropy_bonus import EntropyBonus
 from .envs.base import StopReason
 from .envs.tools import EMPTY_PROMPT

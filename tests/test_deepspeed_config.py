@@ -5,7 +5,7 @@ import json
 import pytest
 
 from seeupo_trl import SeeUPOConfig, SeeUPOTrainer
-from seeupo_trl.engine import check_deepspeed
+from seeupo_trl.backends import check_deepspeed
 
 
 pytest.importorskip("deepspeed")

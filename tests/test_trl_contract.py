@@ -339,7 +339,7 @@ def test_the_state_file_is_written_after_everything_else_of_a_checkpoint():
 def test_a_reference_that_is_sharded_already_stays_as_it_is():
     called, prepares = inspect.getsource(GRPOTrainer.__init__), inspect.getsource(grpo_trainer.prepare_fsdp)
     assert "prepare_fsdp(self.ref_model, self.accelerator)" in called and "FSDPModule)):" in prepares, (
-        f"TRL prepares a reference model for FSDP2 in another way {VERSIONS}: see reference_in_layers in engine.py."
+        f"TRL prepares a reference model for FSDP2 in another way {VERSIONS}: see reference_in_layers in backends.py."
     )
 
 
