@@ -26,7 +26,6 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -38,7 +37,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from seeupo_trl import SeeUPOConfig, SeeUPOTrainer, Trajectory, Turn
-from seeupo_trl.activation_memory import PassMemory, trace_pass
+from seeupo_trl.activation_memory import PassMemory, lora_config, trace_pass
 from seeupo_trl.live_bytes import LiveBytes
 from seeupo_trl.memory_model import estimate, update_pass
 from seeupo_trl.plan import from_accelerate_config, parse_bytes
@@ -198,12 +197,6 @@ def prepare_cpu() -> None:
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def lora_config(rank: int) -> Any:
-    from peft import LoraConfig
-
-    return LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def make_trainer(options: argparse.Namespace, steps: int, callbacks: list) -> SeeUPOTrainer:

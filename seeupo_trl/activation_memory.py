@@ -263,15 +263,21 @@ def _on_fake_cpu(model: nn.Module) -> None:
             module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def add_lora(model: nn.Module, rank: int) -> nn.Module:
-    """LoRA adapters on all linear layers but the head."""
+def lora_config(rank: int) -> Any:
+    """The [`~peft.LoraConfig`] that is planned for: adapters on all linear layers but the head."""
     try:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig
     except ImportError as error:
         raise ImportError("Planning for LoRA needs `peft`: pip install 'seeupo-trl[peft]'.") from error
-    return get_peft_model(
-        model, LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"), low_cpu_mem_usage=True
-    )
+    return LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def add_lora(model: nn.Module, rank: int) -> nn.Module:
+    """The model with the adapters of [`lora_config`]."""
+    config = lora_config(rank)
+    from peft import get_peft_model
+
+    return get_peft_model(model, config, low_cpu_mem_usage=True)
 
 
 def trace_pass(config: PreTrainedConfig, one: Pass, batch: MicroBatch | None = None) -> PassMemory:

@@ -166,8 +166,7 @@ def estimate(
                 f"vLLM's cache holds {capacity:,} tokens for every {run.vllm_tensor_parallel} GPU(s): "
                 f"{capacity // run.max_context} contexts of {run.max_context:,} at the same time."
             )
-    is_ddp = strategy.zero_stage == 0 and not strategy.fsdp
-    if is_ddp and run.dtype == torch.bfloat16 and strategy.lora_rank is None:
+    if strategy.is_ddp and run.dtype == torch.bfloat16 and strategy.lora_rank is None:
         notes.append(
             "Weights are bfloat16 without a float32 copy: updates smaller than 1/256 of a weight are lost. Load in "
             "float32 (`dtype: float32`), or use ZeRO or FSDP2."
@@ -205,7 +204,7 @@ def update_pass(run: Run, strategy: Strategy) -> Pass:
         tokens=run.tokens,
         scored=run.scored(run.tokens),
         rows=run.rows,
-        dtype=torch.bfloat16 if (deepspeed or strategy.fsdp) and run.bf16 else run.dtype,
+        dtype=torch.bfloat16 if run.bf16 and not strategy.is_ddp else run.dtype,
         autocast=run.bf16 and not deepspeed,
         gradient_checkpointing=run.gradient_checkpointing,
         keeps_gradients=strategy.zero_stage < 2 and not strategy.fsdp,
@@ -221,7 +220,7 @@ def _training_state(
     trained, frozen = shape.trained, shape.total - shape.trained
     if strategy.fsdp:
         return _fsdp_state(run, strategy, shape)
-    if strategy.zero_stage == 0:
+    if strategy.is_ddp:
         size = run.dtype.itemsize
         adapter_size = 4 if strategy.lora_rank is not None else size  # PEFT casts adapters to float32
         kept = {

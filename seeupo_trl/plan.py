@@ -213,7 +213,7 @@ def library_estimates(shape: ModelShape, run: Run, strategy: Strategy) -> dict[s
     """
     if strategy.fsdp:
         return {}
-    if strategy.zero_stage == 0:
+    if strategy.is_ddp:
         usage = estimate_training_usage(4 * shape.total, "bfloat16" if run.bf16 else "float32")
         return {"accelerate estimate-memory": usage["model"] + usage["gradients"] + usage["optimizer"]}
     try:

@@ -139,6 +139,11 @@ class Strategy:
             raise ValueError("The optimizer can be offloaded by itself under ZeRO only; `zero_stage` is 0.")
 
     @property
+    def is_ddp(self) -> bool:
+        """Whether it is neither DeepSpeed nor FSDP2."""
+        return self.zero_stage == 0 and not self.fsdp
+
+    @property
     def is_sharded(self) -> bool:
         """Whether every process holds a part of the parameters only."""
         return self.fsdp or self.zero_stage == 3

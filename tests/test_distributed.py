@@ -165,7 +165,7 @@ def oracle(models):
         options = RUNS[run]
         directory = models[options.get("model", "plain")]
         lora = options.get("lora", False)
-        model = policy(directory, lora, tuple(options.get("frozen", ())) or ("no such parameter",))
+        model = policy(directory, lora, tuple(options.get("frozen", ())))
         reference = policy(directory, False, ("",))
         start = {name: p.detach().clone() for name, p in model.named_parameters()}
         settings = {name: options[name] for name in ORACLE_SETTINGS if name in options}
@@ -211,7 +211,7 @@ def test_processes_end_where_one_process_ends(launched, run, finished, models):
         pytest.skip("this is the one process")
     one = finished("one")
     expected = one.parameters(run)
-    model = policy(models["plain"], RUNS[run].get("lora", False), ("no such parameter",))
+    model = policy(models["plain"], RUNS[run].get("lora", False), frozen=())
     start = {name.replace(".default", ""): p.detach() for name, p in model.named_parameters()}
     assert relative_error(finished(launched).parameters(run), expected, start) < TOLERANCE
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from launching import FSDP2, LAUNCHER
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
@@ -194,10 +195,6 @@ def deepspeed(stage: int) -> dict:
     return {"distributed_type": "DEEPSPEED", "deepspeed_config": options}
 
 
-FSDP2 = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2, "fsdp_reshard_after_forward": True}}
-FSDP2["fsdp_config"] |= {"fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_state_dict_type": "FULL_STATE_DICT"}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "options"),
@@ -212,11 +209,7 @@ FSDP2["fsdp_config"] |= {"fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsd
 )
 def test_two_processes_take_what_was_planned_and_reload_what_they_saved(launcher, options, tmp_path):
     pytest.importorskip("deepspeed")
-    config = {
-        **{"compute_environment": "LOCAL_MACHINE", "machine_rank": 0, "main_training_function": "main"},
-        **{"mixed_precision": "bf16", "num_machines": 1, "num_processes": 2, "rdzv_backend": "static"},
-        **{"same_network": True, "use_cpu": False, **launcher},
-    }
+    config = {**LAUNCHER, "mixed_precision": "bf16", "num_processes": 2, **launcher}
     path = tmp_path / "launcher.yaml"
     path.write_text(yaml.safe_dump(config))
     command = [sys.executable, str(ROOT / "benchmarks" / "dry_run_14b.py"), str(path), "--shape", "1,4,4000", *options]
