@@ -37,12 +37,12 @@ from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from seeupo_trl import SeeUPOConfig, SeeUPOTrainer, Trajectory, Turn
-from seeupo_trl.activation_memory import PassMemory, lora_config, trace_pass
-from seeupo_trl.live_bytes import LiveBytes
-from seeupo_trl.memory_model import estimate, update_pass
-from seeupo_trl.plan import from_accelerate_config, parse_bytes
-from seeupo_trl.planned_run import GIB, Run, Strategy, model_shape
-from seeupo_trl.scoring import MicroBatch
+from seeupo_trl.plan.__main__ import from_accelerate_config, parse_bytes
+from seeupo_trl.plan.activations import PassMemory, lora_config, trace_pass
+from seeupo_trl.plan.live_bytes import LiveBytes
+from seeupo_trl.plan.memory import estimate, update_pass
+from seeupo_trl.plan.run import GIB, Run, Strategy, model_shape
+from seeupo_trl.scoring.rows import MicroBatch
 
 
 WIDTHS = (8, 7, 6, 5, 4, 3, 2, 1)

@@ -34,8 +34,8 @@ from trl import GRPOConfig, GRPOTrainer
 from update_cost import MODELS, peak_memory
 from update_schedules import SHAPES, Shape
 
-from seeupo_trl.generation import CachedGeneration
 from seeupo_trl.rollout import MultiTurnRollout, environment_reward
+from seeupo_trl.rollout.cached_generation import CachedGeneration
 
 
 GROUP_SIZE = 8

@@ -36,11 +36,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from update_schedules import Engine, Recorder, Shape, make_buffer
 
 from seeupo_trl import SeeUPOConfig
-from seeupo_trl.buffer import TurnBuffer
-from seeupo_trl.entropy_bonus import EntropyBonus
-from seeupo_trl.scoring import RowBatch
-from seeupo_trl.tree_scoring import TreeScorer
-from seeupo_trl.update import TurnUpdater
+from seeupo_trl.scoring.rows import RowBatch
+from seeupo_trl.scoring.trees import TreeScorer
+from seeupo_trl.trajectory import TurnBuffer
+from seeupo_trl.update.entropy_bonus import EntropyBonus
+from seeupo_trl.update.turn_updater import TurnUpdater
 
 
 @dataclass(frozen=True)

@@ -51,10 +51,10 @@ from update_schedules import (
     updater_of,
 )
 
-from seeupo_trl.packing import tree_size
-from seeupo_trl.scoring import DUMMY_KEY, RowBatch
-from seeupo_trl.tree_attention import RUNS, use_attention
-from seeupo_trl.tree_scoring import TreeScorer
+from seeupo_trl.scoring.rows import DUMMY_KEY, RowBatch
+from seeupo_trl.scoring.token_tree import tree_size
+from seeupo_trl.scoring.tree_attention import RUNS, use_attention
+from seeupo_trl.scoring.trees import TreeScorer
 
 
 # hidden size, intermediate size, layers, heads, key-value heads, head size, vocabulary

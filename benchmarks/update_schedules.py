@@ -9,12 +9,12 @@ from time import perf_counter
 import torch
 
 from seeupo_trl import SeeUPOConfig
-from seeupo_trl.buffer import Trajectory, Turn, TurnBuffer
-from seeupo_trl.entropy_bonus import EntropyBonus
-from seeupo_trl.scoring import Row, RowBatch, TurnScores
-from seeupo_trl.tree_attention import flex_length, tree_block_mask
-from seeupo_trl.tree_scoring import TreeScorer
-from seeupo_trl.update import TurnUpdater
+from seeupo_trl.scoring.rows import Row, RowBatch, TurnScores
+from seeupo_trl.scoring.tree_attention import flex_length, tree_block_mask
+from seeupo_trl.scoring.trees import TreeScorer
+from seeupo_trl.trajectory import Trajectory, Turn, TurnBuffer
+from seeupo_trl.update.entropy_bonus import EntropyBonus
+from seeupo_trl.update.turn_updater import TurnUpdater
 
 
 GROUP_SIZE = 8

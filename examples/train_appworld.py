@@ -31,7 +31,7 @@ from reporting import Config, train_and_report, use_all_cores
 from trl import ModelConfig, TrlParser
 
 from seeupo_trl.envs.appworld import AppWorldEnvironment, load_appworld
-from seeupo_trl.envs.appworld_server import AppWorldServers
+from seeupo_trl.envs.appworld.server import AppWorldServers
 
 
 @dataclass

@@ -15,8 +15,8 @@ _MODULE_OF = {
     "SeeUPOTrainer": "seeupo_trainer",
     "StepResult": "envs.base",
     "StopReason": "envs.base",
-    "Trajectory": "buffer",
-    "Turn": "buffer",
+    "Trajectory": "trajectory",
+    "Turn": "trajectory",
     "environment_reward": "rollout",
 }
 
@@ -35,11 +35,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .buffer import Trajectory, Turn
     from .envs.base import MultiTurnEnvironment, Observation, StepResult, StopReason
-    from .rollout import MultiTurnRollout, environment_reward
+    from .rollout.multi_turn import MultiTurnRollout, environment_reward
     from .seeupo_config import SeeUPOConfig
     from .seeupo_trainer import SeeUPOTrainer
+    from .trajectory import Trajectory, Turn
 
 
 def __getattr__(name: str) -> Any:

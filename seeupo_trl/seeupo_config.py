@@ -6,8 +6,8 @@ from dataclasses import MISSING, dataclass, field, fields
 
 from trl import GRPOConfig
 
-from .history import HISTORIES
-from .rollout_settings import RolloutSettings
+from .rollout.contexts import HISTORIES
+from .rollout.settings import RolloutSettings
 
 
 UPDATE_ORDERS = ("reverse", "forward", "random", "simultaneous")

@@ -3,7 +3,8 @@
 
 One `global_step` is one iteration k of the paper: sample groups of episodes, score them, update the turns from the
 last to the first. Everything around the update (generation, tools, environments, rewards, logging, checkpoints, Hub)
-is TRL's. Written against trl 1.16 (and 1.15); `tests/test_trl_contract.py` names every private hook that is used.
+is TRL's. Written against trl 1.16 (and 1.15); `tests/trainer/test_trl_contract.py` names every private hook that is
+used.
 """
 
 import copy
@@ -29,27 +30,33 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id, use_adapter
 
-from .backends import check_deepspeed, check_first_engine, keep_output_dtype, reference_in_layers
-from .buffer import Trajectory, TurnBuffer, turns_from_mask
-from .engine import UpdateEngine
-from .entropy_bonus import EntropyBonus
+from .distributed.backends import check_deepspeed, check_first_engine, keep_output_dtype, reference_in_layers
+from .distributed.checkpoints import (
+    ResumableRepeatSampler,
+    agree_on_checkpoint,
+    check_checkpoint,
+    discard_state,
+    save_entropy_state,
+)
+from .distributed.lock_step import UpdateEngine
 from .envs.base import StopReason
 from .envs.tools import EMPTY_PROMPT
-from .evaluation import Evaluation
-from .multimodal import SampleScorer
-from .objective import center_by_group, k3_divergence, normalize_over_batch
-from .outcome import Outcome, describe_outcomes
-from .resume import ResumableRepeatSampler, agree_on_checkpoint, check_checkpoint, discard_state, save_entropy_state
-from .rollout import MultiTurnRollout
-from .rollout_checks import checked_rollout
-from .scoring import Scorer, score_without_gradient
+from .evaluation.outcome import Outcome, describe_outcomes
+from .evaluation.summary import Evaluation
+from .rollout.checks import checked_rollout
+from .rollout.multi_turn import MultiTurnRollout
+from .rollout.trl_environments import ToolRollout, tool_rollout_for
+from .rollout.vllm import kept_awake
+from .scoring.images import SampleScorer
+from .scoring.rows import Scorer, score_without_gradient
+from .scoring.trees import TreeScorer
 from .seeupo_config import SeeUPOConfig
-from .tool_rollout import ToolRollout, tool_rollout_for
 from .trainer_inputs import check_dataset, placeholder_dataset, with_environment_reward
+from .trajectory import Trajectory, TurnBuffer, turns_from_mask
 from .trajectory_log import TrajectoryLog
-from .tree_scoring import TreeScorer
-from .update import Reference, TurnUpdater
-from .vllm_sampler import kept_awake
+from .update.entropy_bonus import EntropyBonus
+from .update.objective import center_by_group, k3_divergence, normalize_over_batch
+from .update.turn_updater import Reference, TurnUpdater
 
 
 class SeeUPOTrainer(GRPOTrainer):
@@ -88,7 +95,7 @@ class SeeUPOTrainer(GRPOTrainer):
             are; their contexts need not extend one another. The dataset rows of the prompts are in
             `trainer.rollout_inputs`.
         environment_factory (`Callable` or `dict[str, Callable]`, *optional*):
-            As in [`~trl.GRPOTrainer`]; [`~seeupo_trl.tool_rollout.ToolRollout`] plays the episodes. Or a
+            As in [`~trl.GRPOTrainer`]; [`~seeupo_trl.rollout.trl_environments.ToolRollout`] plays the episodes. Or a
             [`MultiTurnEnvironment`] class (or a callable that returns one), which [`MultiTurnRollout`] drives; its
             rewards are added to those of `reward_funcs`, with weight 1.
 
@@ -474,8 +481,9 @@ class SeeUPOTrainer(GRPOTrainer):
         self, dataloader: DataLoader, *args, metric_key_prefix: str = "eval", **kwargs
     ) -> EvalLoopOutput:
         """
-        Evaluate as [`~transformers.Trainer.evaluation_loop`] does, and report what [`~seeupo_trl.evaluation`] defines
-        over all episodes: success, rewards and stop reasons, with confidence intervals and by category.
+        Evaluate as [`~transformers.Trainer.evaluation_loop`] does, and report what
+        [`~seeupo_trl.evaluation.summary`] defines over all episodes: success, rewards and stop reasons, with
+        confidence intervals and by category.
         """
         self._evaluation = evaluation = Evaluation(
             dataloader.dataset,

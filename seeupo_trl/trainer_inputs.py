@@ -4,7 +4,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from .rollout import environment_reward
+from .rollout.multi_turn import environment_reward
 from .seeupo_config import SeeUPOConfig
 
 

@@ -46,10 +46,10 @@ import pyarrow.parquet as pq
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from .buffer import Trajectory, Turn
-    from .outcome import Outcome
-    from .scoring import Key
-    from .update import TurnUpdate
+    from .evaluation.outcome import Outcome
+    from .scoring.rows import Key
+    from .trajectory import Trajectory, Turn
+    from .update.turn_updater import TurnUpdate
 
 
 SCHEMA = pa.schema(
@@ -315,7 +315,7 @@ def restore_turns(rows: list[dict[str, Any]]) -> "list[Turn]":
         rows (`list[dict]`):
             The rows of one trajectory in the order of its turns.
     """
-    from .buffer import Turn
+    from .trajectory import Turn
 
     turns: list[Turn] = []
     for row in rows:

@@ -1,11 +1,16 @@
 """Settings every test runs under, and the tiny model directory they share."""
 
 import os
+from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# for the scripts that tests start
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).with_name("helpers")), os.environ.get("PYTHONPATH", "")]
+)
 
 import pytest
 import torch

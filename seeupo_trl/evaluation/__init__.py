@@ -1,0 +1,1 @@
+"""What became of episodes, and what an evaluation reports about them."""

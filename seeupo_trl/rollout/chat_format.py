@@ -1,0 +1,208 @@
+"""
+The chat format of a tokenizer: messages to tokens that extend earlier tokens, and tokens back to messages.
+"""
+
+import copy
+import inspect
+import json
+import logging
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from trl.chat_template_utils import (
+    add_response_schema,
+    get_training_chat_template,
+    parse_response,
+    supports_tool_calling,
+)
+
+from ..envs.base import Observation
+
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+
+logger = logging.getLogger(__name__)
+
+# trl 1.15 has no such argument: arguments of calls written as XML then keep a guessed type.
+PARSES_WITH_TOOLS = "tools" in inspect.signature(parse_response).parameters
+
+REMEMBERED_RENDERINGS = 256
+TAIL_LENGTH = 32  # more tokens than templates write between the head of the policy's message and its first token
+
+Message = dict[str, Any]
+
+
+class RewritingTemplateError(ValueError):
+    """The chat template rewrites history, so a context cannot grow token by token."""
+
+
+class ChatFormat:
+    """Messages to tokens and back, in the chat format of a trainer's tokenizer."""
+
+    def __init__(self, trainer: "GRPOTrainer"):
+        self.tokenizer: PreTrainedTokenizerBase = trainer.processing_class
+        if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(
+                f"MultiTurnRollout works on text; the trainer's processing_class is a {type(self.tokenizer).__name__}."
+                " Pass a tokenizer as `processing_class` (of a processor, its `tokenizer`)."
+            )
+        self.eos_token_ids: list[int] = trainer.eos_token_ids
+        self.template_kwargs: dict[str, Any] = trainer.chat_template_kwargs
+        self._renderings: dict[str, np.ndarray] = {}
+        self.chat_template = self._choose_template()
+        self._parser = self._build_parser()
+
+    def render(self, observation: Observation) -> list[int]:
+        """Tokens of the opening conversation, up to where the policy writes."""
+        return self._tokenize_once(
+            observation.messages, self.chat_template, tools=observation.tools or None, add_generation_prompt=True
+        )
+
+    def render_history(self, observation: Observation) -> list[int]:
+        """Tokens of a conversation that was rewritten, by the tokenizer's own template, which may rewrite it too."""
+        return self._tokenize(observation.messages, None, tools=observation.tools or None, add_generation_prompt=True)
+
+    def render_suffix(self, messages: list[Message], last_id: int) -> list[int]:
+        """
+        Tokens that follow the policy's response when `messages` come next, up to where it writes again.
+
+        The difference of two renderings of a dummy conversation, with and without the messages.
+
+        Args:
+            messages (`list[dict]`):
+                The new messages.
+            last_id (`int`):
+                Last token of the response, an end-of-sequence token.
+        """
+        suffix_ids = self._difference(messages, self.chat_template)
+        # In some formats (GLM-4) a message is ended by the first token of the next one.
+        return suffix_ids[1:] if suffix_ids[:1] == [last_id] else suffix_ids
+
+    def _difference(self, messages: list[Message], chat_template: str | None) -> list[int]:
+        answer: Message = {"role": "assistant", "content": "dummy"}
+        if messages[0]["role"] == "tool":  # templates may derive the header of a result from the call
+            function = {"name": messages[0].get("name", "dummy"), "arguments": {}}
+            answer = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+        question = [{"role": "user", "content": "dummy"}]
+        before = self._tokenize_once([*question, answer], chat_template)
+        after = self._tokenize([*question, answer, *messages], chat_template, add_generation_prompt=True)
+        # What a template writes after the end of a message (Qwen: a newline) was not generated: it is in the suffix.
+        shared = shared_length(before, after)
+        ends = (i + 1 for i in range(shared) if before[i] in self.eos_token_ids and self._is_blank(before[i + 1 :]))
+        end = next(ends, len(before))
+        if end > shared:
+            raise RewritingTemplateError(
+                "The tokenizer's chat template renders earlier messages differently when messages are appended, so a "
+                "context cannot grow token by token, and TRL has no training template for it. Set "
+                "`tokenizer.chat_template` to a template that keeps the history as it was, or give MultiTurnRollout a "
+                "function as `history`."
+            )
+        return after[end:]
+
+    def parse(self, action_ids: list[int], context_ids: list[int], tools: list[dict] | None) -> Message:
+        """Read a response as an assistant message; `parse_error` marks one whose tool calls are malformed."""
+        if action_ids[-1] in self.eos_token_ids and action_ids[-1] != self.tokenizer.eos_token_id:
+            action_ids = action_ids[:-1]  # the parsers know the tokenizer's own end-of-sequence token only
+        if self._parser is None or not action_ids:
+            return self._plain_message(action_ids)
+        typed = {"tools": tools} if PARSES_WITH_TOOLS else {}
+        context_ids = self._tail(context_ids)
+        try:
+            message = parse_response(self._parser, action_ids, prefix=context_ids, **typed)
+        except RecursionError:  # JSON nested too deeply
+            message = self._plain_message(action_ids)
+        # Where it cannot make sense of a response, TRL falls back to plain text, without a word.
+        if "tool_calls" not in message and not self._is_plain(action_ids, context_ids):
+            message["parse_error"] = True
+        return message
+
+    def _plain_message(self, action_ids: list[int]) -> Message:
+        return {"role": "assistant", "content": self.tokenizer.decode(action_ids, skip_special_tokens=True)}
+
+    def _is_plain(self, action_ids: list[int], context_ids: list[int]) -> bool:
+        try:
+            return "tool_calls" not in self._parser.parse_response(action_ids, prefix=context_ids)
+        except (ValueError, TypeError, RecursionError):
+            return False
+
+    def _is_blank(self, token_ids: list[int]) -> bool:
+        return not self.tokenizer.decode([i for i in token_ids if i not in self.eos_token_ids]).strip()
+
+    def _tail(self, context_ids: list[int]) -> list[int]:
+        """As much of a context as the parser looks at: what follows the last head of an assistant message."""
+        template = getattr(self._parser, "response_template", None)
+        if template is None:  # a parser of the older kind does not look at contexts at all
+            return context_ids
+        heads = template.get("start_anchor", [])
+        pattern = template.get("start_anchor_pattern") or "|".join(
+            re.escape(head) for head in ([heads] if isinstance(heads, str) else heads)
+        )
+        tail = context_ids[-TAIL_LENGTH:]
+        return tail if pattern and re.search(pattern, self.tokenizer.decode(tail)) else context_ids
+
+    def _tokenize_once(self, messages: list[Message], chat_template: str | None, **kwargs: Any) -> list[int]:
+        """The same for conversations that come again, as the opening does in each episode of a group."""
+        try:
+            key = json.dumps([messages, chat_template, kwargs])
+        except TypeError:  # not plain data
+            return self._tokenize(messages, chat_template, **kwargs)
+        token_ids = self._renderings.pop(key, None)
+        if token_ids is None:
+            token_ids = np.array(self._tokenize(messages, chat_template, **kwargs), dtype=np.int64)
+        self._renderings[key] = token_ids  # the most recent one last
+        if len(self._renderings) > REMEMBERED_RENDERINGS:
+            del self._renderings[next(iter(self._renderings))]
+        return token_ids.tolist()
+
+    def _tokenize(self, messages: list[Message], chat_template: str | None, **kwargs: Any) -> list[int]:
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=chat_template, tokenize=True, return_dict=False, **kwargs, **self.template_kwargs
+        )
+
+    def _choose_template(self) -> str | None:
+        """TRL's training template where the tokenizer's own rewrites history, else `None`, the tokenizer's own."""
+        followers = [{"role": "user", "content": "dummy"}]
+        if supports_tool_calling(self.tokenizer):
+            followers.append({"role": "tool", "name": "dummy", "content": "dummy"})
+        try:
+            for message in followers:
+                self._difference([message], chat_template=None)
+        except (ValueError, TypeError, TemplateError):
+            try:
+                return get_training_chat_template(self.tokenizer)
+            except ValueError:
+                pass  # the first context that would have to grow raises the error
+        return None
+
+    def _build_parser(self) -> PreTrainedTokenizerBase | None:
+        parser = copy.deepcopy(self.tokenizer)
+        if getattr(parser, "response_template", None) is not None:
+            return parser
+        try:
+            return add_response_schema(parser)
+        except ValueError:
+            logger.warning(
+                "TRL does not know how to parse responses in this tokenizer's chat format: environments get plain "
+                "text and no tool calls. Set `tokenizer.response_template`, or use a chat template TRL knows."
+            )
+            return None
+
+
+def shared_length(first: list[int], second: list[int]) -> int:
+    """Length of the longest common prefix."""
+    length = min(len(first), len(second))
+    if first[:length] == second[:length]:
+        return length
+    shared, different = 0, length  # by bisection: comparing slices is much faster than a loop
+    while different - shared > 1:
+        middle = (shared + different) // 2
+        if first[shared:middle] == second[shared:middle]:
+            shared = middle
+        else:
+            different = middle
+    return shared

@@ -1,0 +1,114 @@
+"""
+One episode while it is played: the conversation, the tokens, and whose fault it is when it goes wrong.
+"""
+
+import logging
+import textwrap
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..envs.base import MultiTurnEnvironment, Observation, StepResult, StopReason
+from ..trajectory import Trajectory, Turn
+from .observations import copied
+
+
+logger = logging.getLogger(__name__)
+
+Message = dict[str, Any]
+
+
+@dataclass
+class Episode:
+    """
+    State of an episode.
+
+    Args:
+        key (`int`):
+            Its number in the batch of this process.
+        task (`dict`):
+            The dataset row.
+
+    `environment` is there while the episode is played, `player` is the same one, also afterwards. `segments`,
+    `first_with_reasoning` and `shown` belong to [`~seeupo_trl.rollout.contexts.Contexts`].
+    """
+
+    key: int
+    task: dict[str, Any]
+    environment: MultiTurnEnvironment | None = None
+    player: MultiTurnEnvironment | None = None
+    observation: Observation = field(default_factory=lambda: Observation([]))
+    context_ids: list[int] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    new_messages: list[Message] = field(default_factory=list)
+    reward: float = 0.0
+    info: dict[str, Any] = field(default_factory=dict)
+    stop_reason: StopReason | None = None
+    error: Exception | None = None
+    segments: list[list[int]] = field(default_factory=list)
+    first_with_reasoning: int = 1
+    shown: list[Message] = field(default_factory=list)
+
+    @property
+    def active(self) -> bool:
+        """Whether it is the policy's turn."""
+        return self.stop_reason is None
+
+    @property
+    def last_message(self) -> Message:
+        """A copy of the policy's last message, for the environment."""
+        return copied(self.messages[-1])
+
+    def begin(self, observation: Observation) -> None:
+        """The environment opened the conversation."""
+        self.observation = observation
+
+    def act(self, turn: Turn, message: Message) -> None:
+        """The policy wrote a message."""
+        self.turns.append(turn)
+        self.messages.append(message)
+        self.context_ids = turn.context_ids + turn.action_ids
+
+    def answer(self, result: StepResult) -> None:
+        """The environment replied."""
+        self.reward += result.reward
+        self.info.update(result.info)
+        self.new_messages = result.messages
+        self.messages.extend(result.messages)
+        self.stop_reason = StopReason.completed if result.terminated or result.truncated else None
+
+    def fail(self, error: Exception) -> None:
+        """The environment failed: the episode is over and carries no reward."""
+        self.error = error
+        self.stop_reason = StopReason.env_timeout if isinstance(error, TimeoutError) else StopReason.env_error
+        self.info["error"] = describe(error)
+        columns = {name: value for name, value in self.task.items() if name != "prompt"} or self.task
+        logger.warning(
+            "Environment error in task %s: %s. The episode is left out of training.",
+            shorten(columns),
+            self.info["error"],
+        )
+
+    def trajectory(self) -> Trajectory:
+        """The episode as training sees it."""
+        return Trajectory(
+            turns=self.turns,
+            reward=None if self.error is not None else self.reward,
+            stop_reason=self.stop_reason,
+            messages=self.messages,
+            info=self.info,
+        )
+
+
+def describe(error: Exception) -> str:
+    """Type and text of an error as a short line, also of one that cannot be printed."""
+    try:
+        text = shorten(error)
+    except Exception:
+        text = "(no text)"
+    return f"{type(error).__name__}: {text}"
+
+
+def shorten(value: Any) -> str:
+    """A value as a line of at most 200 characters."""
+    return textwrap.shorten(str(value)[:10_000], 200)

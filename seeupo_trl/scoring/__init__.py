@@ -1,0 +1,1 @@
+"""Log-probabilities of turns under a policy, each shared token computed once."""

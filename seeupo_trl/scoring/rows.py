@@ -1,0 +1,349 @@
+"""
+Log-probabilities (and entropies) of turns under the current parameters.
+
+Turns of a trajectory whose contexts extend one another share one row; a context that was rewritten starts a row of its
+own. A row ends with its last scored token. The language-model head runs on scored positions only: a forward hook on
+the backbone keeps just their hidden states, and TRL's fused head (trl 1.15 and 1.16) turns them into log-probabilities
+without a (tokens x vocabulary) tensor. That head computes in float32, so float64 models are scored by a plain
+log-softmax instead; so is everything on a CPU with trl 1.15, whose head needs a GPU.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import trl
+from accelerate.utils import is_peft_model
+from packaging.version import Version
+from torch import nn
+
+from ..distributed.lock_step import UpdateEngine
+from ..trajectory import TurnBuffer
+
+
+_FUSED_HEAD_ON_CPU = Version(trl.__version__) >= Version("1.16.0")
+
+Key = tuple[int, int]  # (trajectory, turn counted from 1)
+DUMMY_KEY: Key = (-1, 0)
+
+
+class TurnScores(NamedTuple):
+    """Scores of one action: `logps` and `entropies`, each of shape `(|a|,)`."""
+
+    logps: torch.Tensor
+    entropies: torch.Tensor
+
+
+@dataclass
+class Row:
+    """One sequence to run through the model, and where the scored actions lie in it."""
+
+    input_ids: list[int]
+    spans: dict[Key, tuple[int, int]] = field(default_factory=dict)  # key -> [first, end) positions of its action
+
+
+@dataclass
+class RowBatch:
+    """Rows of one forward pass."""
+
+    rows: list[Row]
+    multiple_of: int = 1
+
+    @property
+    def length(self) -> int:
+        """Length to which the rows are padded."""
+        return -(-max(len(row.input_ids) for row in self.rows) // self.multiple_of) * self.multiple_of
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the forward pass computes, padding included."""
+        return len(self.rows) * self.length
+
+    @property
+    def num_pairs(self) -> int:
+        """Query-key pairs that attention computes."""
+        return len(self.rows) * self.length**2
+
+
+class MicroBatch(Protocol):
+    """What one forward pass computes, in the layout of some scorer."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+
+class Scorer(Protocol):
+    """
+    A way to score turns.
+
+    `micro_batches` puts all turns of a trajectory that are asked for together into one micro-batch; with
+    `together=False` it may distribute them where they would not fit into one. `num_tokens` is what they would compute
+    in a micro-batch of their own. `attention` must be in force around the forward and the backward pass of a batch.
+    `check` is called on every process before anything is scored.
+    """
+
+    def check(self, buffer: TurnBuffer, keys: Iterable[Key], model: nn.Module, engine: UpdateEngine) -> None: ...
+
+    def micro_batches(
+        self, buffer: TurnBuffer, keys: Iterable[Key], max_rows: int, together: bool = True
+    ) -> Sequence[MicroBatch]: ...
+
+    def num_tokens(self, buffer: TurnBuffer, keys: Iterable[Key]) -> int: ...
+
+    def dummy_batch(self) -> MicroBatch: ...
+
+    def attention(self, batch: Any) -> AbstractContextManager: ...
+
+    def score(self, model: nn.Module, batch: Any) -> tuple[dict[Key, TurnScores], torch.Tensor | None]: ...
+
+
+def build_rows(buffer: TurnBuffer, keys: Iterable[Key]) -> list[Row]:
+    """
+    Lay the requested turns out in as few rows as their contexts allow.
+
+    Args:
+        buffer ([`~seeupo_trl.trajectory.TurnBuffer`]):
+            Where the turns' tokens are.
+        keys (`Iterable[tuple[int, int]]`):
+            Turns to score, as `(trajectory, turn)`.
+
+    Returns:
+        `list[Row]`:
+            Rows in the order of the trajectories in `keys`; the rows of one trajectory are next to each other.
+    """
+    rows: dict[tuple[int, int], Row] = {}  # (trajectory, chain) -> row
+    # the last turn of a chain is the row, and the others lie in it
+    for key in sorted(keys, key=lambda key: (key[0], -key[1])):
+        turn = buffer.turn(key)
+        row = rows.setdefault((key[0], buffer.chain(key)), Row(input_ids=[]))
+        if not row.spans:
+            row.input_ids = turn.context_ids + turn.action_ids
+        row.spans[key] = (len(turn.context_ids), len(turn.context_ids) + len(turn.action_ids))
+    return list(rows.values())
+
+
+def group_rows(
+    rows: list[Row], max_rows: int, max_tokens: int | None = None, multiple_of: int = 1, together: bool = True
+) -> list[RowBatch]:
+    """
+    Distribute rows over micro-batches, rows of similar length together.
+
+    The rows of one trajectory stay together, because its ratio needs all of them: where a trajectory alone is over the
+    limit (only possible with rewritten contexts), its micro-batch is larger.
+
+    Args:
+        rows (`list[Row]`):
+            Rows as [`build_rows`] returns them.
+        max_rows (`int`):
+            Largest number of rows of a micro-batch.
+        max_tokens (`int`, *optional*):
+            Largest number of tokens of a micro-batch, padding included. It takes the place of `max_rows`.
+        multiple_of (`int`, *optional*, defaults to `1`):
+            Rows are padded to a multiple of this length.
+        together (`bool`, *optional*, defaults to `True`):
+            Whether the rows of a trajectory stay together.
+
+    Returns:
+        `list[RowBatch]`
+    """
+    units: dict[Any, list[Row]] = {}
+    for position, row in enumerate(rows):
+        units.setdefault(next(iter(row.spans))[0] if together else position, []).append(row)
+    batches: list[RowBatch] = []
+    for unit in sorted(units.values(), key=lambda unit: -max(len(row.input_ids) for row in unit)):
+        if batches:
+            # the batch's first row is the longest, so that adding rows does not lengthen the others
+            larger = RowBatch(batches[-1].rows + unit, multiple_of)
+            if larger.num_tokens <= max_tokens if max_tokens is not None else len(larger.rows) <= max_rows:
+                batches[-1] = larger
+                continue
+        batches.append(RowBatch(list(unit), multiple_of))
+    return batches
+
+
+class _ScoredPositions:
+    """Forward hook on the backbone that keeps the hidden states of the scored positions only."""
+
+    def __init__(self, backbone: nn.Module):
+        self._selected: tuple[torch.Tensor, torch.Tensor, int] | None = None
+        backbone.register_forward_hook(self)
+
+    @contextmanager
+    def select(self, rows: torch.Tensor, columns: torch.Tensor, length: int) -> Iterator[None]:
+        """Keep position `columns[j]` of sequence `rows[j]`, for every j, of sequences padded to `length`."""
+        self._selected = (rows, columns, length)
+        try:
+            yield
+        finally:
+            self._selected = None
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self._selected is None:
+            return None
+        rows, columns, length = self._selected
+        hidden = output.last_hidden_state  # (B, S, H)
+        # prompt-learning adapters put virtual tokens in front of the sequence
+        output.last_hidden_state = hidden[rows, columns + hidden.size(1) - length].unsqueeze(0)  # (1, n, H)
+        return output
+
+
+class RowScorer:
+    """
+    Scores turns of text-only trajectories.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Causal language model with TRL's fused head, not wrapped for distributed training.
+        pad_token_id (`int`):
+            Token that fills rows of a micro-batch up to the longest one.
+        temperature (`float`):
+            Temperature of the sampler; logits are divided by it.
+        pad_to_multiple_of (`int`, *optional*):
+            Pad row lengths to a multiple of this value.
+        max_tokens (`int`, *optional*):
+            Largest number of tokens of a micro-batch, in place of the largest number of rows.
+        aux_loss (`bool`, *optional*, defaults to `False`):
+            Whether to ask a mixture-of-experts model for its load-balancing loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pad_token_id: int,
+        temperature: float,
+        pad_to_multiple_of: int | None = None,
+        max_tokens: int | None = None,
+        aux_loss: bool = False,
+    ):
+        causal_lm = model.get_base_model() if is_peft_model(model) else model
+        self._scored_positions = _ScoredPositions(causal_lm.base_model)
+        head = causal_lm.get_output_embeddings().weight
+        self._fused_head = head.dtype != torch.float64 and (_FUSED_HEAD_ON_CPU or head.device.type != "cpu")
+        self._pad_token_id = pad_token_id
+        self._temperature = temperature
+        self._pad_to_multiple_of = pad_to_multiple_of or 1
+        self._max_tokens = max_tokens
+        self._aux_loss = aux_loss
+
+    def check(self, buffer: TurnBuffer, keys: Iterable[Key], model: nn.Module, engine: UpdateEngine) -> None:
+        """Rows need no check: every causal language model computes them."""
+
+    def micro_batches(
+        self, buffer: TurnBuffer, keys: Iterable[Key], max_rows: int, together: bool = True
+    ) -> Sequence[MicroBatch]:
+        """Lay the requested turns out in rows, see [`build_rows`] and [`group_rows`]."""
+        return group_rows(build_rows(buffer, keys), max_rows, self._max_tokens, self._pad_to_multiple_of, together)
+
+    def num_tokens(self, buffer: TurnBuffer, keys: Iterable[Key]) -> int:
+        """Tokens that a micro-batch of the requested turns would compute."""
+        return RowBatch(build_rows(buffer, keys), self._pad_to_multiple_of).num_tokens
+
+    def dummy_batch(self) -> RowBatch:
+        """A row that belongs to no trajectory, for a process that must take part in a forward pass without data."""
+        return RowBatch([Row(input_ids=[self._pad_token_id] * 2, spans={DUMMY_KEY: (1, 2)})])
+
+    def attention(self, batch: Any) -> AbstractContextManager:
+        """Rows are computed with the attention implementation that the model has."""
+        return nullcontext()
+
+    def score(self, model: nn.Module, batch: Any) -> tuple[dict[Key, TurnScores], torch.Tensor | None]:
+        """
+        One forward pass.
+
+        Args:
+            model (`torch.nn.Module`):
+                The model given to the constructor, or its distributed wrapper.
+            batch (`RowBatch`):
+                Rows of one micro-batch.
+
+        Returns:
+            `tuple[dict[tuple[int, int], TurnScores], torch.Tensor | None]`:
+                Scores by turn, and the load-balancing loss where it was asked for.
+        """
+        rows, length = batch.rows, batch.length
+        device = next(model.parameters()).device
+        input_ids = torch.full((len(rows), length), self._pad_token_id)  # (B, S)
+        attention_mask = torch.zeros_like(input_ids)
+        row_index, columns, labels, sizes = [], [], [], {}
+        for index, row in enumerate(rows):
+            input_ids[index, : len(row.input_ids)] = torch.tensor(row.input_ids)
+            attention_mask[index, : len(row.input_ids)] = 1
+            for key, (start, end) in row.spans.items():
+                row_index += [index] * (end - start)
+                columns += range(start - 1, end - 1)  # the position before a token predicts it
+                labels += row.input_ids[start:end]
+                sizes[key] = end - start
+        inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+        if self._aux_loss:
+            inputs["output_router_logits"] = True
+        selection = torch.tensor(row_index, device=device), torch.tensor(columns, device=device), length
+        return self._scores(model, inputs, selection, torch.tensor([labels], device=device), sizes)
+
+    def _scores(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        selection: tuple[torch.Tensor, torch.Tensor, int],
+        labels: torch.Tensor,
+        sizes: dict[Key, int],
+    ) -> tuple[dict[Key, TurnScores], torch.Tensor | None]:
+        """Scores of `labels`, of shape `(1, n)`, at the selected positions, cut into actions of the given sizes."""
+        with self._scored_positions.select(*selection):
+            logps, entropies, aux_loss = self._per_token(model, inputs, labels)
+        lengths = list(sizes.values())
+        scores = map(TurnScores, logps[0].split(lengths), entropies[0].split(lengths))
+        return dict(zip(sizes, scores, strict=True)), aux_loss
+
+    def _per_token(
+        self, model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        if not self._fused_head:
+            outputs = model(**inputs, use_cache=False)
+            log_probs = torch.log_softmax(outputs.logits / self._temperature, dim=-1)  # (1, n, V)
+            logps = log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)  # (1, n)
+            entropies = -(log_probs.exp() * log_probs).sum(-1)
+        else:
+            outputs = model(**inputs, shift_labels=labels, fused_lm_head=True)
+            logps = outputs.log_probs
+            # the reference model's head computes no entropies
+            entropies = torch.zeros_like(logps) if outputs.entropy is None else outputs.entropy
+        return logps, entropies, outputs.aux_loss if self._aux_loss else None
+
+
+def score_without_gradient(
+    buffer: TurnBuffer, keys: Iterable[Key], scorer: Scorer, model: nn.Module, engine: UpdateEngine, max_rows: int
+) -> tuple[dict[Key, TurnScores], int]:
+    """
+    Score turns in as many forward passes as the process with the most rows needs. Must be called on every process.
+
+    Args:
+        buffer ([`~seeupo_trl.trajectory.TurnBuffer`]):
+            Where the turns' tokens are.
+        keys (`Iterable[tuple[int, int]]`):
+            Turns to score on this process, possibly none.
+        scorer ([`Scorer`]):
+            Scorer of `model`.
+        model (`torch.nn.Module`):
+            Model without distributed wrapper.
+        engine ([`~seeupo_trl.distributed.lock_step.UpdateEngine`]):
+            Communication and mixed precision.
+        max_rows (`int`):
+            Largest number of rows of a forward pass.
+
+    Returns:
+        `tuple[dict[tuple[int, int], TurnScores], int]`:
+            Scores by turn, and the number of tokens computed on this process, padding included.
+    """
+    keys = list(keys)
+    scorer.check(buffer, keys, model, engine)
+    batches = scorer.micro_batches(buffer, keys, max_rows, together=False)
+    scores: dict[Key, TurnScores] = {}
+    tokens = 0
+    for number in range(engine.max_over_processes(len(batches))):
+        batch = batches[number] if number < len(batches) else scorer.dummy_batch()
+        with engine.inference(), scorer.attention(batch):
+            scores.update(scorer.score(model, batch)[0])
+        tokens += batch.num_tokens
+    return scores, tokens

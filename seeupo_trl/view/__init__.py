@@ -1,0 +1,1 @@
+"""Saved trajectories as one HTML page: `python -m seeupo_trl.view`."""

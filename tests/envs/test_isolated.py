@@ -1,0 +1,139 @@
+"""Environments in processes of their own: they can be ended whatever they do, and end with us."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from isolated_deeds import Deeds
+from test_multi_turn import make_trainer, row  # noqa: F401
+
+from seeupo_trl import MultiTurnRollout
+from seeupo_trl.envs import IsolatedEnvironment
+
+
+MESSAGE = {"role": "assistant", "content": "Yes."}
+
+
+@pytest.fixture
+def environment():
+    environment = IsolatedEnvironment(Deeds, timeout=60.0)
+    yield environment
+    environment.close()
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z" if Path("/proc").is_dir() else True
+
+
+def test_it_plays_like_the_environment_itself(environment):
+    plain = Deeds()
+    assert environment.reset(deed=None) == plain.reset(deed=None)
+    for _ in range(2):
+        mine, theirs = environment.step(MESSAGE), plain.step(MESSAGE)
+        assert mine.info.pop("process") != theirs.info.pop("process") == os.getpid()
+        assert mine == theirs
+
+
+@pytest.mark.parametrize("deed", ["hang", "hold the lock"])
+def test_a_call_without_end_is_killed_and_the_next_episode_plays(environment, deed):
+    environment.reset(deed=None)
+    pid = environment.step(MESSAGE).info["process"]
+    environment._timeout = 1.0
+    environment.reset(deed=deed)
+    with pytest.raises(TimeoutError, match=r"step\(\) took more than 1 seconds; process \d+ was killed"):
+        environment.step(MESSAGE)
+    assert not is_running(pid)
+    environment._timeout = 60.0
+    environment.reset(deed=None)
+    assert environment.step(MESSAGE).info["process"] != pid
+
+
+@pytest.mark.parametrize(
+    ("deed", "error"),
+    [
+        ("die", r"Process \d+ of the environment died during step\(\)"),
+        ("exit", "SystemExit: 3"),
+        ("raise", "OSError: connection lost"),
+        ("unpicklable", "cannot be sent between processes"),
+    ],
+)
+def test_faults_are_errors_of_the_call_and_the_next_episode_plays(environment, deed, error):
+    environment.reset(deed=deed)
+    with pytest.raises(RuntimeError, match=error):
+        environment.step(MESSAGE)
+    environment.reset(deed=None)
+    assert environment.step(MESSAGE).reward == 0.5
+
+
+def test_a_process_is_replaced_after_a_number_of_episodes():
+    environment = IsolatedEnvironment(Deeds, max_episodes=2)
+    seen = []
+    for _ in range(5):
+        environment.reset()
+        info = environment.step(MESSAGE).info
+        seen.append((info["process"], info["episodes"]))
+    environment.close()
+    assert [episodes for _, episodes in seen] == [1, 2, 1, 2, 1]
+    assert len({process for process, _ in seen}) == 3 and not any(is_running(process) for process, _ in seen)
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(TypeError, match="environment_factory is a Deeds"):
+        IsolatedEnvironment(Deeds())
+    with pytest.raises(ValueError, match="timeout is 0"):
+        IsolatedEnvironment(Deeds, timeout=0)
+    with pytest.raises(ValueError, match="max_episodes is 0"):
+        IsolatedEnvironment(Deeds, max_episodes=0)
+
+
+def test_a_rollout_goes_on_where_threads_would_stand_still(make_trainer):  # noqa: F811
+    rows = [row(deed=deed, number=i) for i, deed in enumerate(["hold the lock", "die", None, None])]
+    trainer = make_trainer(rows, script=["Yes.<|im_end|>"] * 9)
+    rollout = MultiTurnRollout(partial(IsolatedEnvironment, Deeds, timeout=5.0), tasks=rows, env_timeout=100.0)
+    output = rollout([r["prompt"] for r in rows], trainer)
+    rollout.close()
+    assert output["stop_reason"] == ["env_timeout", "env_error", "completed", "completed"]
+
+
+@pytest.mark.slow
+def test_no_process_is_left_when_ours_is_killed(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys
+            sys.path.insert(0, sys.argv[1])
+            from isolated_deeds import Deeds
+            from seeupo_trl.envs import IsolatedEnvironment
+
+            if __name__ == "__main__":
+                environment = IsolatedEnvironment(Deeds)
+                environment.reset()
+                print(environment.step({"role": "assistant", "content": ""}).info["process"], flush=True)
+                environment.reset(deed="hang")
+                environment.step({"role": "assistant", "content": ""})
+            """
+        )
+    )
+    ours = subprocess.Popen(
+        [sys.executable, str(script), str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True
+    )
+    pid = int(ours.stdout.readline())
+    assert is_running(pid)
+    time.sleep(0.5)
+    ours.send_signal(signal.SIGKILL)
+    ours.wait()
+    deadline = time.monotonic() + 60
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_running(pid)

@@ -1,0 +1,111 @@
+"""The chat format: what is remembered of renderings, and how much of a context the parser needs."""
+
+import itertools
+import random
+from types import SimpleNamespace
+
+import pytest
+from test_multi_turn import TEMPLATES, TOOLS, byte_tokenizer, result, user
+from trl.chat_template_utils import parse_response
+
+from seeupo_trl.envs import Observation
+from seeupo_trl.rollout import chat_format
+from seeupo_trl.rollout.chat_format import ChatFormat, shared_length
+
+
+def make_chat(template, **template_kwargs):
+    """A chat format; of a trainer it reads nothing but these."""
+    tokenizer = byte_tokenizer(template)
+    trainer = SimpleNamespace(
+        processing_class=tokenizer, eos_token_ids=[tokenizer.eos_token_id], chat_template_kwargs=template_kwargs
+    )
+    return ChatFormat(trainer)
+
+
+@pytest.fixture
+def renderings(monkeypatch):
+    """The conversations that were rendered by the tokenizer, in order."""
+    rendered = []
+    tokenize = ChatFormat._tokenize
+
+    def watched(self, messages, *args, **kwargs):
+        rendered.append(messages)
+        return tokenize(self, messages, *args, **kwargs)
+
+    monkeypatch.setattr(ChatFormat, "_tokenize", watched)
+    return rendered
+
+
+def test_the_opening_of_a_group_is_rendered_once(renderings):
+    chat = make_chat("qwen2_5")
+    renderings.clear()
+    openings = [chat.render(Observation([user("Begin.")], tools=TOOLS)) for _ in range(4)]
+    assert len(renderings) == 1 and openings[1:] == openings[:1] * 3
+    openings[0].append(0)  # contexts grow in place
+    assert chat.render(Observation([user("Begin.")], tools=TOOLS)) == openings[1]
+
+
+def test_openings_that_differ_in_anything_are_told_apart():
+    chat = make_chat("qwen2_5")
+    other_tools = [{**TOOLS[0], "function": {**TOOLS[0]["function"], "description": "Something else."}}]
+    reordered = [{"function": TOOLS[0]["function"], "type": "function"}]
+    observations = [
+        Observation([user(text)], tools) for text in ("A.", "B.") for tools in (None, TOOLS, other_tools, reordered)
+    ]
+    for _ in range(2):
+        rendered = [chat.render(observation) for observation in observations]
+        assert len({tuple(token_ids) for token_ids in rendered}) == len(observations)
+
+
+def test_a_reply_renders_its_own_messages_only(renderings):
+    chat = make_chat("qwen2_5")
+    end = chat.tokenizer.eos_token_id
+    renderings.clear()
+    suffixes = [chat.render_suffix([result(text)], end) for text in ("a", "b", "a")]
+    assert len(renderings) == 4  # the dummy conversation once, and each with its reply
+    assert suffixes[0] == suffixes[2] != suffixes[1]
+
+
+def test_few_renderings_are_remembered(monkeypatch):
+    monkeypatch.setattr(chat_format, "REMEMBERED_RENDERINGS", 3)
+    chat = make_chat("qwen2_5")
+    for number in range(9):
+        chat.render(Observation([user(str(number))]))
+    assert len(chat._renderings) == 3
+
+
+@pytest.mark.parametrize("tail_length", [32, 2])
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize(
+    "response",
+    [
+        "Hello.<|im_end|>",
+        "<think>\nHm.\n</think>\n\nHello.<|im_end|>",
+        '<tool_call>\n{"name": "look", "arguments": {"thing": "sky"}}\n</tool_call><|im_end|>',
+        "<|im_start|>assistant\nHello",
+    ],
+)
+def test_the_end_of_a_context_is_all_the_parser_needs(template, thinking, response, tail_length, monkeypatch):
+    monkeypatch.setattr(chat_format, "TAIL_LENGTH", tail_length)
+    chat = make_chat(template, enable_thinking=thinking)
+    opening = [
+        user("Begin."),
+        {"role": "assistant", "content": "<|im_start|>assistant\nA"},
+        user("Go on, please." * 9),
+    ]
+    context = chat.render(Observation(opening, tools=TOOLS))
+    action = chat.tokenizer(response)["input_ids"]
+    expected = parse_response(chat._parser, action, prefix=context)
+    message = chat.parse(action, context, TOOLS)
+    message.pop("parse_error", None)
+    assert message == expected
+    assert (chat._tail(context) == context) == (tail_length == 2)
+
+
+def test_the_shared_length_is_that_of_a_loop():
+    rng = random.Random(0)
+    for _ in range(300):
+        first, second = ([rng.randrange(2) for _ in range(rng.randrange(9))] for _ in range(2))
+        common = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+        assert shared_length(first, second) == len(list(common))

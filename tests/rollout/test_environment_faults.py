@@ -1,0 +1,489 @@
+"""Environments that raise, hang, leak, lie or flood: what becomes of the episode, the batch and a real run."""
+
+import asyncio
+import gc
+import math
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from test_multi_turn import Talk, byte_tokenizer, forced_end, make_trainer, row, tiny_model, user  # noqa: F401
+from tiny import load_tiny_model, tiny_tokenizer
+
+from seeupo_trl import MultiTurnEnvironment, MultiTurnRollout, Observation, SeeUPOConfig, SeeUPOTrainer, StepResult
+
+
+HANG = 30.0  # far beyond every time limit below
+LIMIT = 1.0
+
+
+class Chaotic(Talk):
+    """Does in `step` (or `reset`) what its task says."""
+
+    def reset(self, deed=None, **task):
+        self.deed = deed
+        if deed == "hang in reset":
+            time.sleep(HANG)
+        if deed == "exit in reset":
+            sys.exit(3)
+        observation = super().reset(**task)
+        if deed == "tools of nonsense":
+            observation.tools = "look"
+        return observation
+
+    def step(self, message):
+        result = super().step(message)
+        match self.deed:
+            case "hang":
+                time.sleep(HANG)
+            case "raise":
+                raise OSError("connection lost")
+            case "exit":
+                sys.exit(3)
+            case "raise what cannot be shown":
+                raise Unshowable
+            case "nothing":
+                return None
+            case "another type":
+                return {"messages": []}
+            case "no dicts":
+                result.messages = ["text"]
+            case "no role":
+                result.messages = [{"content": "x"}]
+            case "a number as content":
+                result.messages = [user(7)]
+            case "bytes":
+                result.messages = [user(b"\x00\xff")]
+            case "messages of another type":
+                result.messages = 12
+            case "nan":
+                result.reward = math.nan
+            case "a text as reward":
+                result.reward = "1.0"
+            case "info of another type":
+                result.info = [1]
+        return result
+
+
+class Unshowable(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+def play(make_trainer, deeds, environment=Chaotic, script=("Yes.<|im_end|>",) * 9, replies=1, **options):  # noqa: F811
+    rows = [row(*[[user("Go on.")]] * replies, deed=deed, number=i) for i, deed in enumerate(deeds)]
+    trainer = make_trainer(rows, script=list(script), max_completion_length=20)
+    options = {"env_timeout": LIMIT, "env_reset_retries": 0, **options}
+    rollout = MultiTurnRollout(environment, tasks=rows, **options)
+    output = rollout([r["prompt"] for r in rows], trainer)
+    return output, trainer
+
+
+@pytest.mark.parametrize(
+    ("deed", "reason", "error"),
+    [
+        ("raise", "env_error", "OSError: connection lost"),
+        ("exit", "env_error", "RuntimeError: SystemExit: 3"),
+        ("exit in reset", "env_error", "RuntimeError: SystemExit: 3"),
+        ("raise what cannot be shown", "env_error", "Unshowable"),
+        ("hang", "env_timeout", "TimeoutError: no answer within 1 seconds"),
+        ("hang in reset", "env_timeout", "TimeoutError: no answer within 1 seconds"),
+        ("nothing", "env_error", "TypeError: step() must return a StepResult; it returned NoneType None"),
+        ("another type", "env_error", "TypeError: step() must return a StepResult; it returned dict"),
+        ("no dicts", "env_error", "TypeError: A message must be a dict with a role; got str"),
+        ("no role", "env_error", "TypeError: A message must be a dict with a role; got dict"),
+        ("a number as content", "env_error", "TypeError: The content of a message must be a text; got int 7"),
+        ("bytes", "env_error", "TypeError: The content of a message must be a text; got bytes"),
+        ("messages of another type", "env_error", "TypeError: Messages must be a list of dicts"),
+        ("nan", "env_error", "ValueError: StepResult.reward must be a finite number; got float nan"),
+        ("a text as reward", "env_error", "ValueError: StepResult.reward must be a finite number; got str '1.0'"),
+        ("info of another type", "env_error", "TypeError: StepResult.info must be a dict; got list [1]"),
+        ("tools of nonsense", "env_error", "TypeError: Observation.tools must be a list of JSON schemas; got str"),
+    ],
+)
+def test_a_fault_costs_its_own_episode_only(make_trainer, deed, reason, error):  # noqa: F811
+    output, _ = play(make_trainer, [deed, None])
+    assert output["stop_reason"] == [reason, "completed"]
+    assert output["environment_reward"] == [None, 1.25]
+    assert error in output["trajectories"][0].info["error"]
+
+
+def test_an_environment_may_raise_a_time_out_of_its_own(make_trainer):  # noqa: F811
+    class Slow(Chaotic):
+        def step(self, message):
+            if self.deed:
+                raise TimeoutError("server")
+            return super().step(message)
+
+    output, _ = play(make_trainer, ["slow", None], Slow)
+    assert output["stop_reason"] == ["env_timeout", "completed"]
+
+
+# --- retries and the failure rate ------------------------------------------------------------------------------------
+
+
+def unreliable(failures, deed):
+    """A factory of environments whose first resets fail."""
+    left, lock, made = [failures], threading.Lock(), []
+
+    class Unreliable(Talk):
+        def __init__(self):
+            super().__init__()
+            made.append(self)
+
+        def reset(self, **task):
+            with lock:
+                left[0] -= 1
+                fails = left[0] >= 0
+            if fails and deed == "hang":
+                time.sleep(HANG)
+            if fails:
+                raise OSError("not yet")
+            return super().reset(**task)
+
+    return Unreliable, made
+
+
+@pytest.mark.parametrize("deed", ["raise", "hang"])
+def test_a_failed_reset_is_tried_again_with_another_environment(make_trainer, deed):  # noqa: F811
+    environment, made = unreliable(2, deed)
+    output, trainer = play(make_trainer, [None], environment, env_reset_retries=2)
+    assert output["stop_reason"] == ["completed"] and len(made) == 3
+    assert trainer._metrics["train"]["env/resets_retried"] == [2.0]
+    assert [environment.closed for environment in made] == ([1, 1, 0] if deed == "raise" else [0, 0, 0])
+
+
+def test_retries_are_bounded(make_trainer):  # noqa: F811
+    environment, made = unreliable(100, "raise")
+    with pytest.raises(RuntimeError, match="OSError: not yet"):
+        play(make_trainer, [None], environment, env_reset_retries=1)
+    assert len(made) == 2
+
+
+def test_a_step_is_never_tried_again(make_trainer):  # noqa: F811
+    calls = Counter()
+
+    class Once(Talk):
+        def step(self, message):
+            calls["step"] += 1
+            if calls["step"] == 1:
+                raise OSError("lost")
+            return super().step(message)
+
+    output, _ = play(make_trainer, [None, None], Once, env_reset_retries=5)
+    assert sorted(output["stop_reason"]) == ["completed", "env_error"]
+
+
+@pytest.mark.parametrize(("failing", "allowed", "stops"), [(1, 0.25, False), (2, 0.25, True), (3, 0.8, False)])
+def test_the_run_stops_when_too_many_environments_fail(make_trainer, failing, allowed, stops):  # noqa: F811
+    deeds = ["raise"] * failing + [None] * (4 - failing)
+    if stops:
+        with pytest.raises(RuntimeError, match=f"{failing} of 4 environments.*connection lost.*max_env_failure_rate"):
+            play(make_trainer, deeds, max_env_failure_rate=allowed)
+    else:
+        output, _ = play(make_trainer, deeds, max_env_failure_rate=allowed)
+        assert output["stop_reason"].count("env_error") == failing
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"env_timeout": 0}, {"env_reset_retries": -1}, {"max_env_failure_rate": 1.5}, {"max_concurrent_envs": 0}],
+)
+def test_options_out_of_range_are_refused(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=name):
+        MultiTurnRollout(Talk, **options)
+    with pytest.raises(ValueError, match=name):
+        SeeUPOConfig("x", use_cpu=True, bf16=False, **options)
+
+
+def test_the_configuration_and_the_rollout_have_the_same_defaults():
+    from seeupo_trl.rollout.settings import RolloutSettings
+
+    arguments = vars(SeeUPOConfig("x", use_cpu=True, bf16=False))
+    assert RolloutSettings.from_arguments(arguments) == RolloutSettings()
+
+
+# --- concurrency -----------------------------------------------------------------------------------------------------
+
+
+def test_no_more_environments_exist_at_once_than_allowed(make_trainer):  # noqa: F811
+    made = []
+
+    class Counted(Chaotic):
+        def __init__(self):
+            super().__init__()
+            made.append(self)
+
+    rows = [row(*[[user("Go on.")]] * n, number=n) for n in (0, 3, 1, 0, 2, 1)]
+    trainer = make_trainer(rows, script=["Yes.<|im_end|>"] * 4)
+    output = MultiTurnRollout(Counted, tasks=rows, max_concurrent_envs=2)([r["prompt"] for r in rows], trainer)
+    assert [len(t.turns) for t in output["trajectories"]] == [1, 4, 2, 1, 3, 2]
+    assert len(made) == 2 and max(map(len, trainer.contexts)) == 2
+    # an episode begins as soon as another one has ended
+    assert [len(batch) for batch in trainer.contexts] == [2, 2, 2, 2, 2, 2, 1]
+
+
+def test_a_slot_whose_environment_hangs_is_free_again(make_trainer):  # noqa: F811
+    output, _ = play(make_trainer, ["hang", "hang in reset", None, None], max_concurrent_envs=1)
+    assert output["stop_reason"] == ["env_timeout", "env_timeout", "completed", "completed"]
+
+
+class Async(MultiTurnEnvironment):
+    """An environment of coroutines."""
+
+    loops = set()
+
+    async def reset(self, deed=None, **task):
+        self.deed, self.steps = deed, 0
+        type(self).loops.add(id(asyncio.get_running_loop()))
+        await asyncio.sleep(0.01)
+        return Observation([user("Begin.")])
+
+    async def step(self, message):
+        self.steps += 1
+        if self.deed == "hang":
+            await asyncio.sleep(HANG)
+        if self.deed == "block":
+            time.sleep(HANG)
+        if self.deed == "raise":
+            raise OSError("connection lost")
+        await asyncio.sleep(0.01)
+        return StepResult([user("Go on.")], reward=0.5, terminated=self.steps == 2)
+
+
+def test_coroutines_run_on_one_loop(make_trainer):  # noqa: F811
+    Async.loops.clear()
+    output, _ = play(make_trainer, [None] * 8, Async)
+    assert output["stop_reason"] == ["completed"] * 8 and output["environment_reward"] == [1.0] * 8
+    assert len(Async.loops) == 1
+
+
+@pytest.mark.parametrize("deed", ["hang", "raise"])
+def test_a_fault_of_a_coroutine_costs_its_own_episode_only(make_trainer, deed):  # noqa: F811
+    output, _ = play(make_trainer, [deed, None, None], Async)
+    assert output["stop_reason"] == ["env_timeout" if deed == "hang" else "env_error", "completed", "completed"]
+
+
+def test_a_coroutine_that_blocks_the_loop_spoils_one_step_and_not_the_run(make_trainer):  # noqa: F811
+    rows = [row(deed=deed, number=i) for i, deed in enumerate(["block", None])]
+    trainer = make_trainer(rows, script=["Yes.<|im_end|>"] * 9, max_completion_length=20)
+    rollout = MultiTurnRollout(Async, tasks=rows, env_timeout=LIMIT, env_reset_retries=0)
+    with pytest.raises(RuntimeError, match="no answer within"):
+        rollout([r["prompt"] for r in rows], trainer)
+    assert rollout([rows[1]["prompt"]], trainer)["stop_reason"] == ["completed"]
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+class Verbose(Talk):
+    text = ""
+
+    def reset(self, opening_text=None, **task):
+        observation = super().reset(**task)
+        if opening_text:
+            observation.messages[0]["content"] = type(self).text
+        return observation
+
+    def step(self, message):
+        result = super().step(message)
+        for reply in result.messages:
+            reply["content"] = type(self).text
+        return result
+
+
+def verbose(text):
+    return type("Verbose", (Verbose,), {"text": text})
+
+
+def test_long_observations_are_cut(make_trainer):  # noqa: F811
+    output, trainer = play(make_trainer, [None], verbose("abc" * 100), max_observation_tokens=30)
+    (trajectory,) = output["trajectories"]
+    assert trajectory.messages[1]["content"] == "abc" * 10 + "\n[cut: 30 of 300 characters]"
+    assert "abc" * 10 + "\n[cut" in trainer.processing_class.decode(trajectory.turns[1].context_ids)
+    assert trainer._metrics["train"]["env/observations_cut"] == [1.0]
+
+
+@pytest.mark.parametrize("limit", [299, 300, 301, math.inf])
+def test_observations_within_the_limit_are_left_alone(make_trainer, limit):  # noqa: F811
+    output, _ = play(make_trainer, [None], verbose("abc" * 100), max_observation_tokens=limit)
+    text = output["trajectories"][0].messages[1]["content"]
+    assert (text == "abc" * 100) == (limit >= 300)
+
+
+def test_a_cut_never_splits_a_character(make_trainer):  # noqa: F811
+    output, _ = play(make_trainer, [None], verbose("\N{PILE OF POO}" * 20), max_observation_tokens=6)
+    assert output["trajectories"][0].messages[1]["content"] == "\N{PILE OF POO}\n[cut: 1 of 20 characters]"
+
+
+def test_fifty_megabytes_cost_little(make_trainer):  # noqa: F811
+    text = "lorem ipsum " * (50 * 2**20 // 12)
+    start = time.process_time()
+    output, _ = play(make_trainer, [None], verbose(text), max_observation_tokens=500, max_context_length=2000)
+    assert output["stop_reason"] == ["completed"] and len(output["completion_ids"][0]) < 1000
+    assert time.process_time() - start < 30
+
+
+def test_an_endless_opening_is_an_overflow(make_trainer):  # noqa: F811
+    rows = [row(opening_text="yes"), row()]
+    trainer = make_trainer(rows, script=["Yes.<|im_end|>"])
+    output = MultiTurnRollout(verbose("word " * 10**7), tasks=rows)([r["prompt"] for r in rows], trainer)
+    assert output["stop_reason"] == ["context_overflow", "completed"]
+
+
+def test_characters_without_utf8_form_are_replaced(make_trainer):  # noqa: F811
+    output, _ = play(make_trainer, [None], verbose("a\ud83db\x00c"))
+    assert output["trajectories"][0].messages[1]["content"] == "a?b\x00c"
+
+
+def test_an_environment_cannot_change_the_conversation_afterwards(make_trainer):  # noqa: F811
+    class Sly(Talk):
+        def reset(self, **task):
+            observation = super().reset(**task)
+            self.kept = observation.messages
+            return observation
+
+        def step(self, message):
+            message["content"] = "I said this."
+            for kept in self.kept:
+                kept["content"] = "You never saw this."
+            result = super().step(message)
+            self.kept = result.messages
+            return result
+
+    output, trainer = play(make_trainer, [None], Sly, replies=2)
+    assert [m["content"] for m in output["trajectories"][0].messages] == ["Yes.", "Go on."] * 2 + ["Yes."]
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+class Storm(MultiTurnEnvironment):
+    """In every batch of eight: one raises, one hangs, one floods, one returns garbage, one leaks, three play well."""
+
+    leaked = []
+
+    def reset(self, deed, **task):
+        self.deed, self.steps = deed, 0
+        return Observation([user("w1 w2 w3")])
+
+    def step(self, message):
+        self.steps += 1
+        if self.deed == "raise":
+            raise OSError("connection lost")
+        if self.deed == "hang":
+            time.sleep(HANG)
+        if self.deed == "garbage":
+            return object()
+        if self.deed == "leak":
+            Storm.leaked += [open(__file__), threading.Thread(target=time.sleep, args=(HANG,), daemon=True)]
+            Storm.leaked[-1].start()
+        text = "w5 " * (50 * 2**20 // 3) if self.deed == "flood" else "w4 w5"
+        return StepResult([user(text)], reward=float(len(message["content"]) % 3), terminated=self.steps == 3)
+
+
+DEEDS = ["raise", "hang", "flood", "garbage", "leak", None, None, None]
+
+
+@pytest.mark.slow
+def test_a_run_through_a_storm_ends_with_the_right_counts_and_finite_parameters(tiny_dir, tmp_path):
+    rows = [{"prompt": [user(f"w{i}")], "deed": deed or ""} for i, deed in enumerate(DEEDS)]
+    trainer = SeeUPOTrainer(
+        model=load_tiny_model(tiny_dir),
+        args=SeeUPOConfig(
+            str(tmp_path),
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            logging_steps=1,
+            save_strategy="no",
+            max_steps=3,
+            num_generations=2,
+            per_device_train_batch_size=16,
+            max_completion_length=8,
+            max_context_length=400,
+            max_observation_tokens=40,
+            env_timeout=2.0,
+            generation_kwargs={"forced_eos_token_id": tiny_tokenizer().eos_token_id},
+            learning_rate=1e-3,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tiny_tokenizer(),
+        environment_factory=Storm,
+    )
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "turn_updates" in log]
+    assert len(logs) == 3
+    for log in logs:
+        assert log["stop_reason/env_error"] == 4 / 16 and log["stop_reason/env_timeout"] == 2 / 16
+        assert log["stop_reason/completed"] == 10 / 16
+        assert log["env/observations_cut"] == 2 * 3
+        assert log["turn_1/pool"] == 10, "no gradient from an environment that failed"
+    after = list(trainer.model.parameters())
+    assert all(parameter.isfinite().all() for parameter in after)
+    assert any(not torch.equal(*pair) for pair in zip(before, after, strict=True))
+    for file in Storm.leaked[::2]:
+        file.close()
+
+
+def test_threads_are_used_again(make_trainer):  # noqa: F811
+    rows = [row(*[[user("Go on.")]] * 3, number=i) for i in range(4)]
+    trainer = make_trainer(rows, script=["Yes.<|im_end|>"] * 4)
+    others = set(threading.enumerate())
+
+    def own_threads():
+        return {t for t in threading.enumerate() if t.name == "seeupo-environment"} - others
+
+    rollout = MultiTurnRollout(Talk, tasks=rows)
+    for _ in range(4):
+        rollout([r["prompt"] for r in rows], trainer)
+    assert len(own_threads()) == 4
+    del rollout
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while own_threads() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not own_threads()
+
+
+@pytest.mark.slow
+def test_the_interpreter_exits_although_environments_hang(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys, time
+            sys.path.insert(0, sys.argv[1])
+            from test_environment_faults import *
+
+            class Stuck(Chaotic):
+                def close(self):
+                    if self.deed == "hang":
+                        time.sleep(1000)
+
+            trainer = SeeUPOTrainer(
+                model=tiny_model(byte_tokenizer("qwen2_5")),
+                args=SeeUPOConfig(sys.argv[2], report_to=[], use_cpu=True, bf16=False, num_generations=2,
+                                  per_device_train_batch_size=2, max_completion_length=4,
+                                  generation_kwargs=forced_end()),
+                train_dataset=Dataset.from_list([row()]), processing_class=byte_tokenizer("qwen2_5"),
+                environment_factory=Stuck,
+            )
+            trainer.rollout_inputs = [row(deed="hang"), row(deed=None)]
+            print(MultiTurnRollout(Stuck, env_timeout=1)([None] * 2, trainer)["stop_reason"], flush=True)
+            """
+        )
+    )
+    arguments = [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip().endswith("['env_timeout', 'completed']"), done.stderr[-2000:]
+    assert done.returncode == 0

@@ -1,0 +1,97 @@
+"""Rows share what contexts share, and their scores are those of each sequence on its own."""
+
+import pytest
+import torch
+from tiny import load_tiny_model
+from trl.trainer.utils import add_fused_lm_head
+
+from seeupo_trl.scoring.rows import DUMMY_KEY, RowScorer, build_rows, group_rows
+from seeupo_trl.trajectory import Trajectory, Turn, TurnBuffer
+
+
+TEMPERATURE = 0.7
+
+APPEND_ONLY = Trajectory(
+    turns=[
+        Turn(context_ids=[7, 8], action_ids=[9, 10, 11]),
+        Turn(context_ids=[7, 8, 9, 10, 11, 20, 21], action_ids=[12]),
+        Turn(context_ids=[7, 8, 9, 10, 11, 20, 21, 12, 22], action_ids=[13, 14]),
+    ]
+)
+# the second context drops the first action's token 10, as a template that strips reasoning does
+REWRITTEN = Trajectory(
+    turns=[
+        Turn(context_ids=[7, 8], action_ids=[9, 10, 11]),
+        Turn(context_ids=[7, 8, 9, 11, 20], action_ids=[12, 15]),
+    ]
+)
+ALL_KEYS = [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2)]
+
+
+@pytest.fixture
+def buffer():
+    return TurnBuffer([APPEND_ONLY, REWRITTEN], [1.0, -1.0], 2)
+
+
+def test_contexts_that_extend_one_another_share_a_row(buffer):
+    rows = build_rows(buffer, ALL_KEYS)
+    assert [len(row.input_ids) for row in rows] == [11, 7, 5]
+    assert rows[0].spans == {(0, 3): (9, 11), (0, 2): (7, 8), (0, 1): (2, 5)}
+    assert [set(row.spans) for row in rows[1:]] == [{(1, 2)}, {(1, 1)}]
+
+
+def test_row_ends_with_its_last_scored_token(buffer):
+    (row,) = build_rows(buffer, [(0, 1), (0, 2)])
+    assert row.input_ids == [7, 8, 9, 10, 11, 20, 21, 12]
+
+
+def test_rows_of_a_trajectory_stay_in_one_micro_batch(buffer):
+    batches = group_rows(build_rows(buffer, ALL_KEYS), max_rows=1)
+    assert [{key[0] for row in batch.rows for key in row.spans} for batch in batches] == [{0}, {1}]
+
+
+def test_rows_of_similar_length_go_together():
+    lengths = [3, 9, 4, 8]
+    episodes = [Trajectory(turns=[Turn(context_ids=[1] * n, action_ids=[2])]) for n in lengths]
+    buffer = TurnBuffer(episodes, [1.0] * 4, 4)
+    batches = group_rows(build_rows(buffer, [(i, 1) for i in range(4)]), max_rows=2)
+    assert [[len(row.input_ids) - 1 for row in batch.rows] for batch in batches] == [[9, 8], [4, 3]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["plain-head-float64", "fused-head-float32"])
+@pytest.mark.parametrize("pad_to_multiple_of", [None, 8])
+def test_scores_equal_those_of_each_sequence_alone(buffer, dtype, pad_to_multiple_of, tiny_dir):
+    model = load_tiny_model(tiny_dir, dtype).eval()
+    add_fused_lm_head(model, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
+    scorer = RowScorer(model, pad_token_id=0, temperature=TEMPERATURE, pad_to_multiple_of=pad_to_multiple_of)
+    scores, aux_loss = scorer.score(model, *scorer.micro_batches(buffer, ALL_KEYS, max_rows=3))
+    assert aux_loss is None
+    assert set(scores) == set(ALL_KEYS)
+    for key in ALL_KEYS:
+        turn = buffer.turn(key)
+        logits = model(torch.tensor([turn.context_ids + turn.action_ids])).logits[0] / TEMPERATURE
+        log_probs = logits[len(turn.context_ids) - 1 : -1].log_softmax(-1)
+        expected = log_probs.gather(1, torch.tensor(turn.action_ids)[:, None])[:, 0]
+        tolerance = 1e-10 if dtype == torch.float64 else 2e-5
+        torch.testing.assert_close(scores[key].logps, expected, atol=tolerance, rtol=0)
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        torch.testing.assert_close(scores[key].entropies, entropy, atol=tolerance, rtol=0)
+
+
+def test_head_runs_on_scored_positions_only(buffer, tiny_dir):
+    model = load_tiny_model(tiny_dir, torch.float64)
+    scorer = RowScorer(model, pad_token_id=0, temperature=1.0)
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[:-1].numel()))
+    scorer.score(model, *scorer.micro_batches(buffer, ALL_KEYS, max_rows=3))
+    assert seen == [sum(len(buffer.turn(key).action_ids) for key in ALL_KEYS)]
+
+
+def test_other_forward_passes_are_left_alone(buffer, tiny_dir):
+    model = load_tiny_model(tiny_dir)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    scorer = RowScorer(model, pad_token_id=0, temperature=1.0)
+    with torch.no_grad():
+        before = load_tiny_model(tiny_dir)(torch.tensor([[5, 6, 7]])).logits
+        assert torch.equal(model(torch.tensor([[5, 6, 7]])).logits, before)
+    assert set(scorer.score(model, scorer.dummy_batch())[0]) == {DUMMY_KEY}

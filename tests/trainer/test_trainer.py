@@ -1,0 +1,195 @@
+"""The trainer around the update: message-level environments, evaluation, and logs that mean what the README says."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import load_tiny_model, tiny_tokenizer
+
+from seeupo_trl import MultiTurnEnvironment, MultiTurnRollout, Observation, SeeUPOConfig, SeeUPOTrainer, StepResult
+from seeupo_trl.envs import StopReason
+
+
+README = Path(__file__).parents[2] / "README.md"
+# what stock GRPO and the Trainer log; the README refers to their documentation
+GRPO_METRICS = (
+    r"(eval_)?(reward|reward_std|frac_reward_zero_std|num_tokens|step_time|rewards/.*|completions/.*|tools/.*)"
+)
+TRAINER_METRICS = r"loss|grad_norm|learning_rate|epoch|step|train_.*|total_flos|eval_(loss|runtime|.*_per_second)"
+
+
+class CountDown(MultiTurnEnvironment):
+    """Talks for as many turns as the task says; pays one point for each response, more for longer ones."""
+
+    def reset(self, turns: int = 2, prompt=None, **task) -> Observation:
+        self.left = turns
+        return Observation(messages=[{"role": "user", "content": f"w{turns}"}])
+
+    def step(self, message) -> StepResult:
+        self.left -= 1
+        return StepResult(
+            messages=[{"role": "user", "content": "w1"}],
+            reward=1 + len(message["content"]) / 100,
+            terminated=self.left == 0,
+        )
+
+
+class Fragile(CountDown):
+    """Breaks in its second step for tasks of three turns."""
+
+    def step(self, message) -> StepResult:
+        if self.left == 2:
+            raise RuntimeError("the database is gone")
+        return super().step(message)
+
+
+@pytest.fixture
+def make_trainer(tiny_dir, tmp_path):
+    def make(turns=(1, 2, 3, 2), **kwargs):
+        options = {
+            "output_dir": str(tmp_path),
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "num_generations": 4,
+            "max_completion_length": 4,
+            "max_steps": 2,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "bf16": False,
+            "use_cpu": True,
+            "report_to": "none",
+        }
+        model = load_tiny_model(tiny_dir)
+        # any word may end a response: an untrained model hardly ever writes the one token that should
+        model.generation_config.eos_token_id = list(range(40, 96))
+        rows = {"prompt": [[{"role": "user", "content": "w0"}]] * len(turns), "turns": list(turns)}
+        options |= kwargs.pop("options", {})
+        arguments = {"train_dataset": Dataset.from_dict(rows), "environment_factory": CountDown, **kwargs}
+        return SeeUPOTrainer(model=model, args=SeeUPOConfig(**options), processing_class=tiny_tokenizer(), **arguments)
+
+    return make
+
+
+def parameters(trainer) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten().clone() for parameter in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize("factory", [CountDown, lambda: CountDown()], ids=["class", "callable"])
+def test_environment_of_messages_trains_with_its_own_reward(make_trainer, factory):
+    trainer = make_trainer(environment_factory=factory)
+    before = parameters(trainer)
+    trainer.train()
+    assert not torch.equal(parameters(trainer), before)
+    logs = trainer.state.log_history[0]
+    assert logs["rewards/environment_reward/mean"] == pytest.approx(logs["reward"])
+    assert sum(value for name, value in logs.items() if name.startswith("stop_reason/")) == pytest.approx(1)
+
+
+def test_environment_reward_adds_to_reward_functions(make_trainer):
+    def flat(completions, **kwargs):
+        assert all(message["role"] in ("assistant", "user") for messages in completions for message in messages)
+        return [10.0] * len(completions)
+
+    trainer = make_trainer(reward_funcs=flat, options={"reward_weights": [0.5]})
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert logs["reward"] == pytest.approx(5 + logs["rewards/environment_reward/mean"], rel=1e-5)
+
+
+def test_max_turns_ends_an_episode(make_trainer):
+    trainer = make_trainer(turns=(9, 9, 9, 9), options={"max_turns": 2, "max_completion_length": 16})
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert logs["turns/max"] <= 2
+    assert logs[f"stop_reason/{StopReason.completed}"] == 0
+
+
+def test_broken_environment_neither_stops_nor_teaches(make_trainer):
+    trainer = make_trainer(turns=(3, 1, 3, 1), environment_factory=Fragile, options={"beta": 0.1, "max_steps": 4})
+    trainer.train()
+    assert parameters(trainer).isfinite().all()
+    errors = [log.get("stop_reason/env_error", 0) for log in trainer.state.log_history[:4]]
+    assert max(errors) > 0
+
+
+def test_failed_episode_has_no_reward_whatever_the_reward_functions_say(make_trainer):
+    def generous(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    trainer = make_trainer(turns=(3, 1, 3, 1), environment_factory=Fragile, reward_funcs=generous)
+    seen = []
+    update = trainer.training_step
+
+    def training_step(*args, **kwargs):
+        loss = update(*args, **kwargs)
+        failed = [t.stop_reason == StopReason.env_error for t in trainer._trajectories]
+        seen.extend(zip(failed, trainer._rewards_per_func.isnan().all(dim=1).tolist(), strict=True))
+        return loss
+
+    trainer.training_step = training_step
+    trainer.train()
+    assert any(failed for failed, _ in seen)
+    assert all(failed == unrewarded for failed, unrewarded in seen)
+
+
+def test_environment_may_bring_the_tasks(make_trainer):
+    trainer = make_trainer(train_dataset=None)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    with pytest.raises(ValueError, match="`max_steps` must be set"):
+        make_trainer(train_dataset=None, options={"max_steps": -1})
+
+
+def test_environment_of_messages_brings_its_own_tools(make_trainer):
+    def tool():
+        """A tool."""
+
+    with pytest.raises(ValueError, match="brings its own tools"):
+        make_trainer(tools=[tool])
+
+
+def test_rollout_object_trains_like_the_factory(make_trainer):
+    trainers = [make_trainer(), make_trainer(environment_factory=None, rollout_func=MultiTurnRollout(CountDown))]
+    for trainer in trainers:
+        torch.manual_seed(0)
+        trainer.train()
+    assert torch.equal(parameters(trainers[0]), parameters(trainers[1]))
+
+
+def test_evaluation_plays_episodes_and_changes_nothing(make_trainer):
+    rows = {"prompt": [[{"role": "user", "content": "w0"}]] * 2, "turns": [1, 3]}
+    options = {"beta": 0.1, "per_device_eval_batch_size": 2, "num_generations_eval": 2}
+    trainer = make_trainer(eval_dataset=Dataset.from_dict(rows), options=options)
+    before = parameters(trainer)
+    metrics = trainer.evaluate()
+    assert torch.equal(parameters(trainer), before)
+    assert metrics["eval_loss"] == pytest.approx(0, abs=1e-6)
+    logs = trainer.state.log_history[-1]
+    assert logs["eval_kl"] == pytest.approx(0, abs=1e-6)
+    assert logs["eval_turns/max"] >= 1
+    assert logs["eval_entropy"] > 0
+
+
+def test_every_metric_is_explained_in_the_readme(make_trainer):
+    rows = {"prompt": [[{"role": "user", "content": "w0"}]] * 4, "turns": [1, 3, 2, 2]}
+    options = {
+        "beta": 0.1,
+        "entropy_coef": 0.01,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "per_device_eval_batch_size": 4,
+    }
+    trainer = make_trainer(eval_dataset=Dataset.from_dict(rows), options=options)
+    trainer.train()
+    table = README.read_text().split("## Metrics")[1].split("\n## ")[0]
+    cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    documented = {name for cell in cells for name in re.findall(r"`(.*?)`", cell)}
+    patterns = [re.escape(name).replace("<t>", r"\d+(-\d+)?").replace("<reason>", r"\w+") for name in documented]
+    patterns = [pattern.replace(r"\*", ".*") for pattern in patterns]
+    patterns += [f"eval_{pattern}" for pattern in patterns] + [GRPO_METRICS, TRAINER_METRICS]
+    logged = {name for log in trainer.state.log_history for name in log}
+    unexplained = {name for name in logged if not any(re.fullmatch(pattern, name) for pattern in patterns)}
+    assert not unexplained

@@ -1,0 +1,265 @@
+"""Saved trajectories hold every token once, are whole or absent, and are read back exactly."""
+
+import json
+import math
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import load_dataset
+from evaluation_run import make_trainer, tasks
+from tiny import tiny_tokenizer
+
+from seeupo_trl import Trajectory, Turn
+from seeupo_trl.envs import StopReason
+from seeupo_trl.evaluation.outcome import Outcome
+from seeupo_trl.trajectory_log import (
+    SCHEMA,
+    TrajectoryLog,
+    find_files,
+    messages_by_turn,
+    read_trajectories,
+    restore_turns,
+    to_json,
+)
+
+
+WORDS = tiny_tokenizer().convert_tokens_to_ids([f"w{i}" for i in range(60)])
+
+
+def outcome(index=0, **kwargs):
+    settings = {"task": "t", "category": None, "turns": 0, "stop_reason": "completed", "success": None, "reward": 1.0}
+    return Outcome(index=index, group=index, **{**settings, **kwargs})
+
+
+def make_log(output_dir, num_trajectories, num_turns, prompt=tuple(WORDS)):
+    """Append-only episodes in which every turn adds the same number of tokens."""
+    log = TrajectoryLog(output_dir, tiny_tokenizer())
+    trajectories = []
+    for index in range(num_trajectories):
+        turns, context = [], list(prompt)
+        for number in range(num_turns):
+            action = [WORDS[(index + number + k) % 60] for k in range(10)]
+            turns.append(Turn(context, action))
+            context = context + action + WORDS[:5]
+        trajectories.append(Trajectory(turns))
+    log.add([outcome(i, turns=num_turns) for i in range(num_trajectories)], trajectories)
+    return log.write("train", 1)
+
+
+@pytest.mark.parametrize("history", ["append", "rewritten", "unrelated"])
+def test_turns_are_restored_exactly_and_stored_once(history, tmp_path):
+    rng = np.random.default_rng(0)
+    draw = lambda n: rng.choice(WORDS, n).tolist()  # noqa: E731
+    prompt, turns = draw(200), []
+    context = list(prompt)
+    for _ in range(12):
+        action = draw(20)
+        turns.append(Turn(list(context), action, [-1.0] * 20))
+        if history == "append":
+            context += action + draw(5)
+        elif history == "rewritten":  # reasoning, the first half of an action, is stripped later
+            context += action[10:] + draw(5)
+        else:
+            context = draw(50)
+    log = TrajectoryLog(tmp_path, tiny_tokenizer())
+    log.add([outcome(turns=12)], [Trajectory(turns)])
+    log.write("train", 1)
+    rows = read_trajectories(tmp_path).to_pylist()
+    assert restore_turns(rows) == turns
+    stored = sum(len(row["context_ids"]) for row in rows)
+    assert stored == {"append": 200 + 11 * 5, "rewritten": 200 + 11 * 15, "unrelated": 200 + 11 * 50}[history]
+
+
+def test_text_columns_are_what_the_tokens_say(tmp_path):
+    messages = [
+        {"role": "assistant", "content": "w2", "reasoning_content": "w1", "tool_calls": [{"function": {"name": "f"}}]},
+        {"role": "tool", "content": "w3"},
+        {"role": "user", "content": "w4"},
+        {"role": "assistant", "content": "w5"},
+    ]
+    turns = [Turn(WORDS[:2], WORDS[2:4]), Turn(WORDS[:6], WORDS[6:7])]
+    log = TrajectoryLog(tmp_path, tiny_tokenizer())
+    log.add([outcome(turns=2)], [Trajectory(turns, messages=messages, info={"a": 1})])
+    log.write("train", 1)
+    first, second = read_trajectories(tmp_path).to_pylist()
+    assert (first["context_text"], first["action_text"]) == ("w0 w1", "w2 w3")
+    assert (second["context_kept"], second["context_text"]) == (4, "w4 w5")
+    assert (first["reasoning"], first["content"]) == ("w1", "w2")
+    assert json.loads(first["tool_calls"]) == [{"function": {"name": "f"}}]
+    assert json.loads(first["observations"]) == messages[1:3]
+    assert (second["tool_calls"], second["observations"], second["reasoning"]) == (None, "[]", None)
+    assert json.loads(first["info"]) == {"a": 1}
+
+
+def test_messages_that_do_not_fit_the_turns_are_left_out():
+    turn = Turn([1], [2])
+    answer = {"role": "assistant", "content": ""}
+    assert messages_by_turn(Trajectory([turn])) is None
+    assert messages_by_turn(Trajectory([turn], messages=[answer, answer])) is None
+    assert messages_by_turn(Trajectory([turn], messages=[answer])) == [(answer, [])]
+
+
+def test_anything_an_environment_reports_can_be_written():
+    cyclic = {}
+    cyclic["self"] = cyclic
+    values = [math.nan, math.inf, np.float32(0.5), np.int64(3), "\ud800", {1: {2}}, (1, 2), b"x", cyclic, 10**5000]
+    values.append({"tensor": torch.ones(2), "reason": StopReason.completed, "big": 12345678901234567890})
+    loaded = json.loads(to_json(values[:9] + values[10:]))
+    assert loaded[:5] == ["nan", "inf", 0.5, 3, "\ud800"]
+    assert loaded[5:8] == [{"1": "{2}"}, [1, 2], "b'x'"]
+    assert loaded[-1]["big"] == 12345678901234567890
+    assert loaded[-1]["reason"] == "completed"
+    assert json.loads(to_json(values[9])).startswith("an integer of ")
+
+
+def test_lone_surrogates_become_replacement_characters(tmp_path):
+    log = TrajectoryLog(tmp_path, tiny_tokenizer())
+    message = {"role": "assistant", "content": "a\ud800b"}
+    log.add([outcome(turns=1, task="\udfff")], [Trajectory([Turn([1], [2])], messages=[message])])
+    log.write("train", 1)
+    (row,) = read_trajectories(tmp_path).to_pylist()
+    assert (row["task"], row["content"]) == ("\ufffd", "a\ufffdb")
+
+
+def test_no_half_written_file_is_ever_seen(tmp_path, monkeypatch):
+    make_log(tmp_path, 1, 1)
+    before = read_trajectories(tmp_path)
+    seen = []
+    write_table = pq.write_table
+
+    def killed(table, path, **kwargs):
+        write_table(table, path, **kwargs)
+        with open(path, "r+b") as file:
+            file.truncate(100)
+        seen.extend(find_files(tmp_path))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pq, "write_table", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_log(tmp_path, 2, 2)
+    assert seen == [tmp_path / "trajectories" / "train" / "iteration-000001.parquet"]
+    assert read_trajectories(tmp_path).equals(before)
+
+
+def test_a_run_that_is_repeated_replaces_its_files(tmp_path):
+    def write(num_processes, splits=("train",)):
+        logs = [TrajectoryLog(tmp_path, tiny_tokenizer(), i, num_processes) for i in range(num_processes)]
+        for split in splits:
+            for process, log in enumerate(logs):
+                log.add([outcome(process, turns=1)], [Trajectory([Turn([1], [2])])])
+                log.write(split, 3)
+        return sorted(path.name for path in find_files(tmp_path))
+
+    assert write(1) == ["iteration-000003.parquet"]
+    assert write(2) == [f"iteration-000003.process-{i}-of-2.parquet" for i in range(2)]
+    assert write(2, ("train", "train"))[:2] == [f"iteration-000003-2.process-{i}-of-2.parquet" for i in range(2)]
+    assert read_trajectories(tmp_path)["trajectory"].to_pylist() == [0, 1, 0, 1]
+    assert write(1) == ["iteration-000003.parquet"]
+
+
+@pytest.mark.parametrize("split", ["../../evil", "..", "a/b", "eval_x y", "."])
+def test_no_split_leaves_the_directory(split, tmp_path):
+    log = TrajectoryLog(tmp_path / "run", tiny_tokenizer())
+    log.add([outcome()], [Trajectory([])])
+    path = log.write(split, 0)
+    assert path.parent.parent == log.directory
+    assert find_files(tmp_path / "run") == [path]
+    assert read_trajectories(path)["split"].to_pylist() == [split]
+
+
+def test_missing_trajectories_are_an_error_that_helps(tmp_path):
+    with pytest.raises(FileNotFoundError, match="save_trajectories=True"):
+        read_trajectories(tmp_path)
+
+
+def test_trainer_saves_what_it_trained_on(tiny_dir, tmp_path):
+    options = {"save_trajectories": True, "max_steps": 2, "per_device_train_batch_size": 8, "num_generations": 4}
+    options |= {"num_generations_eval": 2, "learning_rate": 0.05, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = make_trainer(tiny_dir, tmp_path, options, eval_dataset={"x": tasks(3)})
+    played = []
+    update = trainer._log_update
+
+    def log_update(updater):
+        played.append((trainer._trajectories, updater))
+        update(updater)
+
+    trainer._log_update = log_update
+    trainer.train()
+
+    table = read_trajectories(tmp_path)
+    assert table.schema.equals(SCHEMA)
+    rows = table.to_pylist()
+    assert {(row["split"], row["iteration"]) for row in rows} == {(s, i) for s in ("train", "eval_x") for i in (1, 2)}
+    for iteration, (trajectories, updater) in enumerate(played, start=1):
+        saved = [row for row in rows if (row["split"], row["iteration"]) == ("train", iteration)]
+        buffer = updater.buffer
+        for index, trajectory in enumerate(trajectories):
+            mine = [row for row in saved if row["trajectory"] == index]
+            assert restore_turns(mine) == trajectory.turns
+            assert len({row["reward"] for row in mine}) == 1
+            for row in mine:
+                assert row["group"] == index // 4
+                assert row["advantage"] == buffer.advantages[index]
+                assert row["success"] == trajectory.info["success"]
+                update = updater.turn_updates.get((index, row["turn"]))
+                assert (row["ratio"] is None) == (update is None) == (row["advantage"] == 0)
+                if update is not None:
+                    assert row["turn_weight"] == pytest.approx(row["advantage"] * row["relative_turn_weight"])
+        trained = [row for row in saved if row["ratio"] is not None]
+        assert trained
+        for block in updater.blocks:
+            last = [row for row in trained if row["turn"] == block.first]
+            logged = trainer.state.log_history
+            log = next(entry for entry in logged if entry["step"] == iteration and f"turn_{block.label}/pool" in entry)
+            mean = sum(row["ratio"] for row in last) / len(last)
+            assert mean == pytest.approx(log[f"turn_{block.label}/ratio_mean"], rel=1e-5)
+            mean = sum(row["relative_turn_weight"] for row in last) / len(last)
+            assert mean == pytest.approx(log[f"turn_{block.label}/weight_mean"], rel=1e-5)
+    assert all(row["ratio"] is None for row in rows if row["split"] == "eval_x")
+    dataset = load_dataset("parquet", data_files=str(tmp_path / "trajectories/*/*.parquet"), cache_dir=str(tmp_path))
+    assert len(dataset["train"]) == len(rows)
+
+
+def test_an_evaluation_that_fails_leaves_nothing_behind(tiny_dir, tmp_path):
+    trainer = make_trainer(tiny_dir, tmp_path, {"save_trajectories": True, "per_device_eval_batch_size": 2})
+    step, calls = trainer.prediction_step, []
+
+    def fail_at_the_second_batch(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    trainer.prediction_step = fail_at_the_second_batch
+    with pytest.raises(KeyboardInterrupt):
+        trainer.evaluate(tasks(3))
+    trainer.prediction_step = step
+    trainer.train()
+    assert set(read_trajectories(tmp_path)["split"].to_pylist()) == {"train"}
+    assert len(set(read_trajectories(tmp_path)["trajectory"].to_pylist())) == 2
+
+
+def test_rollout_function_of_trl_is_saved_with_its_messages(tiny_dir, tmp_path):
+    from seeupo_trl import SeeUPOConfig, SeeUPOTrainer
+
+    def rollout(prompts, trainer):
+        ids = [[5, 6]] * len(prompts)
+        return {"prompt_ids": ids, "completion_ids": [[7, 8, 9]] * len(prompts), "logprobs": None}
+
+    trainer = SeeUPOTrainer(
+        model=tiny_dir,
+        args=SeeUPOConfig(
+            output_dir=str(tmp_path), save_trajectories=True, num_generations=2, per_device_train_batch_size=2,
+            max_steps=1, use_cpu=True, bf16=False, report_to="none", save_strategy="no",
+        ),
+        reward_funcs=lambda completions, **kwargs: [0.0, 1.0],
+        train_dataset=tasks(2),
+        rollout_func=rollout,
+    )  # fmt: skip
+    trainer.train()
+    rows = read_trajectories(tmp_path).to_pylist()
+    assert [row["action_ids"] for row in rows] == [[7, 8, 9]] * 2
+    assert [row["content"] is None for row in rows] == [False] * 2
+    assert [row["ratio"] for row in rows] == pytest.approx([1.0, 1.0])
