@@ -61,6 +61,54 @@ def normalize_over_batch(advantages: torch.Tensor) -> torch.Tensor:
     return (advantages - mean) / scored.std()
 
 
+def batch_advantages(
+    rewards_per_func: torch.Tensor,
+    weights: torch.Tensor,
+    group_size: int,
+    *,
+    normalize: bool = True,
+    per_function: bool = False,
+    clip: float | None = None,
+) -> torch.Tensor:
+    """
+    Advantages of an iteration (Eq. 9) from the rewards of several functions.
+
+    Args:
+        rewards_per_func (`torch.Tensor` of shape `(N, F)`):
+            Rewards by function, the trajectories of a group next to each other. NaN where a function gave none; a
+            trajectory that no function scored has no advantage.
+        weights (`torch.Tensor` of shape `(F,)`):
+            Weights of the functions.
+        group_size (`int`):
+            `G`, trajectories of one group.
+        normalize (`bool`, *optional*, defaults to `True`):
+            Whether to normalise over the batch.
+        per_function (`bool`, *optional*, defaults to `False`):
+            Whether the advantages of each function are normalised before they are weighted and added.
+        clip (`float`, *optional*):
+            Bound of the absolute value of the advantages.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`:
+            Advantages in float64; 0 for a trajectory that no function scored.
+    """
+
+    def normalized(advantages: torch.Tensor) -> torch.Tensor:
+        return normalize_over_batch(advantages) if normalize else advantages
+
+    rewards_per_func = rewards_per_func.double()
+    weights = weights.to(rewards_per_func)
+    unscored = rewards_per_func.isnan().all(dim=1)
+    if per_function:
+        objectives = [normalized(center_by_group(rewards, group_size)) for rewards in rewards_per_func.T]
+        advantages = (torch.stack(objectives, dim=1) * weights).nansum(dim=1).masked_fill(unscored, torch.nan)
+    else:
+        rewards = (rewards_per_func * weights).nansum(dim=1).masked_fill(unscored, torch.nan)
+        advantages = center_by_group(rewards, group_size)
+    advantages = normalized(advantages).nan_to_num(nan=0.0)
+    return advantages if clip is None else advantages.clamp(-clip, clip)
+
+
 def sequence_log_ratio(new_logps: torch.Tensor, old_logps: torch.Tensor, ratio: str = "geometric") -> torch.Tensor:
     """
     Log of the sequence-level importance ratio of one action (Eq. 6).

@@ -145,8 +145,8 @@ class Precision:
 
     def __init__(self, trainer: SeeUPOTrainer):
         self.is_bfloat16 = True
-        self._score = trainer._scorer.score
-        trainer._scorer.score = self.score
+        self._score = trainer._scorers.policy.score
+        trainer._scorers.policy.score = self.score
 
     def score(self, *args, **kwargs):
         scores, loss = self._score(*args, **kwargs)

@@ -128,7 +128,7 @@ class Watch:
 
         def watched_generate(prompts):
             output = generate(prompts)
-            self.rollouts.append([(turn, self.policy(turn)) for t in trainer._trajectories for turn in t.turns])
+            self.rollouts.append([(turn, self.policy(turn)) for t in trainer._batch.trajectories for turn in t.turns])
             return output
 
         trainer.vllm_generation._iter_named_params = watched_walk

@@ -21,7 +21,7 @@ from test_multi_turn import (  # noqa: F401
 )
 
 from seeupo_trl import MultiTurnRollout, SeeUPOConfig, SeeUPOTrainer
-from seeupo_trl.trajectory import TurnBuffer
+from seeupo_trl.scoring.turn_buffer import TurnBuffer
 
 
 CALL = '<tool_call>\n{"name": "look", "arguments": {"thing": "a"}}\n</tool_call>'
@@ -226,7 +226,7 @@ def test_the_tokens_that_are_trained_on_are_those_of_generation(tmp_path, histor
         TurnBuffer, "sequence", lambda *args: [scored.add(tuple(sequence(*args).tolist())), sequence(*args)][1]
     )
     trainer.train()
-    turns = [turn for trajectory in trainer._trajectories for turn in trajectory.turns]
+    turns = [turn for trajectory in trainer._batch.trajectories for turn in trajectory.turns]
     assert len(turns) == 16 and sorted(trainer.shown) == sorted(tuple(turn.context_ids) for turn in turns)
     assert scored == {tuple(turn.context_ids + turn.action_ids) for turn in turns}
     assert trainer.state.log_history[0]["turn_updates"] == 4

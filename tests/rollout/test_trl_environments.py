@@ -393,7 +393,7 @@ def test_the_limit_of_tokens(make):
     for limit in range(1, whole + 2):
         theirs.max_completion_length = ours.max_completion_length = limit
         compare(theirs, ours, rows)
-        reasons |= {trajectory.stop_reason.value for trajectory in ours._trajectories}
+        reasons |= {trajectory.stop_reason.value for trajectory in ours._batch.trajectories}
     assert reasons == {"completed", "response_truncated"}
 
 
@@ -462,8 +462,8 @@ def play_unreliable(make):
 )
 def test_a_fault_costs_its_own_episode_only(play_unreliable, fault, reason):
     trainer = play_unreliable(None, fault)
-    assert [trajectory.stop_reason for trajectory in trainer._trajectories] == ["completed"] * 2 + [reason] * 2
-    assert trainer._rewards_per_func.isnan().tolist() == [[False] * 2] * 2 + [[True] * 2] * 2
+    assert [trajectory.stop_reason for trajectory in trainer._batch.trajectories] == ["completed"] * 2 + [reason] * 2
+    assert trainer._batch.rewards_per_func.isnan().tolist() == [[False] * 2] * 2 + [[True] * 2] * 2
     # a reward function may look at every environment, and at every last message
     assert [type(environment).__name__ for environment in trainer.environments] == ["Fresh"] * 4
     assert all(completion[-1]["role"] == "assistant" for completion in trainer.seen[0][1])
@@ -476,7 +476,7 @@ def test_a_coroutine_that_hangs_times_out(play_unreliable):
 
 def test_a_reset_that_failed_is_tried_with_another_instance(play_unreliable):
     trainer = play_unreliable("first reset", env_reset_retries=2)
-    assert [trajectory.stop_reason for trajectory in trainer._trajectories] == ["completed"] * 2
+    assert [trajectory.stop_reason for trajectory in trainer._batch.trajectories] == ["completed"] * 2
     assert [environment.value for environment in trainer.environments] == [2, 2]
 
 
@@ -692,8 +692,8 @@ for name, faults in FAULTS.items():
             for length, fault in zip(LENGTHS[rank], faults[rank])]
     trainer._generate_and_score_completions(rows)
     found[name] = {
-        "turns": [len(t.turns) for t in trainer._trajectories], "calls": list(trainer.calls),
-        "stop": [t.stop_reason.value for t in trainer._trajectories],
+        "turns": [len(t.turns) for t in trainer._batch.trajectories], "calls": list(trainer.calls),
+        "stop": [t.stop_reason.value for t in trainer._batch.trajectories],
         "value": [environment.value for environment in trainer.environments],
         "frequency": list(trainer._metrics["train"]["tools/call_frequency"]),
         "reward": list(trainer._metrics["train"]["rewards/Unreliable/mean"]),

@@ -121,7 +121,7 @@ def test_no_context_is_sent_that_the_server_would_refuse(server, talker, tmp_pat
     data = lectures(1, longest - FRAME, longest - FRAME + 1, SERVER_LENGTH)
     trainer = SeeUPOTrainer(talker, args=args, train_dataset=data, environment_factory=Lecture)
     trainer.train()
-    trajectories = trainer._trajectories
+    trajectories = trainer._batch.trajectories
     assert {trajectory.stop_reason for trajectory in trajectories} <= {"context_overflow", "response_truncated"}
     assert sum(not trajectory.turns for trajectory in trajectories) == 8
     contexts = [len(turn.context_ids) for trajectory in trajectories for turn in trajectory.turns]

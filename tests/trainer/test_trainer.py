@@ -125,8 +125,8 @@ def test_failed_episode_has_no_reward_whatever_the_reward_functions_say(make_tra
 
     def training_step(*args, **kwargs):
         loss = update(*args, **kwargs)
-        failed = [t.stop_reason == StopReason.env_error for t in trainer._trajectories]
-        seen.extend(zip(failed, trainer._rewards_per_func.isnan().all(dim=1).tolist(), strict=True))
+        failed = [t.stop_reason == StopReason.env_error for t in trainer._batch.trajectories]
+        seen.extend(zip(failed, trainer._batch.rewards_per_func.isnan().all(dim=1).tolist(), strict=True))
         return loss
 
     trainer.training_step = training_step

@@ -182,7 +182,7 @@ def test_trainer_saves_what_it_trained_on(tiny_dir, tmp_path):
     update = trainer._log_update
 
     def log_update(updater):
-        played.append((trainer._trajectories, updater))
+        played.append((trainer._batch.trajectories, updater))
         update(updater)
 
     trainer._log_update = log_update
@@ -194,22 +194,21 @@ def test_trainer_saves_what_it_trained_on(tiny_dir, tmp_path):
     assert {(row["split"], row["iteration"]) for row in rows} == {(s, i) for s in ("train", "eval_x") for i in (1, 2)}
     for iteration, (trajectories, updater) in enumerate(played, start=1):
         saved = [row for row in rows if (row["split"], row["iteration"]) == ("train", iteration)]
-        buffer = updater.buffer
         for index, trajectory in enumerate(trajectories):
             mine = [row for row in saved if row["trajectory"] == index]
             assert restore_turns(mine) == trajectory.turns
             assert len({row["reward"] for row in mine}) == 1
             for row in mine:
                 assert row["group"] == index // 4
-                assert row["advantage"] == buffer.advantages[index]
+                assert row["advantage"] == updater.weights.advantages[index]
                 assert row["success"] == trajectory.info["success"]
-                update = updater.turn_updates.get((index, row["turn"]))
+                update = updater.record.turns.get((index, row["turn"]))
                 assert (row["ratio"] is None) == (update is None) == (row["advantage"] == 0)
                 if update is not None:
                     assert row["turn_weight"] == pytest.approx(row["advantage"] * row["relative_turn_weight"])
         trained = [row for row in saved if row["ratio"] is not None]
         assert trained
-        for block in updater.blocks:
+        for block in updater.plan.blocks:
             last = [row for row in trained if row["turn"] == block.first]
             logged = trainer.state.log_history
             log = next(entry for entry in logged if entry["step"] == iteration and f"turn_{block.label}/pool" in entry)

@@ -255,7 +255,7 @@ def test_an_environment_is_probed_for_its_methods(tiny_dir, tmp_path):
         reward_funcs=one_point_each,
         environment_factory=Probed,
     )
-    message = f"TRL sets environments up differently {VERSIONS}: see SeeUPOTrainer._play_by and tool_rollout.py."
+    message = f"TRL sets environments up differently {VERSIONS}: see SeeUPOTrainer._play_by and trl_environments.py."
     assert trainer._environment_pool == {None: made} and len(made) == 1, message
     assert trainer.reward_func_names == ["one_point_each", "Probed"], message
     assert trainer.reward_funcs[1](environments=[*made, None]) == [2.0, None], message
@@ -263,7 +263,7 @@ def test_an_environment_is_probed_for_its_methods(tiny_dir, tmp_path):
 
 def test_rewards_are_gathered_with_one_column_a_function(trainer):
     rewards = trainer._calculate_rewards([{"prompt": "w1"}] * 2, ["w1", "w1"], ["w2", "w3"], [[22], [23]])
-    assert rewards.shape == (2, 1), f"Rewards have another shape {VERSIONS}: see _group_relative_advantages."
+    assert rewards.shape == (2, 1), f"Rewards have another shape {VERSIONS}: see batch_advantages."
 
 
 def test_the_sampler_repeats_prompts_and_exposes_its_state():

@@ -23,7 +23,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from seeupo_trl import SeeUPOConfig, SeeUPOTrainer
 from seeupo_trl.trajectory import Trajectory, Turn
-from seeupo_trl.update.turn_updater import assign_minibatches
+from seeupo_trl.update.steps import assign_minibatches
 
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
