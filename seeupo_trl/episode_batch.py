@@ -21,8 +21,6 @@ class EpisodeBatch:
             The episodes as they were played.
         rewards_per_func (`torch.Tensor` of shape `(N, F)`):
             Reward by reward function, of the episodes of all processes; NaN where a function gave none.
-        advantages (`list[float]`):
-            Normalised advantages (Eq. 9).
         num_trajectories (`int`):
             `N`, the number of trajectories over all processes.
         is_left_out (`list[bool]`):
@@ -34,7 +32,6 @@ class EpisodeBatch:
     rows: list[dict[str, Any]]
     trajectories: list[Trajectory] = field(default_factory=list)
     rewards_per_func: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    advantages: list[float] = field(default_factory=list)
     num_trajectories: int = 0
     is_left_out: list[bool] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)

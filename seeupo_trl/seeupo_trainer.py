@@ -258,7 +258,7 @@ class SeeUPOTrainer(GRPOTrainer):
 
         updater = TurnUpdater(
             TurnBuffer(episodes.trained),
-            episodes.advantages,
+            batch["advantages"].tolist(),
             episodes.num_trajectories,
             self.config,
             LockStep(self, model),
@@ -321,7 +321,6 @@ class SeeUPOTrainer(GRPOTrainer):
         first = self.accelerator.process_index * len(inputs)
         local = slice(first, first + len(inputs))
         batch["advantages"] = advantages[local]
-        episodes.advantages = advantages[local].tolist()
         episodes.num_trajectories = len(advantages)
         # TRL empties the mask of a completion that `mask_truncated_completions` leaves out
         episodes.is_left_out = (~batch["completion_mask"].any(dim=1)).tolist()
@@ -332,7 +331,7 @@ class SeeUPOTrainer(GRPOTrainer):
             episodes.rewards_per_func[local],
             self.reward_func_names,
             self.reward_weights,
-            episodes.advantages,
+            batch["advantages"].tolist(),
             first_index=first + (0 if self._evaluation is None else self._evaluation.num_seen),
             group_size=group_size,
             success_threshold=self.config.success_threshold,
@@ -418,7 +417,7 @@ class SeeUPOTrainer(GRPOTrainer):
         lock_step = LockStep(self, model)
         values = evaluation_loss(
             TurnBuffer(episodes.trained),
-            episodes.advantages,
+            inputs["advantages"].tolist(),
             episodes.num_trajectories,
             lock_step,
             self._scorers.of_policy(inputs),
