@@ -1,6 +1,7 @@
 """One generation batch on its way through the trainer: played, scored by reward functions, ready for the update."""
 
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import torch
@@ -19,14 +20,16 @@ class EpisodeBatch:
             Dataset rows, one an episode.
         trajectories (`list[Trajectory]`):
             The episodes as they were played.
-        rewards_per_func (`torch.Tensor` of shape `(N, F)`):
-            Reward by reward function, of the episodes of all processes; NaN where a function gave none.
+        rewards_per_func (`torch.Tensor` of shape `(n, F)`):
+            Reward by reward function; NaN where a function gave none.
         num_trajectories (`int`):
             `N`, the number of trajectories over all processes.
         is_left_out (`list[bool]`):
             Whether the trainer leaves an episode out of training (`mask_truncated_completions`).
         outcomes (`list[Outcome]`):
             What became of the episodes.
+        tokens (`list[tuple[list[int], list[int]]]`):
+            Prompt and completion of each row of TRL's batch, see [`follow`].
     """
 
     rows: list[dict[str, Any]]
@@ -35,6 +38,7 @@ class EpisodeBatch:
     num_trajectories: int = 0
     is_left_out: list[bool] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
+    tokens: list[tuple[list[int], list[int]]] = field(default_factory=list)
 
     @property
     def trained(self) -> list[Trajectory]:
@@ -43,6 +47,69 @@ class EpisodeBatch:
             Trajectory(turns=[]) if left_out or trajectory.is_quarantined else trajectory
             for trajectory, left_out in zip(self.trajectories, self.is_left_out, strict=True)
         ]
+
+    def remember(self, batch: dict[str, Any]) -> None:
+        """Keep what TRL's batch says of the episodes, and who is left out of it."""
+        self.tokens = _tokens(batch)
+        # TRL empties the mask of a completion that `mask_truncated_completions` leaves out
+        self.is_left_out = [not completion for _, completion in self.tokens]
+
+    def follow(self, batch: dict[str, Any]) -> None:
+        """
+        Take in what a subclass changed in the batch of `_generate_and_score_completions`: rows with other tokens
+        (replay) have the turns that those say, as [`~seeupo_trl.trajectory.turns_from_mask`] cuts them.
+
+        Raises:
+            `ValueError`:
+                Where the batch has another number of rows, or advantages that are not one number a row.
+        """
+        advantages, tokens = batch["advantages"], _tokens(batch)
+        if advantages.dim() != 1:
+            raise ValueError(
+                f"`advantages` have shape {tuple(advantages.shape)}, but an action is one sequence with one weight: "
+                "give one number for each episode, shape (n,). To weigh tokens, override `turn_surrogate`."
+            )
+        if not len(tokens) == len(advantages) == len(self.trajectories):
+            raise ValueError(
+                f"The batch has {len(tokens)} rows and {len(advantages)} advantages for {len(self.trajectories)} "
+                "episodes; groups must stay whole. To leave an episode out, override `select_episodes`."
+            )
+        masks, logps = batch.get("tool_mask"), batch.get("sampling_per_token_logps")
+        for i, (before, now) in enumerate(zip(self.tokens, tokens, strict=True)):
+            if now != before:
+                length = len(now[1])
+                mask = None if masks is None else masks[i, :length].tolist()
+                sampled = None if logps is None else logps[i, :length].tolist()
+                self.trajectories[i] = Trajectory(turns=turns_from_mask(*now, mask, sampled))
+                self.is_left_out[i] = not length
+
+
+def checked_batch(batch: dict[str, Any]) -> EpisodeBatch:
+    """
+    The episodes of a batch that `_generate_and_score_completions` returned, as it is now.
+
+    Raises:
+        `ValueError`:
+            Where the batch does not come from [`SeeUPOTrainer`], or does not fit its episodes.
+    """
+    if "episodes" not in batch:
+        raise ValueError(
+            "`_generate_and_score_completions` returned a batch without `episodes`: the update needs the turns of "
+            "each episode. Call `super()._generate_and_score_completions(inputs)` and change what it returns, or "
+            "override `select_episodes`."
+        )
+    episodes: EpisodeBatch = batch["episodes"]
+    episodes.follow(batch)
+    return episodes
+
+
+def _tokens(batch: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
+    """Prompt and completion of each row, without padding."""
+    columns = []
+    for side in ("prompt", "completion"):
+        rows = zip(batch[f"{side}_ids"].tolist(), batch[f"{side}_mask"].tolist(), strict=True)
+        columns.append([list(compress(ids, mask)) for ids, mask in rows])
+    return list(zip(*columns, strict=True))
 
 
 def trajectories_from_masks(

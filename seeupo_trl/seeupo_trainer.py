@@ -7,10 +7,9 @@ is TRL's. Written against trl 1.16 (and 1.15); `tests/trainer/test_trl_contract.
 used.
 """
 
-import os
 import textwrap
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -21,25 +20,20 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id
 
-from .distributed.backends import check_deepspeed, check_first_engine, keep_output_dtype, reference_in_layers
-from .distributed.checkpoints import (
-    ResumableRepeatSampler,
-    agree_on_checkpoint,
-    check_checkpoint,
-    discard_state,
-    save_entropy_state,
-)
+from .distributed.backends import check_deepspeed, keep_output_dtype, reference_in_layers
+from .distributed.checkpoints import ExactResume
 from .distributed.lock_step import LockStep
 from .envs.tools import EMPTY_PROMPT
-from .episode_batch import EpisodeBatch, check_finite, trajectories_from_masks
+from .episode_batch import EpisodeBatch, check_finite, checked_batch, trajectories_from_masks
 from .evaluation.logs import episode_metrics, replace_last, tool_call_metrics, with_plain_arguments
 from .evaluation.outcome import describe_outcomes
 from .evaluation.summary import Evaluation
+from .grpo_compatibility import check_overrides, fixed_values, loss_settings
 from .rollout.checks import checked_rollout
 from .rollout.trl_environments import ToolRollout
 from .rollout.vllm import kept_awake
@@ -56,12 +50,13 @@ from .trainer_inputs import (
 from .trajectory_log import TrajectoryLog
 from .update.entropy_bonus import EntropyBonus
 from .update.evaluation_loss import evaluation_loss
-from .update.objective import batch_advantages
+from .update.loss import Actions, LossSettings, turn_surrogate
+from .update.objective import batch_advantages, share_without_variance
 from .update.scorers import Scorers
 from .update.turn_updater import TurnUpdater
 
 
-class SeeUPOTrainer(GRPOTrainer):
+class SeeUPOTrainer(ExactResume, GRPOTrainer):
     """
     Trainer for Sequence-level Sequential Update Policy Optimization (SeeUPO), introduced in the paper [SeeUPO:
     Sequence-Level Agentic-RL with Convergence Guarantees](https://huggingface.co/papers/2602.06554).
@@ -120,6 +115,12 @@ class SeeUPOTrainer(GRPOTrainer):
             }"""),
     }
 
+    _tool_rollout: ToolRollout | None = None
+    _evaluation: Evaluation | None = None
+    # set while the Trainer's own optimizer step is due: the block it belongs to, or that there is no step to take
+    _block_of_last_step: Block | None = None
+    _is_idle = False
+
     def __init__(
         self,
         model: "str | PreTrainedModel | Any",
@@ -169,19 +170,16 @@ class SeeUPOTrainer(GRPOTrainer):
                 environment_factory=rollout.environment_factory,
             )
 
-        self._tool_rollout: ToolRollout | None = None
         if rollout.tool_rollout is not None:
             self._play_by(rollout.tool_rollout)
+        check_overrides(type(self), SeeUPOTrainer, plays_tools=self._tool_rollout is not None)
         self._scorers = Scorers(self)
         self.rollout_inputs: list[dict[str, Any]] = []
         self._batch = EpisodeBatch([])
-        self._evaluation: Evaluation | None = None
         processes = self.accelerator.process_index, self.accelerator.num_processes
         saved_in = args.output_dir if args.save_trajectories else None
         self._trajectory_log = TrajectoryLog(saved_in, self._tokenizer, *processes)
-        # set while the Trainer's own optimizer step is due: the block it belongs to, or that there is no step to take
-        self._block_of_last_step: Block | None = None
-        self._is_idle = False
+        self._fixed_values = fixed_values(self)
 
     def _play_by(self, tool_rollout: ToolRollout) -> None:
         """Hand the TRL environments over to their rollout, unless there are images: those are for TRL's own loop."""
@@ -198,46 +196,6 @@ class SeeUPOTrainer(GRPOTrainer):
         super().create_accelerator_and_postprocess()
         keep_output_dtype(self.accelerator)
 
-    # ---- Data and checkpoints ----
-
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> ResumableRepeatSampler:
-        return ResumableRepeatSampler(
-            data_source=self.train_dataset if dataset is None else dataset,
-            mini_repeat_count=self.num_generations,
-            batch_size=self.args.generation_batch_size // self.num_generations,
-            shuffle=self.shuffle_dataset,
-            seed=self.args.seed,
-            state_of_run=lambda: self.state,
-        )
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """
-        Main training entry point, see [`~transformers.Trainer.train`]. With `resume_from_checkpoint=True` it resumes
-        from the newest checkpoint that was written to its end. A checkpoint that was not, one without the state of
-        every process (`save_only_model=True`), and one of another number of processes are refused.
-        """
-        check_first_engine(self)
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = agree_on_checkpoint(self.args.output_dir, self.accelerator)
-        if resume_from_checkpoint:
-            check_checkpoint(resume_from_checkpoint, self.accelerator)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.args.should_save:
-            discard_state(
-                os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            )
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self.use_adaptive_entropy and self.args.should_save:
-            save_entropy_state(output_dir, self.entropy_coef, self._last_world_entropy)
-        # the state file, which is written next, says that the checkpoint is whole: on every process
-        self.accelerator.wait_for_everyone()
-
     # ---- One iteration ----
 
     def training_step(
@@ -251,30 +209,36 @@ class SeeUPOTrainer(GRPOTrainer):
                 Mean of `-J_t` over the optimizer steps of the iteration (this process's share of it).
         """
         start = perf_counter()
+        self._fixed_values.check()
         model.train()
+        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers have two modes
+            self.optimizer.train()
         batch = self._prepare_inputs(inputs)
-        episodes: EpisodeBatch = batch["episodes"]
+        episodes = checked_batch(batch)
         self._metrics["train"]["time/rollout"].append(perf_counter() - start)
 
+        config = self.args.as_given()
         updater = TurnUpdater(
             TurnBuffer(episodes.trained),
             batch["advantages"].tolist(),
             episodes.num_trajectories,
-            self.config,
+            config,
             LockStep(self, model),
             self._scorers.of_policy(batch),
             self.model,
             iteration=self.state.global_step,
-            entropy_bonus=EntropyBonus(self.config, self.entropy_coef, self._last_world_entropy),
+            entropy_bonus=EntropyBonus(config, self.entropy_coef, self._last_world_entropy),
             reference=self._scorers.reference(batch),
             aux_loss_coef=self.router_aux_loss_coef if self.aux_loss_enabled else 0.0,
+            settings=loss_settings(self),
+            surrogate=self.turn_surrogate,
         )
         self._is_idle = updater.plan.last_step is None
         loss = updater.run()
         # TRL keeps these two in checkpoints
         self.entropy_coef = updater.entropy_bonus.coef
         self._last_world_entropy = updater.entropy_bonus.last_entropy
-        self._log_update(updater)
+        self._add_metrics(updater.logs())
         self._trajectory_log.clear()
         self._trajectory_log.add(episodes.outcomes, episodes.trajectories, updater.record.turns)
         self._trajectory_log.write("train", self.state.global_step + 1)
@@ -290,6 +254,25 @@ class SeeUPOTrainer(GRPOTrainer):
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         return loss
+
+    def turn_surrogate(
+        self, ratios: torch.Tensor, weights: torch.Tensor, actions: Actions, settings: LossSettings
+    ) -> torch.Tensor:
+        """
+        What is maximised of each action; override it to train with a surrogate of your own. Arguments and result as in
+        [`~seeupo_trl.update.loss.turn_surrogate`], which this calls.
+        """
+        return turn_surrogate(ratios, weights, actions, settings)
+
+    def select_episodes(self, episodes: EpisodeBatch) -> EpisodeBatch:
+        """
+        The episodes that an iteration trains on; override it to filter or to replay. It is called when the episodes
+        have been played and have their rewards, before advantages are computed.
+
+        What it returns has as many episodes as it got, in the same groups: an episode is taken out by an entry in
+        `is_left_out`, and replaced by another `trajectory` of the same prompt with its row of `rewards_per_func`.
+        """
+        return episodes
 
     def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, Any]:
         # every step gets a generation batch of its own: nothing to split, nothing to reuse
@@ -309,9 +292,13 @@ class SeeUPOTrainer(GRPOTrainer):
         with replaced(self, **hidden):
             batch = super()._generate_and_score_completions(inputs)
         batch["episodes"] = episodes
+        episodes.remember(batch)
+        if self.model.training:
+            episodes = batch["episodes"] = self.select_episodes(episodes)
+        rewards_per_func = self.accelerator.gather(episodes.rewards_per_func)  # (N, F)
         group_size = self.num_generations if self.model.training else self.num_generations_eval
         advantages = batch_advantages(
-            episodes.rewards_per_func,
+            rewards_per_func,
             self.reward_weights,
             group_size,
             normalize=self.config.scale_rewards == "batch",
@@ -322,13 +309,14 @@ class SeeUPOTrainer(GRPOTrainer):
         local = slice(first, first + len(inputs))
         batch["advantages"] = advantages[local]
         episodes.num_trajectories = len(advantages)
-        # TRL empties the mask of a completion that `mask_truncated_completions` leaves out
-        episodes.is_left_out = (~batch["completion_mask"].any(dim=1)).tolist()
-        replace_last(self._logs["advantages"], advantages.tolist())  # GRPO's
+        # by group, as in GRPO with `scale_rewards="group"`
+        without_variance = share_without_variance(rewards_per_func, self.reward_weights, group_size)
+        self._metrics["train" if self.model.training else "eval"]["frac_reward_zero_std"][-1] = without_variance
+        replace_last(self._logs["advantages"], advantages.tolist())
         episodes.outcomes = describe_outcomes(
             inputs,
             episodes.trajectories,
-            episodes.rewards_per_func[local],
+            episodes.rewards_per_func,
             self.reward_func_names,
             self.reward_weights,
             batch["advantages"].tolist(),
@@ -348,7 +336,7 @@ class SeeUPOTrainer(GRPOTrainer):
         if self._tool_rollout is not None:
             self.environments = extra_fields.pop("environments")
             prompts[:] = extra_fields.pop("prompts")  # for reward functions and logs, with what `reset` returned
-            self._add_metrics(tool_call_metrics(extra_fields.pop("tool_calls"), self.accelerator))
+            self._add_metrics(tool_call_metrics(extra_fields.pop("tool_calls"), self.accelerator).items())
         trajectories = extra_fields.pop("trajectories", None)
         if trajectories is None:
             trajectories = trajectories_from_masks(prompt_ids, completion_ids, tool_mask, logprobs, completions)
@@ -357,7 +345,7 @@ class SeeUPOTrainer(GRPOTrainer):
             output[3] = [trajectory.messages or [{"role": "assistant", "content": ""}] for trajectory in trajectories]
         self._batch.trajectories = trajectories
         if self._evaluation is None:  # which reports the same over all its batches
-            self._add_metrics(episode_metrics(trajectories, self.accelerator))
+            self._add_metrics(episode_metrics(trajectories, self.accelerator).items())
         return tuple(output)
 
     def _calculate_rewards(self, *args, **kwargs) -> torch.Tensor:
@@ -366,7 +354,8 @@ class SeeUPOTrainer(GRPOTrainer):
         quarantined = torch.tensor([t.is_quarantined for t in trajectories], device=self.accelerator.device)
         rewards[self.accelerator.gather(quarantined)] = torch.nan
         check_finite(rewards, self.reward_func_names)
-        self._batch.rewards_per_func = rewards
+        first = self.accelerator.process_index * len(trajectories)
+        self._batch.rewards_per_func = rewards[first : first + len(trajectories)].clone()
         return rewards
 
     # ---- The Trainer's own optimizer step: the last one of the iteration ----
@@ -379,7 +368,7 @@ class SeeUPOTrainer(GRPOTrainer):
             return 0.0
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self._block_of_last_step is not None:
-            self._add_metrics({f"turn_{self._block_of_last_step.label}/grad_norm": float(grad_norm)})
+            self._add_metrics([(f"turn_{self._block_of_last_step.label}/grad_norm", float(grad_norm))])
             self._block_of_last_step = None
         return grad_norm
 
@@ -413,7 +402,7 @@ class SeeUPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """Loss of an evaluation batch: all turns at once, at a ratio of 1. Training does not go through here."""
-        episodes: EpisodeBatch = inputs["episodes"]
+        episodes = checked_batch(inputs)
         lock_step = LockStep(self, model)
         values = evaluation_loss(
             TurnBuffer(episodes.trained),
@@ -427,7 +416,7 @@ class SeeUPOTrainer(GRPOTrainer):
             self.beta,
         )
         loss = values.pop("loss")
-        self._add_metrics(values)
+        self._add_metrics(values.items())
         return torch.tensor(loss, device=lock_step.device)
 
     # ---- Logs ----
@@ -439,21 +428,7 @@ class SeeUPOTrainer(GRPOTrainer):
                 self._logs[name] = deque(map(with_plain_arguments, conversations), maxlen=conversations.maxlen)
         super().log(logs, start_time)
 
-    def _add_metrics(self, values: dict[str, float]) -> None:
+    def _add_metrics(self, values: Iterable[tuple[str, float]]) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, value in values.items():
+        for name, value in values:
             metrics.setdefault(name, []).append(value)
-
-    def _log_update(self, updater: TurnUpdater) -> None:
-        record = updater.record
-        values = record.metrics.reduce(updater.lock_step)
-        values["turn_updates"] = len(updater.plan.blocks)
-        values["optimizer_steps"] = updater.plan.num_steps
-        if updater.entropy_bonus.is_enabled:
-            values["entropy_coef"] = updater.entropy_bonus.coef
-        values |= {f"time/{name}": seconds for name, seconds in record.seconds.items()}
-        tokens = updater.lock_step.gather(torch.tensor(list(record.tokens.values()), dtype=torch.float32)).sum(0)
-        values |= {f"tokens/{name}": count for name, count in zip(record.tokens, tokens.tolist(), strict=True)}
-        self._add_metrics(values)
-        for block, grad_norm in record.grad_norms:
-            self._add_metrics({f"turn_{block.label}/grad_norm": grad_norm})

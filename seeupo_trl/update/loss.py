@@ -1,11 +1,23 @@
-"""The loss of a micro-batch: `-J_t` and what regularises it, as one pure function."""
+"""The loss of a micro-batch: `-J_t` and what regularises it, as pure functions."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from ..seeupo_config import SeeUPOConfig
-from .objective import clipped_surrogate, k3_divergence, keep_on_policy, sampler_correction, sequence_log_ratio
+from .objective import (
+    cispo_surrogate,
+    clipped_surrogate,
+    k3_divergence,
+    keep_on_policy,
+    sampler_correction,
+    sampler_ratios,
+    sapo_surrogate,
+    sequence_log_ratio,
+    vespo_surrogate,
+)
 
 
 @dataclass(frozen=True)
@@ -16,9 +28,9 @@ class LossSettings:
     Args:
         epsilon_low (`float`), epsilon_high (`float`), delta (`float`, *optional*):
             Clipping range, see [`~seeupo_trl.update.objective.clipped_surrogate`].
-        beta (`float`):
+        beta (`float`, *optional*, defaults to `0.0`):
             Weight of the KL term.
-        use_bias_correction_kl (`bool`):
+        use_bias_correction_kl (`bool`, *optional*, defaults to `False`):
             Whether the KL term is multiplied by the ratio.
         entropy_weight (`float`, *optional*):
             Weight of the entropy bonus; `None` where there is none in this run.
@@ -27,6 +39,14 @@ class LossSettings:
         sampler_correction (`tuple[str, float | None, float | None]`, *optional*):
             Mode and bounds of the correction for the sampler, see
             [`~seeupo_trl.update.objective.sampler_correction`].
+        loss_type (`str`, *optional*, defaults to `"seeupo"`):
+            Which surrogate, see [`turn_surrogate`].
+        sapo_temperatures (`tuple[float, float]`, *optional*, defaults to `(1.0, 1.05)`):
+            Where the turn weight is positive, and where it is not.
+        vespo_k (`tuple[float, float]`, *optional*, defaults to `(2.0, 3.0)`):
+            The same of the exponent `k`.
+        vespo_lambda (`tuple[float, float]`, *optional*, defaults to `(3.0, 2.0)`):
+            The same of the decay `lambda`.
     """
 
     epsilon_low: float
@@ -37,23 +57,28 @@ class LossSettings:
     entropy_weight: float | None = None
     off_policy_mask_threshold: float | None = None
     sampler_correction: tuple[str, float | None, float | None] | None = None
+    loss_type: str = "seeupo"
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05)
+    vespo_k: tuple[float, float] = (2.0, 3.0)
+    vespo_lambda: tuple[float, float] = (3.0, 2.0)
 
     @classmethod
-    def of(cls, config: SeeUPOConfig, entropy_weight: float | None) -> "LossSettings":
+    def of(cls, config: SeeUPOConfig) -> "LossSettings":
         """The settings that a configuration asks for."""
-        correction = None
-        if config.use_vllm and config.vllm_importance_sampling_correction:
-            bounds = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
-            correction = (config.vllm_importance_sampling_mode, *bounds)
+        bounds = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
+        corrects = config.use_vllm and config.vllm_importance_sampling_correction
         return cls(
             epsilon_low=config.epsilon,
             epsilon_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,
             delta=config.delta,
             beta=config.beta,
             use_bias_correction_kl=config.use_bias_correction_kl,
-            entropy_weight=entropy_weight,
             off_policy_mask_threshold=config.off_policy_mask_threshold,
-            sampler_correction=correction,
+            sampler_correction=(config.vllm_importance_sampling_mode, *bounds) if corrects else None,
+            loss_type=config.loss_type,
+            sapo_temperatures=(config.sapo_temperature_pos, config.sapo_temperature_neg),
+            vespo_k=(config.vespo_k_pos, config.vespo_k_neg),
+            vespo_lambda=(config.vespo_lambda_pos, config.vespo_lambda_neg),
         )
 
 
@@ -113,7 +138,47 @@ class TurnLoss:
     sampler_weights: torch.Tensor | None = None
 
 
-def turn_loss(actions: Actions, weights: torch.Tensor, settings: LossSettings) -> TurnLoss:
+def turn_surrogate(
+    ratios: torch.Tensor, weights: torch.Tensor, actions: Actions, settings: LossSettings
+) -> torch.Tensor:
+    """
+    What is maximised of each action, before it is corrected for the sampler and regularised.
+
+    Args:
+        ratios (`torch.Tensor` of shape `(n,)`):
+            Sequence ratios of Eq. 6, with gradient.
+        weights (`torch.Tensor` of shape `(n,)`):
+            Turn weights `M` of the continuation, constants.
+        actions ([`Actions`]):
+            The actions behind them, token by token.
+        settings ([`LossSettings`]):
+            The numbers in the loss.
+
+    Returns:
+        `torch.Tensor` of shape `(n,)`:
+            With `loss_type="seeupo"` the clipped surrogate of `J_t`; with `"luspo"` the same times the number of
+            tokens; with `"cispo"`, `"sapo"` and `"vespo"` their turn-level forms in
+            [`~seeupo_trl.update.objective`].
+    """
+    if settings.loss_type == "cispo":
+        return cispo_surrogate(ratios, weights, _mean_logps(actions), settings.epsilon_high)
+    if settings.loss_type == "sapo":
+        return sapo_surrogate(ratios, weights, *settings.sapo_temperatures)
+    if settings.loss_type == "vespo":
+        log_ratios = _product_log_ratios(actions, settings)
+        return vespo_surrogate(log_ratios, weights, _mean_logps(actions), settings.vespo_k, settings.vespo_lambda)
+    surrogates = clipped_surrogate(ratios, weights, settings.epsilon_low, settings.epsilon_high, settings.delta)
+    if settings.loss_type == "luspo":
+        surrogates = surrogates * torch.tensor(list(map(len, actions.new))).to(surrogates)
+    return surrogates
+
+
+Surrogate = Callable[[torch.Tensor, torch.Tensor, Actions, LossSettings], torch.Tensor]
+
+
+def turn_loss(
+    actions: Actions, weights: torch.Tensor, settings: LossSettings, surrogate: Surrogate = turn_surrogate
+) -> TurnLoss:
     """
     `-J_t` of each trajectory of a micro-batch, plus what regularises it.
 
@@ -124,16 +189,24 @@ def turn_loss(actions: Actions, weights: torch.Tensor, settings: LossSettings) -
             Turn weights `M` of the continuation, constants.
         settings ([`LossSettings`]):
             The numbers in the loss.
+        surrogate (`Callable`, *optional*, defaults to [`turn_surrogate`]):
+            What is maximised.
 
     Returns:
         [`TurnLoss`]
     """
     ratios = torch.stack(list(map(sequence_log_ratio, actions.new, actions.old))).exp()  # (n,)
-    surrogates = clipped_surrogate(ratios, weights, settings.epsilon_low, settings.epsilon_high, settings.delta)
+    surrogates = surrogate(ratios, weights, actions, settings)
+    if surrogates.shape != ratios.shape:
+        raise ValueError(
+            f"The surrogate has shape {tuple(surrogates.shape)}; it must return one value for each of the "
+            f"{len(ratios)} actions, shape {tuple(ratios.shape)}."
+        )
     sampler_weights = None
     if settings.sampler_correction is not None:
         sampler_weights = _sampler_weights(actions, *settings.sampler_correction)
-        surrogates = surrogates * sampler_weights
+        if settings.loss_type != "vespo":  # which has it in its ratio
+            surrogates = surrogates * sampler_weights
     if settings.off_policy_mask_threshold is not None:
         surrogates = surrogates * _on_policy_mask(actions, weights, settings.off_policy_mask_threshold)
     losses = -surrogates
@@ -155,6 +228,23 @@ def turn_loss(actions: Actions, weights: torch.Tensor, settings: LossSettings) -
         kl=kl,
         sampler_weights=sampler_weights,
     )
+
+
+def _mean_logps(actions: Actions) -> torch.Tensor:
+    return torch.stack([logps.mean() for logps in actions.new])  # (n,)
+
+
+def _product_log_ratios(actions: Actions, settings: LossSettings) -> torch.Tensor:
+    """Log of the product ratios, of the sampler's correction too where there is one, shape `(n,)`."""
+    pairs = zip(actions.new, actions.old, strict=True)
+    log_ratios = [sequence_log_ratio(*pair, ratio="product") for pair in pairs]
+    if settings.sampler_correction is not None:
+        corrections = zip(actions.start, actions.sampled, strict=True)
+        for i, (policy, sampler) in enumerate(corrections):
+            if sampler is not None:
+                ratios = sampler_ratios(policy, sampler, *settings.sampler_correction)
+                log_ratios[i] = log_ratios[i] + ratios.log().clamp(min=math.log(1e-8), max=20.0).sum()
+    return torch.stack(log_ratios)
 
 
 def _sampler_weights(actions: Actions, mode: str, clip_min: float | None, clip_max: float | None) -> torch.Tensor:

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+from accelerate.utils import is_peft_model
 from trl import GRPOTrainer
 from trl.trainer.utils import use_adapter
 
@@ -49,6 +50,11 @@ class Scorers:
             scorer = self._of_samples(batch, entropy=False) if trainer._is_vlm else self._reference
             return Reference(scorer, trainer.ref_model, nullcontext)
         policy = trainer.accelerator.unwrap_model(trainer.model)
+        if not is_peft_model(policy):
+            raise ValueError(
+                f"`beta` was set to {trainer.beta} in the run, but there is no reference model: it is loaded when the "
+                "trainer is made with a `beta` other than 0. Start with the `beta` you need, however small."
+            )
         adapter_name = "ref" if "ref" in policy.peft_config else None
         return Reference(self.of_policy(batch), trainer.model, partial(use_adapter, policy, adapter_name))
 

@@ -12,7 +12,7 @@ than 0 takes no optimizer step, because its gradient is 0 (unless a KL or entrop
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import torch
@@ -24,7 +24,7 @@ from ..scoring.turn_buffer import Block, Key, TurnBuffer
 from ..seeupo_config import SeeUPOConfig
 from .entropy_bonus import EntropyBonus
 from .log_probs import LogProbs, Reference
-from .loss import Actions, LossSettings, turn_loss
+from .loss import Actions, LossSettings, Surrogate, turn_loss, turn_surrogate
 from .metrics import TurnUpdate, UpdateMetrics
 from .objective import sequence_log_ratio
 from .steps import OptimizerStep, UpdatePlan
@@ -78,9 +78,13 @@ class TurnUpdater:
         entropy_bonus ([`~seeupo_trl.update.entropy_bonus.EntropyBonus`]):
             Weight of the entropy in the objective.
         reference ([`~seeupo_trl.update.log_probs.Reference`], *optional*):
-            Reference policy, needed when `config.beta` is not 0.
+            Reference policy of the KL term; without one there is none.
         aux_loss_coef (`float`, *optional*, defaults to `0.0`):
             Weight of the load-balancing loss of a mixture-of-experts model.
+        settings ([`~seeupo_trl.update.loss.LossSettings`], *optional*):
+            The numbers in the loss; by default those of the configuration.
+        surrogate (`Callable`, *optional*, defaults to [`~seeupo_trl.update.loss.turn_surrogate`]):
+            What is maximised of each action.
     """
 
     def __init__(
@@ -96,6 +100,8 @@ class TurnUpdater:
         entropy_bonus: EntropyBonus,
         reference: Reference | None = None,
         aux_loss_coef: float = 0.0,
+        settings: LossSettings | None = None,
+        surrogate: Surrogate = turn_surrogate,
     ):
         if len(buffer) != len(advantages):
             raise ValueError(f"Got {len(buffer)} trajectories but {len(advantages)} advantages; need one each.")
@@ -107,7 +113,9 @@ class TurnUpdater:
         self.entropy_bonus = entropy_bonus
         self.aux_loss_coef = aux_loss_coef
 
-        regularized = config.beta != 0.0 or entropy_bonus.is_enabled
+        self.settings = LossSettings.of(config) if settings is None else settings
+        self.surrogate = surrogate
+        regularized = reference is not None or entropy_bonus.is_enabled
         num_minibatches = config.steps_per_generation // config.gradient_accumulation_steps
         self.plan = UpdatePlan(
             buffer,
@@ -125,8 +133,8 @@ class TurnUpdater:
             buffer, scorer, model, lock_step, config.per_device_train_batch_size, config.old_policy
         )
         self._scale = num_minibatches / num_trajectories
-        self._corrects_sampler = config.use_vllm and config.vllm_importance_sampling_correction
-        self._needs_sampled = self._corrects_sampler or config.off_policy_mask_threshold is not None
+        self._corrects_sampler = self.settings.sampler_correction is not None
+        self._needs_sampled = self._corrects_sampler or self.settings.off_policy_mask_threshold is not None
         self._needs_start = config.old_policy == "iteration" or self._corrects_sampler
         self._ratio_due: dict[int, Block] = {}  # trajectory -> updated block whose ratio is not in M yet
         optional = {
@@ -169,6 +177,19 @@ class TurnUpdater:
         self.record.seconds["update"] = perf_counter() - start
         self.record.tokens["no_grad"] = self.log_probs.num_tokens
         return loss * self.lock_step.num_processes / max(self.plan.num_steps, 1)
+
+    def logs(self) -> list[tuple[str, float]]:
+        """Names and values of what the update logs, over all processes. Must be called on every process."""
+        record = self.record
+        values = record.metrics.reduce(self.lock_step)
+        values["turn_updates"] = len(self.plan.blocks)
+        values["optimizer_steps"] = self.plan.num_steps
+        if self.entropy_bonus.is_enabled:
+            values["entropy_coef"] = self.entropy_bonus.coef
+        values |= {f"time/{name}": seconds for name, seconds in record.seconds.items()}
+        tokens = self.lock_step.gather(torch.tensor(list(record.tokens.values()), dtype=torch.float32)).sum(0)
+        values |= {f"tokens/{name}": count for name, count in zip(record.tokens, tokens.tolist(), strict=True)}
+        return [*values.items(), *((f"turn_{block.label}/grad_norm", norm) for block, norm in record.grad_norms)]
 
     # ---- The weight of a turn: M ----
 
@@ -310,9 +331,9 @@ class TurnUpdater:
             reference=None if self.reference is None else [self._action(i, block, reference) for i in indices],
         )
         entropy_weight = self.entropy_bonus.weight if self.entropy_bonus.is_enabled else None
-        settings = LossSettings.of(self.config, entropy_weight)
+        settings = replace(self.settings, entropy_weight=entropy_weight)
         weights = actions.new[0].new_tensor([self.weights[i] for i in indices])  # (n,)
-        loss = turn_loss(actions, weights, settings)
+        loss = turn_loss(actions, weights, settings, self.surrogate)
         updates, entropy, tokens = self.record.metrics.add_micro_batch(
             block, indices, actions, loss, self._scale, self.weights
         )
