@@ -21,11 +21,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from fixed_rollouts import outcome_reward
 from peft import LoraConfig
 from tiny import VOCABULARY
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
-from unkind_rollouts import GROUP_SIZE, NUM_TRAJECTORIES, TURNS, FixedRollouts, outcome_reward
+from unkind_rollouts import GROUP_SIZE, NUM_TRAJECTORIES, TURNS, FixedRollouts
 
 from seeupo_trl import (
     MultiTurnEnvironment,

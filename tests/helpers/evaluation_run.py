@@ -1,7 +1,7 @@
 """
 One process of `test_evaluation.py`: evaluates sets of awkward sizes, trains one iteration and writes what it reports.
 
-`accelerate launch [--config_file CONFIG] evaluation_run.py MODEL OUTPUT`
+`accelerate launch [--config_file CONFIG] evaluation_run.py OUTPUT MODEL`
 """
 
 import json
@@ -119,10 +119,10 @@ def evaluate_and_train(model_dir: str, output: Path) -> dict:
 
 def main() -> None:
     torch.set_num_threads(1)
-    output = Path(sys.argv[2])
-    result = evaluate_and_train(sys.argv[1], output)
+    output, model_dir = Path(sys.argv[1]), sys.argv[2]
+    result = evaluate_and_train(model_dir, output)
     state = PartialState()
-    (output / f"result-{state.process_index}.json").write_text(json.dumps(result))
+    (output / f"rank{state.process_index}.json").write_text(json.dumps(result))
     state.destroy_process_group()
 
 

@@ -42,19 +42,6 @@ class Lecture(MultiTurnEnvironment):
         return StepResult([{"role": "user", "content": "w8 " * 9}])
 
 
-def increment(step: int) -> int:
-    """
-    Adds to a counter.
-
-    Args:
-        step: What to add.
-
-    Returns:
-        What was added.
-    """
-    return step
-
-
 def digits(completion_ids, **kwargs):
     return [sum(96 <= token < 106 for token in ids) / 4 + len(ids) / 50 for ids in completion_ids]
 

@@ -1,28 +1,17 @@
 """
 Corrections for a sampler that is not quite the policy, without vLLM: a stand-in for its engine takes the weights.
 
-The trainer ends where a naive implementation with the same corrections ends (see oracle.py and test_exactness.py).
+The trainer ends where a naive implementation with the same corrections ends (see oracle.py and against_oracle.py).
 """
 
 import random
 
 import pytest
 import torch
+from against_oracle import LEARNING_RATE, TEMPERATURE, load_model, parameters_of, relative_error
 from datasets import Dataset
+from fixed_rollouts import GROUP_SIZE, NUM_GROUPS, NUM_TRAJECTORIES, as_groups, make_iteration, outcome_reward
 from oracle import OracleSettings, seeupo_iteration, token_logps
-from test_exactness import (
-    GROUP_SIZE,
-    LEARNING_RATE,
-    NUM_GROUPS,
-    NUM_TRAJECTORIES,
-    TEMPERATURE,
-    as_groups,
-    load_model,
-    make_iteration,
-    outcome_reward,
-    parameters_of,
-    relative_error,
-)
 from tiny import tiny_tokenizer
 from trl.trainer import grpo_trainer
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from browser import CHROMIUM, Browser
-from test_trajectory_log import WORDS, make_log
+from saved_trajectories import WORDS, make_log
 from tiny import tiny_tokenizer
 
 from seeupo_trl import Trajectory, Turn
