@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 from byte_tokenizer import byte_tokenizer, tiny_model
+from tiny import ON_CPU
 
 
 pytest.importorskip("bfcl_eval", reason="BFCL's package is optional")
@@ -174,12 +175,10 @@ def test_a_perfect_policy_is_rewarded_through_the_rollout(tmp_path):
         model=tiny_model(tokenizer, positions=100_000),
         args=GRPOConfig(
             output_dir=str(tmp_path),
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
             num_generations=2,
             per_device_train_batch_size=2,
             max_completion_length=2000,
+            **ON_CPU,
         ),
         train_dataset=dataset,
         processing_class=tokenizer,

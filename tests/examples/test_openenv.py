@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import ON_CPU
 from tool_calls import only, save_calling_model
 
 from seeupo_trl import SeeUPOConfig
@@ -43,12 +44,8 @@ def url(example):
 def args(model, tmp_path):
     def args(words, **overrides):
         settings = {
+            **ON_CPU,
             "output_dir": str(tmp_path),
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 1,
             "max_steps": 2,
             "per_device_train_batch_size": 8,
             "num_generations": 4,

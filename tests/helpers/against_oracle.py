@@ -21,7 +21,7 @@ from fixed_rollouts import (
 )
 from oracle import OracleSettings, seeupo_iteration
 from peft import LoraConfig, get_peft_model
-from tiny import load_tiny_model, tiny_tokenizer
+from tiny import ON_CPU, load_tiny_model, tiny_tokenizer
 from transformers import TrainerCallback
 
 from seeupo_trl import SeeUPOConfig, SeeUPOTrainer
@@ -102,6 +102,7 @@ def train(
         return rollouts
 
     settings = {
+        **ON_CPU,
         "output_dir": str(tmp_path),
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": NUM_TRAJECTORIES // 2,
@@ -112,11 +113,6 @@ def train(
         "gradient_checkpointing": False,
         "shuffle_dataset": False,
         "seed": SEED,
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
         "disable_tqdm": True,
         # trl 1.15 loads the reference model in float32 unless it is told
         "model_init_kwargs": {"dtype": next(model.parameters()).dtype},

@@ -13,6 +13,7 @@ from pathlib import Path
 import deepspeed.ops
 import torch
 from datasets import Dataset
+from tiny import ON_CPU
 from trl import GRPOConfig, GRPOTrainer
 
 from seeupo_trl.rollout.cached_generation import CachedGeneration
@@ -62,16 +63,13 @@ def main() -> None:
         model=sys.argv[2],
         args=GRPOConfig(
             output_dir=sys.argv[1],
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
             max_steps=1,
-            save_strategy="no",
             num_generations=2,
             per_device_train_batch_size=2,
             max_completion_length=7,
             generation_kwargs={"do_sample": False},
             model_init_kwargs={"dtype": "float32"},
+            **ON_CPU,
         ),
         train_dataset=Dataset.from_dict({"prompt": ["w1"] * 4}),
         reward_funcs=lambda completions, **kwargs: [float(index) for index in range(len(completions))],

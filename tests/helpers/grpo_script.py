@@ -2,6 +2,7 @@
 
 import torch
 from datasets import Dataset
+from tiny import ON_CPU
 
 from seeupo_trl import SeeUPOConfig
 
@@ -13,12 +14,8 @@ CONVERSATIONS = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
 def settings(directory, **overrides):
     """Two prompts in groups of two an iteration, short completions, steps large enough to see."""
     return {
+        **ON_CPU,
         "output_dir": str(directory),
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "logging_steps": 1,
-        "save_strategy": "no",
         "learning_rate": 1e-2,
         "max_steps": 2,
         "max_completion_length": 6,

@@ -12,6 +12,7 @@ import torch
 from byte_tokenizer import byte_tokenizer, forced_end, tiny_model
 from datasets import Dataset
 from talk import Fragile, row, user
+from tiny import ON_CPU
 from trl import GRPOConfig, GRPOTrainer
 
 from seeupo_trl.rollout import MultiTurnRollout, environment_reward
@@ -59,13 +60,11 @@ def main() -> None:
         model=tiny_model(tokenizer),
         args=GRPOConfig(
             output_dir=sys.argv[1],
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
             num_generations=2,
             per_device_train_batch_size=2,
             max_completion_length=4,
             generation_kwargs=forced_end(),
+            **ON_CPU,
         ),
         train_dataset=Dataset.from_list([row(number=i) for i in range(4)]),
         processing_class=tokenizer,

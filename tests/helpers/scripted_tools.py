@@ -5,6 +5,7 @@ import json
 
 from byte_tokenizer import byte_tokenizer, tiny_model
 from datasets import Dataset
+from tiny import ON_CPU
 from trl import GRPOConfig, GRPOTrainer
 
 from seeupo_trl import SeeUPOConfig, SeeUPOTrainer
@@ -72,11 +73,7 @@ def make_tool_trainer(output_dir, trainer_class, factory, script, template="qwen
         model=tiny_model(tokenizer),
         args=config_class(
             output_dir=str(output_dir),
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
-            save_strategy="no",
-            **{**settings, **config},
+            **{**ON_CPU, **settings, **config},
         ),
         train_dataset=Dataset.from_dict({"environment": ["counter", "library"]}),
         processing_class=tokenizer,

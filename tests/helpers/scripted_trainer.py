@@ -3,6 +3,7 @@
 from byte_tokenizer import byte_tokenizer, tiny_model
 from datasets import Dataset
 from talk import Talk, row
+from tiny import ON_CPU
 from trl import GRPOConfig, GRPOTrainer
 
 from seeupo_trl.rollout import MultiTurnRollout, environment_reward
@@ -41,12 +42,7 @@ def make_scripted_trainer(
         model=model,
         args=GRPOConfig(
             output_dir=str(output_dir),
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
-            logging_steps=1,
-            save_strategy="no",
-            **{**settings, **config},
+            **{**ON_CPU, **settings, **config},
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,

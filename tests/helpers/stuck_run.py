@@ -8,6 +8,7 @@ import time
 from byte_tokenizer import byte_tokenizer, forced_end, tiny_model
 from datasets import Dataset
 from talk import Talk, row
+from tiny import ON_CPU
 
 from seeupo_trl import MultiTurnRollout, SeeUPOConfig, SeeUPOTrainer
 
@@ -31,13 +32,11 @@ trainer = SeeUPOTrainer(
     model=tiny_model(byte_tokenizer("qwen2_5")),
     args=SeeUPOConfig(
         sys.argv[1],
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
         num_generations=2,
         per_device_train_batch_size=2,
         max_completion_length=4,
         generation_kwargs=forced_end(),
+        **ON_CPU,
     ),
     train_dataset=Dataset.from_list([row()]),
     processing_class=byte_tokenizer("qwen2_5"),

@@ -12,6 +12,7 @@ import torch
 from byte_tokenizer import byte_tokenizer, tiny_model
 from datasets import Dataset
 from scripted_tools import END, ScriptedSeeUPO, call
+from tiny import ON_CPU
 from tool_environments import Unreliable
 
 from seeupo_trl import SeeUPOConfig
@@ -63,16 +64,13 @@ def main() -> None:
         model=tiny_model(tokenizer),
         args=SeeUPOConfig(
             output_dir=sys.argv[1],
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
             num_generations=2,
             max_steps=1,
             max_completion_length=500,
             per_device_train_batch_size=2,
             env_reset_retries=0,
             learning_rate=1e-2,
-            save_strategy="no",
+            **ON_CPU,
         ),
         train_dataset=Dataset.from_list([task(0), task(3)]),
         processing_class=tokenizer,

@@ -8,6 +8,7 @@ import vllm
 import vllm_on_cpu  # noqa: F401  (changes vLLM before an engine is built)
 from datasets import Dataset
 from oracle import token_logps
+from tiny import ON_CPU
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from seeupo_trl import MultiTurnEnvironment, Observation, SeeUPOConfig, StepResult
@@ -67,12 +68,8 @@ def questions():
 def config(directory, **overrides):
     return SeeUPOConfig(
         **{
+            **ON_CPU,
             "output_dir": str(directory),
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 1,
             "disable_tqdm": True,
             "use_vllm": True,
             "vllm_max_model_length": 256,

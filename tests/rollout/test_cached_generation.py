@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from launching import run_on_two_processes
 from peft import LoraConfig
-from tiny import VOCABULARY, load_tiny_model, save_tiny_model, tiny_tokenizer
+from tiny import ON_CPU, VOCABULARY, load_tiny_model, save_tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
@@ -38,11 +38,8 @@ def make_trainer(tiny_path, tmp_path):
             model=model,
             args=GRPOConfig(
                 output_dir=str(tmp_path),
-                report_to=[],
-                use_cpu=True,
-                bf16=False,
                 generation_kwargs=generation,
-                **{**settings, **config},
+                **{**ON_CPU, **settings, **config},
             ),
             train_dataset=Dataset.from_dict({"prompt": ["w1"] * 2}),
             processing_class=tiny_tokenizer(),

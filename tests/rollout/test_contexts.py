@@ -9,6 +9,7 @@ import trl
 from byte_tokenizer import byte_tokenizer, forced_end, tiny_model
 from datasets import Dataset
 from talk import TOOLS, Talk, result, row, user
+from tiny import ON_CPU
 
 from seeupo_trl import MultiTurnRollout, SeeUPOConfig, SeeUPOTrainer
 from seeupo_trl.trajectory import TurnBuffer
@@ -197,15 +198,13 @@ def test_the_tokens_that_are_trained_on_are_those_of_generation(tmp_path, histor
         model=tiny_model(tokenizer),
         args=SeeUPOConfig(
             str(tmp_path),
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
             max_steps=1,
             num_generations=4,
             per_device_train_batch_size=4,
             max_completion_length=100,
             packing="tree",
             generation_kwargs=forced_end(tokenizer),
+            **ON_CPU,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from launching import HELPERS
 from talk import Talk, row, user
-from tiny import load_tiny_model, tiny_tokenizer
+from tiny import ON_CPU, load_tiny_model, tiny_tokenizer
 
 from seeupo_trl import MultiTurnEnvironment, MultiTurnRollout, Observation, SeeUPOConfig, SeeUPOTrainer, StepResult
 
@@ -399,11 +399,6 @@ def test_a_run_through_a_storm_ends_with_the_right_counts_and_finite_parameters(
         model=load_tiny_model(tiny_dir),
         args=SeeUPOConfig(
             str(tmp_path),
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
-            logging_steps=1,
-            save_strategy="no",
             max_steps=3,
             num_generations=2,
             per_device_train_batch_size=16,
@@ -413,6 +408,7 @@ def test_a_run_through_a_storm_ends_with_the_right_counts_and_finite_parameters(
             env_timeout=2.0,
             generation_kwargs={"forced_eos_token_id": tiny_tokenizer().eos_token_id},
             learning_rate=1e-3,
+            **ON_CPU,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tiny_tokenizer(),

@@ -8,6 +8,7 @@ import torch
 import trl
 from datasets import Dataset
 from scripted_tools import COUNTING, END, SCRIPTS, ScriptedGRPO, ScriptedSeeUPO, call, make_tool_trainer, play, row
+from tiny import ON_CPU
 from tool_calls import CALL, WRONG_NAME, only
 from tool_environments import Counter, Library, Silent
 from trl import GRPOConfig, GRPOTrainer
@@ -147,13 +148,9 @@ def settings(tool_dir, tmp_path):
 
     def settings(**overrides):
         values = {
+            **ON_CPU,
             "output_dir": str(tmp_path),
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "save_strategy": "no",
             "max_steps": 1,
-            "logging_steps": 1,
             "per_device_train_batch_size": 8,
             "num_generations": 2,
             "max_completion_length": 60,

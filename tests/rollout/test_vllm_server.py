@@ -25,12 +25,7 @@ pytest.importorskip("vllm", reason="no vLLM here; .ci/run tests it in a virtual 
 if torch.cuda.is_available():
     pytest.skip("these tests drive vLLM's CPU build", allow_module_level=True)
 
-from vllm_on_cpu import (
-    WEIGHTS_DIR,
-    save_talker,
-    send_weights_through_files,
-    server_command,
-)
+from vllm_on_cpu import WEIGHTS_DIR, save_talker, send_weights_through_files, server_command
 from vllm_runs import FRAME, TOLERANCE, Chat, Lecture, Watch, chats, config, lectures
 
 

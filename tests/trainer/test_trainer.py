@@ -7,7 +7,7 @@ import pytest
 import torch
 from count_down import CountDown
 from datasets import Dataset
-from tiny import load_tiny_model, tiny_tokenizer
+from tiny import ON_CPU, load_tiny_model, tiny_tokenizer
 
 from seeupo_trl import MultiTurnRollout, SeeUPOConfig, SeeUPOTrainer, StepResult
 from seeupo_trl.envs import StopReason
@@ -34,6 +34,7 @@ class Fragile(CountDown):
 def make_trainer(tiny_dir, tmp_path):
     def make(turns=(1, 2, 3, 2), **kwargs):
         options = {
+            **ON_CPU,
             "output_dir": str(tmp_path),
             "per_device_train_batch_size": 4,
             "gradient_accumulation_steps": 2,
@@ -41,11 +42,6 @@ def make_trainer(tiny_dir, tmp_path):
             "max_completion_length": 4,
             "max_steps": 2,
             "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "bf16": False,
-            "use_cpu": True,
-            "report_to": "none",
         }
         model = load_tiny_model(tiny_dir)
         # any word may end a response: an untrained model hardly ever writes the one token that should
