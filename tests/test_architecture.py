@@ -14,12 +14,17 @@ MOST_MODULES_AT_THE_TOP = 10
 # From the highest floor to the lowest. A room is a folder or a module at the top of the package; it imports from rooms
 # on lower floors only. Imports for type checkers count like all others.
 FLOORS = [
+    {"__main__": "`python -m seeupo_trl`"},
+    {"command_line": "the command `seeupo-trl`"},
+    {"recipes": "what scripts for training and evaluation share"},
     {"__init__": "public names, loaded on first use"},
-    {"command_line": "the `seeupo` command"},
     {"seeupo_trainer": "SeeUPOTrainer: the hooks of TRL's trainer"},
     {"trainer_inputs": "what the trainer is given: rollout, rewards, dataset"},
     {"view": "a page that shows saved trajectories", "plan": "what a run will need of memory and time"},
-    {"trajectory_log": "trajectories as parquet files"},
+    {
+        "trajectory_log": "trajectories as parquet files",
+        "episode_batch": "one generation batch, from its episodes to their advantages",
+    },
     {"evaluation": "outcomes of episodes, and how sure their summary is"},
     {"update": "the turn-by-turn update of the policy, Algorithm 1 of the paper"},
     {"seeupo_config": "SeeUPOConfig: every option of a run"},
