@@ -1,4 +1,4 @@
-"""The rooms of `seeupo_trl`, the floor of each, and that imports go downwards only, read from the source."""
+"""The rooms of `seeupo_trl` and their floors: imports go downwards only, and tests import helpers only."""
 
 import ast
 from collections.abc import Iterator
@@ -100,3 +100,15 @@ def test_a_room_imports_from_lower_floors_only(room):
 
 def test_there_is_no_circle_of_imports():
     tuple(TopologicalSorter(IMPORTS).static_order())
+
+
+def test_tests_share_helpers_and_do_not_import_one_another():
+    sources = {path: ast.parse(path.read_text()) for path in Path(__file__).parent.rglob("*.py")}
+    wrong = {
+        f"{path.name} imports {name}"
+        for path, tree in sources.items()
+        for names in imported_names(path.stem, tree)
+        for name in names
+        if name.startswith("test_")
+    }
+    assert not wrong, "what tests share lies in tests/helpers"
