@@ -141,8 +141,14 @@ def cuts(length: int):
         yield list(pairwise([0, *ends, length])) if length else []
 
 
+# trajectories of at most two groups, which share their prompt alone: many cuts of them cost alike
+groups = st.lists(st.tuples(st.integers(5, 6), st.integers(1, 3)), max_size=8).map(
+    lambda members: [[prompt] * 4 + [7 + index] * size for index, (prompt, size) in enumerate(members)]
+)
+
+
 @given(
-    st.lists(st.lists(few_tokens, min_size=1, max_size=9), max_size=8),
+    st.lists(st.lists(few_tokens, min_size=1, max_size=9), max_size=8) | groups,
     st.sampled_from([1, 2, 3, inf]),
     st.sampled_from([9, 12, 20, inf]),
     st.sampled_from([1, 4]),
