@@ -16,8 +16,9 @@ from evaluation_run import evaluate_and_train, make_trainer, tasks
 from tiny import save_tiny_model
 
 from seeupo_trl.envs import StopReason
+from seeupo_trl.evaluation.estimators import bootstrap_interval, pass_at, pass_hat
 from seeupo_trl.evaluation.outcome import Outcome, describe_outcomes, task_of
-from seeupo_trl.evaluation.summary import Evaluation, attempts, bootstrap_interval, pass_at, pass_hat, summarize
+from seeupo_trl.evaluation.summary import Evaluation, attempts, summarize
 from seeupo_trl.trajectory_log import read_trajectories
 
 
