@@ -54,7 +54,7 @@ from update_schedules import (
 from seeupo_trl.scoring.interface import DUMMY_KEY
 from seeupo_trl.scoring.rows import RowBatch
 from seeupo_trl.scoring.token_tree import tree_size
-from seeupo_trl.scoring.tree_attention import RUNS, use_attention
+from seeupo_trl.scoring.tree_attention import BRANCHES, use_attention
 from seeupo_trl.scoring.trees import TreeScorer
 
 
@@ -103,8 +103,8 @@ class FlopCount:
             scored = sum(end - start for row in batch.rows for start, end in row.spans.values())
             signature = (len(batch.rows), batch.length, scored, with_grad)
         else:
-            runs = tuple((run.end - run.start, len(run.path)) for run in batch.tree.runs)
-            signature = (runs, len(batch.scored()[0]), with_grad)
+            branches = tuple((one.end - one.start, len(one.path)) for one in batch.tree.branches)
+            signature = (branches, len(batch.scored()[0]), with_grad)
         if signature not in self._known:
             one, two = (self._count(batch, with_grad, *pair) for pair in self.scorers)
             self._known[signature] = one + (self.num_layers - 1) * (two - one)  # layers are alike
@@ -113,7 +113,7 @@ class FlopCount:
     @staticmethod
     def _count(batch, with_grad: bool, scorer: TreeScorer, model: torch.nn.Module) -> int:
         # without data there is no telling whether a mask is needed; this implementation does not ask
-        attention = use_attention(model.config, RUNS)
+        attention = use_attention(model.config, BRANCHES)
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(with_grad), attention:
             scores, _ = scorer.score(model, batch)
             if with_grad:

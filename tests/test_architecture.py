@@ -28,6 +28,7 @@ FLOORS = [
         "trajectory_log": "trajectories as parquet files",
         "episode_batch": "one generation batch, from its episodes to their advantages",
     },
+    {"trajectory_rows": "a trajectory as rows of a table"},
     {"evaluation": "outcomes of episodes, and how sure their summary is"},
     {"update": "the turn-by-turn update of the policy, Algorithm 1 of the paper"},
     {"seeupo_config": "SeeUPOConfig: every option of a run"},

@@ -25,7 +25,7 @@ from .rows import RowBatch, RowScorer, build_rows, group_rows
 from .token_tree import TokenTree, build_tree, partition, tree_size
 from .tree_attention import (
     FLEX,
-    TreeRuns,
+    TreeBranches,
     flex_length,
     reason_against_trees,
     tree_block_mask,
@@ -73,7 +73,7 @@ class TreeBatch:
     @property
     def num_pairs(self) -> int:
         """Query-key pairs that attention computes."""
-        return sum(run.num_pairs for run in self.tree.runs)
+        return sum(branch.num_pairs for branch in self.tree.branches)
 
     def scored(self) -> tuple[np.ndarray, np.ndarray, dict[Key, int]]:
         """Positions whose hidden states are scored, the labels they are scored for, and each action's length."""
@@ -217,7 +217,7 @@ class TreeScorer(RowScorer):
         if batch.padded:
             inputs["attention_mask"] = tree_block_mask(tree.subtree_ends, length, device)
         else:
-            inputs["tree_runs"] = TreeRuns(tree, device)
+            inputs["tree_branches"] = TreeBranches(tree, device)
         positions, labels, sizes = batch.scored()
         positions = torch.from_numpy(positions).to(device)
         labels = torch.from_numpy(labels).long().to(device)[None]
@@ -264,7 +264,7 @@ class TreeScorer(RowScorer):
         # a trajectory and the one before it, which mostly is of the same group
         for one, two in pairwise([[], *last_turns.values()]):
             sample = one + two
-            if len(self._tree(buffer, sample).tree.runs) > 1:
+            if len(self._tree(buffer, sample).tree.branches) > 1:
                 return sample
         return []
 

@@ -14,8 +14,9 @@ from launching import run_on_two_processes
 from tiny import save_tiny_model
 
 from seeupo_trl.envs import StopReason
+from seeupo_trl.evaluation.estimators import bootstrap_interval, pass_at, pass_hat
 from seeupo_trl.evaluation.outcome import Outcome, describe_outcomes, task_of
-from seeupo_trl.evaluation.summary import Evaluation, attempts, bootstrap_interval, pass_at, pass_hat, summarize
+from seeupo_trl.evaluation.summary import Evaluation, attempts, summarize
 from seeupo_trl.trajectory_log import read_trajectories
 
 

@@ -170,7 +170,7 @@ def without_position_ids(module, args, kwargs):
 
 
 def without_extra_arguments(module, args, kwargs):
-    return args, {name: value for name, value in kwargs.items() if name != "tree_runs"}
+    return args, {name: value for name, value in kwargs.items() if name != "tree_branches"}
 
 
 @pytest.mark.parametrize("hook", [without_position_ids, without_extra_arguments])

@@ -14,15 +14,8 @@ from tiny import tiny_tokenizer
 
 from seeupo_trl import Trajectory, Turn
 from seeupo_trl.envs import StopReason
-from seeupo_trl.trajectory_log import (
-    SCHEMA,
-    TrajectoryLog,
-    find_files,
-    messages_by_turn,
-    read_trajectories,
-    restore_turns,
-    to_json,
-)
+from seeupo_trl.trajectory_log import SCHEMA, TrajectoryLog, find_files, read_trajectories, restore_turns
+from seeupo_trl.trajectory_rows import messages_by_turn, to_json
 from seeupo_trl.update.turn_updater import TurnUpdater
 
 
