@@ -58,15 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _dispatch(arguments)
             sys.stdout.flush()
     except BrokenPipeError:
-        _leave_if_nobody_reads()
-        raise
-
-
-def _leave_if_nobody_reads() -> None:
-    """End without a word where the standard output is a pipe that was closed, as by `| head`."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
+        trains = arguments[:1] in (["train"], ["evaluate"]) and not {"-h", "--help"} & set(arguments)
+        if trains:
+            raise
+        # `| head` has seen enough; what is left in the buffer would raise again at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 

@@ -67,7 +67,7 @@ SCRIPTS = {
                 "seeupo-trl train openenv --url http://127.0.0.1:8000",
             ),
             packages=("openenv", "uvicorn"),
-            install="pip install 'seeupo-trl[openenv]'",
+            install="pip install openenv-core",
         ),
     },
     "evaluate": {
@@ -155,8 +155,7 @@ def run_script(command: str, arguments: Sequence[str]) -> None:
         return
     if "LOCAL_RANK" not in os.environ:
         # one process, one GPU: the Trainer would spread each batch over all that it sees
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
+        os.environ["CUDA_VISIBLE_DEVICES"] = first_gpu(os.environ.get("CUDA_VISIBLE_DEVICES"))
     sys.argv[1:] = arguments
     try:
         runpy.run_path(str(examples_directory() / script.file), run_name="__main__")
@@ -165,6 +164,11 @@ def run_script(command: str, arguments: Sequence[str]) -> None:
         if missing not in script.packages:
             raise
         raise UsageError(f"{missing} is not installed. Run\n    {script.install}") from error
+
+
+def first_gpu(visible: str | None) -> str:
+    """`CUDA_VISIBLE_DEVICES` for one process: the first device that is visible, if any is."""
+    return "0" if visible is None else visible.partition(",")[0]
 
 
 def _launcher_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -187,8 +191,8 @@ def _launcher_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
     if config is not None:
         words = ["--config_file", str(_accelerate_config(config)), *words]
     elif words and not _has_default_launcher_config():
-        # without it, processes on a CPU would be one
-        words = ["--multi_gpu", *words]
+        # without the first, processes on a CPU would be one; the others are the launcher's defaults, said aloud
+        words = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *words]
     return words, rest
 
 

@@ -8,6 +8,7 @@ package, against what Python or a library runs into.
 import difflib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from pathlib import Path
 
 TRACEBACK_VARIABLE = "SEEUPO_TRACEBACK"
 EXIT_CODE = 2
+SECONDS_FOR_THE_FIRST = 10.0
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _OURS = (_PACKAGE, _PACKAGE.parent / "examples")
@@ -84,9 +86,10 @@ def reported() -> Iterator[None]:
 
 
 def _report(error: Exception) -> None:
-    if isinstance(error, UsageError) and os.environ.get("LOCAL_RANK", "0") != "0":
-        return  # all processes were given the same, and the first one says it
-    rank = os.environ.get("RANK") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
-    message = " ".join([*([f"[process {rank}]"] if rank else []), f"{program()}: error: {error}"])
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and os.environ.get("LOCAL_RANK") != "0":
+        # most mistakes are the same in all processes; the launcher ends this one when the first one has said it
+        time.sleep(SECONDS_FOR_THE_FIRST)
+    process = f"[process {os.environ.get('RANK')}] " if several else ""
     hint = "" if isinstance(error, UsageError) else f"\n({TRACEBACK_VARIABLE}=1 shows where this was raised.)"
-    print(message.rstrip() + hint, file=sys.stderr, flush=True)
+    print(f"{process}{program()}: error: {str(error).rstrip()}{hint}", file=sys.stderr, flush=True)

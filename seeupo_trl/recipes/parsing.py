@@ -64,7 +64,8 @@ def parse(
     except UsageError:
         raise
     except yaml.YAMLError as error:
-        raise UsageError(f"{arguments[arguments.index('--config') + 1]} is not YAML: {error}") from error
+        path, problem = arguments[arguments.index("--config") + 1], " ".join(str(error).split())
+        raise UsageError(f"{path} is not YAML: {problem}") from error
     except (ValueError, TypeError, ImportError, OSError) as error:
         # what the dataclasses say to their values
         raise UsageError(str(error)) from error
