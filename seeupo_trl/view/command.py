@@ -6,11 +6,8 @@ import webbrowser
 from pathlib import Path
 
 from .page import render
-from .run import read_run
+from .run import DEFAULT_MAX_TRAJECTORIES, read_run
 from .watch import watch
-
-
-DEFAULT_MAX_TRAJECTORIES = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -314,7 +314,7 @@ function notListed(split, iteration) {
   let how = `--iteration ${iteration} shows them, and so may a larger --max-trajectories.`;
   if (data.watch) {
     how = make("a", {}, "Show them");
-    how.href = `?iteration=${iteration}`;
+    how.href = `?iteration=${iteration}#explorer`;
   }
   document.getElementById("answer").replaceChildren(where, how);
 }

@@ -13,6 +13,7 @@ from ..trajectory_log import find_files, number_files, read_rows
 from . import curves
 
 
+DEFAULT_MAX_TRAJECTORIES = 1000
 _STATE = "trainer_state.json"
 _METRIC = re.compile("(.+_)?entropy|time/(rollout|old_pass|update)", re.DOTALL)
 _LARGEST = 2**53  # JavaScript counts no further; comparisons with NaN are false
@@ -50,7 +51,7 @@ def read_run(
     run_dir: str | Path,
     splits: list[str] | None = None,
     iterations: list[int] | None = None,
-    max_trajectories: int = 1000,
+    max_trajectories: int = DEFAULT_MAX_TRAJECTORIES,
 ) -> Run:
     """
     Read a run.
@@ -89,7 +90,8 @@ def read_run(
         listed = listed.slice(0, starts[max_trajectories].as_py())
     files = set(pc.unique(listed["file"]).to_pylist())
     needed = [path for path, number in number_files(paths).items() if number in files]
-    rows = read_rows(needed, splits, iterations, newest_first=True).slice(0, len(listed))
+    of_those = pc.unique(listed["iteration"]).to_pylist()
+    rows = read_rows(needed, splits, of_those, newest_first=True).slice(0, len(listed))
 
     history, notices = read_history(run_directory(run_dir))
     charts, left_out_charts = curves.draw(numbers, history)
@@ -99,10 +101,8 @@ def read_run(
 def run_directory(run_dir: str | Path) -> Path:
     """The `output_dir` of the run that a directory or file inside its `trajectories` belongs to."""
     path = Path(run_dir).resolve()
-    for directory in (path, *path.parents[:3]):
-        if directory.name == "trajectories":
-            return directory.parent
-    return path
+    above = (path, *path.parents[:3])
+    return next((directory for directory in above if (directory / "trajectories").is_dir()), path)
 
 
 def state_files(directory: Path) -> list[Path]:

@@ -2,8 +2,8 @@
 
 const EVERY = 2000;  // milliseconds
 const KEPT = "seeupo_trl " + location.pathname + location.search;
-const status = document.getElementById("watch");
-status.hidden = false;
+const following = document.getElementById("watch");
+following.hidden = false;
 
 const keyOf = (one) => one && [one.split, one.iteration, one.group, one.trajectory].join(" ");
 
@@ -52,13 +52,13 @@ function age(seconds) {
 }
 
 function tell(changed) {
-  status.className = "";
+  following.className = "";
   if (changed === null) {
-    status.textContent = "Following: nothing saved yet";
+    following.textContent = "Following: nothing saved yet";
     return;
   }
   const when = new Date(changed * 1000).toLocaleString();
-  status.textContent = `Following: last change ${when}, ${age(Date.now() / 1000 - changed)} ago`;
+  following.textContent = `Following: last change ${when}, ${age(Date.now() / 1000 - changed)} ago`;
 }
 
 async function ask() {
@@ -71,12 +71,18 @@ async function ask() {
     }
     tell(answer.changed);
   } catch {
-    status.className = "warn";
-    status.textContent = "No longer following: the program that served this page does not answer";
+    following.className = "warn";
+    following.textContent = "No longer following: the program that served this page does not answer";
   }
   setTimeout(ask, EVERY);
 }
 
+if (location.search) {
+  const all = make("a", {}, "List the latest");
+  all.href = "/";
+  document.getElementById("answer").replaceChildren(
+    `Listed: iteration ${new URLSearchParams(location.search).getAll("iteration").join(", ")}. `, all);
+}
 history.scrollRestoration = "manual";
 restore();
 tell(data.watch.changed);

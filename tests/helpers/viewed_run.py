@@ -5,7 +5,10 @@ import json
 import pytest
 from browser import CHROMIUM
 
+from seeupo_trl import Trajectory, Turn
 from seeupo_trl.evaluation.outcome import Outcome
+from seeupo_trl.trajectory_log import TrajectoryLog
+from seeupo_trl.update.turn_updater import TurnUpdate
 from seeupo_trl.view.__main__ import main
 
 
@@ -60,3 +63,38 @@ def filter_by(browser, **values):
             f"(document.getElementById({json.dumps(name)}))"
         )
     return browser.run("[...list.children].map(item => [...item.querySelectorAll('span')].map(e => e.textContent))")
+
+
+def save(run_dir, split, iteration, episodes):
+    """
+    Save one iteration or evaluation.
+
+    Args:
+        episodes (`list[dict]`):
+            Those arguments of an outcome that matter, and `updates`: ratio and M / A of each turn that was trained on.
+    """
+    log = TrajectoryLog(run_dir, Verbatim(["<text>"]))
+    outcomes, trajectories, updates = [], [], {}
+    for index, episode in enumerate(episodes):
+        values = {"task": f"task {index}", "category": None, "stop_reason": "completed", "success": None, **episode}
+        of_turns = values.pop("updates", [])
+        values = {"group": 0, "turns": max(len(of_turns), 1), "reward": 0.0, **values}
+        outcomes.append(Outcome(index=index, **values))
+        trajectories.append(Trajectory([Turn([0], [0]) for _ in range(values["turns"])]))
+        for turn, (ratio, weight) in enumerate(of_turns, start=1):
+            updates[index, turn] = TurnUpdate(ratio, False, weight, weight)
+    log.add(outcomes, trajectories, updates)
+    return log.write(split, iteration)
+
+
+def save_state(directory, history):
+    """What the trainer writes beside a model."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "trainer_state.json"
+    path.write_text(history if isinstance(history, str) else json.dumps({"log_history": history}))
+    return path
+
+
+def page_data(page):
+    """The JSON inside a page."""
+    return json.loads(page.split('id="data">')[1].split("</script>")[0])
