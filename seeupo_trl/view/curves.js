@@ -95,10 +95,14 @@ function colour(chart, index) {
   return `color-mix(in oklch, var(--last) ${Math.round(share * 100)}%, var(--first))`;
 }
 
+function bandAt(chart, series, index) {
+  if (!series.low) return "";
+  const [low, high] = [series.low[index], series.high[index]].map((value) => Number(value.toPrecision(3)));
+  return ` (${label(low, chart.percent)} to ${label(high, chart.percent)})`;
+}
+
 function reading(chart, series, index) {
-  const value = label(series.y[index], chart.percent);
-  if (!series.low) return value;
-  return `${value} (${label(series.low[index], chart.percent)} to ${label(series.high[index], chart.percent)})`;
+  return label(series.y[index], chart.percent) + bandAt(chart, series, index);
 }
 
 function summaryOf(chart) {
@@ -212,12 +216,12 @@ function figure(chart, range) {
     for (const other of plots) other.guide(iterations[place]);
     plotted.point(chosen, here.find(({ index }) => index === chosen).at);
     const { split } = chart.series[chosen];
-    const shown = isListed(split, iterations[place]);
+    const listed = isListed(split, iterations[place]);
     tip.replaceChildren(make("b", {}, `Iteration ${iterations[place]}`),
       ...here.map(({ series, index, at }) => make("div", { class: index === chosen ? "now" : "" },
-        swatch(colour(chart, index)), make("span", {}, words(series.name)), reading(chart, series, at))),
-      make("i", {}, shown ? `Click or Enter: its ${visible(split)} episodes`
-        : `Its ${visible(split)} episodes are not on this page`));
+        swatch(colour(chart, index)), make("span", {}, words(series.name)), label(series.y[at], chart.percent),
+        make("small", {}, bandAt(chart, series, at)))),
+      ...(listed ? [] : [make("i", {}, "Episodes not on this page")]));
     const share = plotted.at(iterations[place]) / SIZE.width;
     tip.style[share < 0.5 ? "left" : "right"] = `${100 * (share < 0.5 ? share : 1 - share) + 2}%`;
     tip.style[share < 0.5 ? "right" : "left"] = "auto";
@@ -291,9 +295,10 @@ function isListed(split, iteration) {
 
 function goTo(split, iteration) {
   if (!isListed(split, iteration)) {
-    notListed(split, iteration);
+    tellMissing(split, iteration);
     return;
   }
+  tellListed();
   const set = () => {
     input.split.value = split;
     input.iteration.value = String(iteration);
@@ -309,14 +314,28 @@ function goTo(split, iteration) {
   list.focus({ preventScroll: true });
 }
 
-function notListed(split, iteration) {
-  const where = `The ${visible(split)} episodes of iteration ${iteration} are not on this page. `;
-  let how = `--iteration ${iteration} shows them, and so may a larger --max-trajectories.`;
-  if (data.watch) {
-    how = make("a", {}, "Show them");
-    how.href = `?iteration=${iteration}#explorer`;
-  }
-  document.getElementById("answer").replaceChildren(where, how);
+// Under the curves: which episodes are here, and the way to others. The server of a run that is followed has them all.
+function tellListed() {
+  const asked = new URLSearchParams(location.search).getAll("iteration");
+  if (data.watch && asked.length) answer(`Listed: iteration ${asked.join(", ")}. `, link("/", "List the latest"));
+  else answer();
+}
+
+function tellMissing(split, iteration) {
+  answer(`The ${visible(split)} episodes of iteration ${iteration} are not on this page. `, data.watch
+    ? link(`/?iteration=${iteration}#explorer`, "Show them")
+    : `--iteration ${iteration} shows them, and so may a larger --max-trajectories.`);
+  document.getElementById("answer").scrollIntoView({ block: "nearest" });
+}
+
+function answer(...parts) {
+  document.getElementById("answer").replaceChildren(...parts);
+}
+
+function link(address, name) {
+  const element = make("a", {}, name);
+  element.href = address;
+  return element;
 }
 
 // ---- Tables ----
@@ -352,10 +371,10 @@ function drawCurves(charts) {
     }
     curves.append(make("div", { class: "figures" }, ...charts.map((chart) => figure(chart, range))));
   }
-  const answer = make("p", { class: "answer" });
-  answer.id = "answer";
-  answer.setAttribute("role", "status");
-  curves.append(answer, ...data.notices.map((notice) => make("p", { class: "notice" }, visible(notice))));
+  const status = make("p", { class: "answer" });
+  status.id = "answer";
+  status.setAttribute("role", "status");
+  curves.append(status, ...data.notices.map((notice) => make("p", { class: "notice" }, visible(notice))));
   if (iterations.length) curves.append(numbers(charts));
 }
 
@@ -365,5 +384,6 @@ function markChosen() {
 }
 
 drawCurves(data.charts);
+tellListed();
 form.addEventListener("input", markChosen);
 form.addEventListener("reset", () => setTimeout(markChosen));

@@ -77,12 +77,6 @@ async function ask() {
   setTimeout(ask, EVERY);
 }
 
-if (location.search) {
-  const all = make("a", {}, "List the latest");
-  all.href = "/";
-  document.getElementById("answer").replaceChildren(
-    `Listed: iteration ${new URLSearchParams(location.search).getAll("iteration").join(", ")}. `, all);
-}
 history.scrollRestoration = "manual";
 restore();
 tell(data.watch.changed);

@@ -126,9 +126,13 @@ def test_a_point_whose_episodes_are_not_on_the_page_says_how_to_see_them(page):
         browser.open(page)
         browser.run(f"{chart('Reward')}.querySelectorAll('circle')[0].id = 'point'")
         browser.click("#point")
-        assert "The train episodes of iteration 1 are not on this page" in browser.run("answer.innerText")
-        assert "--iteration 1" in browser.run("answer.innerText")
+        assert "The train episodes of iteration 1 are not on this page" in browser.run(
+            "document.getElementById('answer').innerText"
+        )
+        assert "--iteration 1" in browser.run("document.getElementById('answer').innerText")
         assert browser.run("shown.length") == 14
+        browser.run("goTo('train', 6)")
+        assert browser.run("document.getElementById('answer').innerText") == ""
 
 
 def test_the_numbers_can_be_read_as_tables(page):
