@@ -653,7 +653,7 @@ def test_the_same_rollouts_serve_a_stock_trainer(settings):
 TWO_PROCESSES = """
 import json, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).with_name("trainer"))]
 import torch
 from test_trl_environments import *
 
