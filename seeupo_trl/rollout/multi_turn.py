@@ -172,7 +172,8 @@ class MultiTurnRollout:
 
     def __call__(self, prompts: list[Any], trainer: "GRPOTrainer") -> dict[str, list[Any] | None]:
         settings = RolloutSettings.of(self._options, vars(trainer.args))
-        if settings.history != "append" and getattr(trainer, "rollout_inputs", None) is None:
+        rows = getattr(trainer, "rollout_inputs", None)  # set by SeeUPOTrainer only
+        if rows is None and settings.history != "append":
             raise ValueError(
                 f"history={settings.history!r} rewrites contexts, and {type(trainer).__name__} trains on an "
                 "episode as one sequence: it would train on contexts that the policy never saw. Use history='append', "
@@ -182,7 +183,7 @@ class MultiTurnRollout:
             self._chats[trainer] = ChatFormat(trainer)
         limits = EpisodeLimits.of(settings, trainer)
         batch = EpisodeBatch(self._environments, settings, limits, self._chats[trainer], trainer)
-        batch.play(self._tasks.of(prompts, trainer))
+        batch.play(self._tasks.of(prompts) if rows is None else rows)
         return batch.output()
 
 

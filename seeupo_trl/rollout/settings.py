@@ -66,7 +66,8 @@ class RolloutSettings:
 
         Args:
             arguments (`dict`):
-                The trainer's arguments by name. A stock GRPOConfig has none of the settings, a [`~seeupo_trl.SeeUPOConfig`] all.
+                The trainer's arguments by name. A stock GRPOConfig has none of the settings, a
+                [`~seeupo_trl.SeeUPOConfig`] all.
         """
         names = cls.__dataclass_fields__.keys() & arguments.keys()
         return cls(**{name: math.inf if arguments[name] is None else arguments[name] for name in names})

@@ -2,13 +2,9 @@
 
 import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .episode import shorten
-
-
-if TYPE_CHECKING:
-    from trl import GRPOTrainer
 
 
 class Tasks:
@@ -33,27 +29,22 @@ class Tasks:
                     f"{shorten(row['prompt'])}. Make the prompts different (an extra key in a message is enough)."
                 )
 
-    def of(self, prompts: list[Any], trainer: "GRPOTrainer") -> list[dict[str, Any]]:
+    def of(self, prompts: list[Any]) -> list[dict[str, Any]]:
         """
         The rows of some prompts.
 
         Args:
             prompts (`list`):
                 Prompts of this process.
-            trainer ([`~trl.GRPOTrainer`]):
-                The trainer they come from.
 
         Raises:
             `ValueError`:
                 When there is no row for a prompt.
         """
-        rows = getattr(trainer, "rollout_inputs", None)  # set by SeeUPOTrainer only
-        if rows is not None:
-            return rows
         if self._by_prompt is None:
             raise ValueError(
-                f"{type(trainer).__name__} hands a rollout function nothing but prompts, and environments need whole "
-                "dataset rows: pass the dataset as `MultiTurnRollout(..., tasks=dataset)`, or use SeeUPOTrainer."
+                "The trainer hands a rollout function nothing but prompts, and environments need whole dataset rows: "
+                "pass the dataset as `MultiTurnRollout(..., tasks=dataset)`, or use SeeUPOTrainer."
             )
         missing = [prompt for prompt in prompts if _as_key(prompt) not in self._by_prompt]
         if missing:
