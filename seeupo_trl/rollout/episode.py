@@ -5,11 +5,15 @@ One episode while it is played: the conversation, the tokens, and whose fault it
 import logging
 import textwrap
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..envs.base import MultiTurnEnvironment, Observation, StepResult, StopReason
 from ..trajectory import Trajectory, Turn
 from .observations import copied
+
+
+if TYPE_CHECKING:
+    from .contexts import Segment
 
 
 logger = logging.getLogger(__name__)
@@ -17,7 +21,7 @@ logger = logging.getLogger(__name__)
 Message = dict[str, Any]
 
 
-@dataclass
+@dataclass(eq=False)
 class Episode:
     """
     State of an episode.
@@ -28,14 +32,13 @@ class Episode:
         task (`dict`):
             The dataset row.
 
-    `environment` is there while the episode is played, `player` is the same one, also afterwards. `segments`,
-    `first_with_reasoning` and `shown` belong to [`~seeupo_trl.rollout.contexts.Contexts`].
+    `environment` is the one of the last attempt to begin the episode; once the episode has ended, it may be playing
+    another one. `segments` and `shown` belong to [`~seeupo_trl.rollout.contexts.Contexts`].
     """
 
     key: int
     task: dict[str, Any]
     environment: MultiTurnEnvironment | None = None
-    player: MultiTurnEnvironment | None = None
     observation: Observation = field(default_factory=lambda: Observation([]))
     context_ids: list[int] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
@@ -45,8 +48,7 @@ class Episode:
     info: dict[str, Any] = field(default_factory=dict)
     stop_reason: StopReason | None = None
     error: Exception | None = None
-    segments: list[list[int]] = field(default_factory=list)
-    first_with_reasoning: int = 1
+    segments: list["Segment"] = field(default_factory=list)
     shown: list[Message] = field(default_factory=list)
 
     @property
@@ -55,13 +57,14 @@ class Episode:
         return self.stop_reason is None
 
     @property
+    def opening_length(self) -> int:
+        """Tokens of the opening conversation."""
+        return len(self.turns[0].context_ids if self.turns else self.context_ids)
+
+    @property
     def last_message(self) -> Message:
         """A copy of the policy's last message, for the environment."""
         return copied(self.messages[-1])
-
-    def begin(self, observation: Observation) -> None:
-        """The environment opened the conversation."""
-        self.observation = observation
 
     def act(self, turn: Turn, message: Message) -> None:
         """The policy wrote a message."""
@@ -98,6 +101,23 @@ class Episode:
             messages=self.messages,
             info=self.info,
         )
+
+
+@dataclass
+class ResetCall:
+    """
+    One attempt to begin an episode. It has its environment to itself: a call that comes back late must find nothing of
+    the next attempt.
+
+    Args:
+        episode ([`Episode`]):
+            The episode to begin.
+        environment ([`~seeupo_trl.envs.MultiTurnEnvironment`], *optional*):
+            The environment that was taken for it; `None` until there is one.
+    """
+
+    episode: Episode
+    environment: MultiTurnEnvironment | None = None
 
 
 def describe(error: Exception) -> str:

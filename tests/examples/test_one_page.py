@@ -18,8 +18,9 @@ import pytest
 import torch
 import unkind_rollouts
 from datasets import Dataset
+from fixed_rollouts import outcome_reward
 from tiny import load_tiny_model, tiny_tokenizer
-from unkind_rollouts import GROUP_SIZE, NUM_TRAJECTORIES, REWARDS, TURNS, FixedRollouts, outcome_reward
+from unkind_rollouts import GROUP_SIZE, NUM_TRAJECTORIES, REWARDS, TURNS, FixedRollouts
 
 from seeupo_trl import SeeUPOConfig, SeeUPOTrainer
 

@@ -191,25 +191,6 @@ def test_the_run_stops_when_too_many_environments_fail(make_trainer, failing, al
         assert output["stop_reason"].count("env_error") == failing
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"env_timeout": 0}, {"env_reset_retries": -1}, {"max_env_failure_rate": 1.5}, {"max_concurrent_envs": 0}],
-)
-def test_options_out_of_range_are_refused(options):
-    (name,) = options
-    with pytest.raises(ValueError, match=name):
-        MultiTurnRollout(Talk, **options)
-    with pytest.raises(ValueError, match=name):
-        SeeUPOConfig("x", use_cpu=True, bf16=False, **options)
-
-
-def test_the_configuration_and_the_rollout_have_the_same_defaults():
-    from seeupo_trl.rollout.settings import RolloutSettings
-
-    arguments = vars(SeeUPOConfig("x", use_cpu=True, bf16=False))
-    assert RolloutSettings.from_arguments(arguments) == RolloutSettings()
-
-
 # --- concurrency -----------------------------------------------------------------------------------------------------
 
 
