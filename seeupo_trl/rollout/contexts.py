@@ -15,13 +15,12 @@ sampled from, so nothing the policy generated is tokenised again for training.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 from ..envs.base import Observation
 from .chat_format import ChatFormat
-from .episode import Episode
+from .episode import Episode, Segment
 from .observations import copied
 
 
@@ -87,33 +86,6 @@ class AppendedContexts(Contexts):
     def next(self, episode: Episode) -> list[int]:
         context_ids = episode.context_ids
         return context_ids + self.chat.render_suffix(episode.new_messages, context_ids[-1])
-
-
-@dataclass(frozen=True)
-class Segment:
-    """
-    A part of a context, as one side wrote it: an action of the policy, or the opening or a reply, which end with the
-    header of the next action.
-
-    Args:
-        token_ids (`list[int]`):
-            Its tokens.
-        without_reasoning (`list[int]`):
-            What is left of them when its reasoning is stripped. Not always some of them: a tag that ends inside a
-            token takes that token apart.
-    """
-
-    token_ids: list[int]
-    without_reasoning: list[int]
-
-    @classmethod
-    def plain(cls, token_ids: list[int]) -> "Segment":
-        """A segment without reasoning."""
-        return cls(token_ids, token_ids)
-
-    def stripped(self) -> "Segment":
-        """The segment after its reasoning is stripped."""
-        return Segment.plain(self.without_reasoning)
 
 
 class StrippedContexts(Contexts):

@@ -5,20 +5,43 @@ One episode while it is played: the conversation, the tokens, and whose fault it
 import logging
 import textwrap
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..envs.base import MultiTurnEnvironment, Observation, StepResult, StopReason
 from ..trajectory import Trajectory, Turn
 from .observations import copied
 
 
-if TYPE_CHECKING:
-    from .contexts import Segment
-
-
 logger = logging.getLogger(__name__)
 
 Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """
+    A part of a context, as one side wrote it: an action of the policy, or the opening or a reply, which end with the
+    header of the next action.
+
+    Args:
+        token_ids (`list[int]`):
+            Its tokens.
+        without_reasoning (`list[int]`):
+            What is left of them when its reasoning is stripped. Not always some of them: a tag that ends inside a
+            token takes that token apart.
+    """
+
+    token_ids: list[int]
+    without_reasoning: list[int]
+
+    @classmethod
+    def plain(cls, token_ids: list[int]) -> "Segment":
+        """A segment without reasoning."""
+        return cls(token_ids, token_ids)
+
+    def stripped(self) -> "Segment":
+        """The segment after its reasoning is stripped."""
+        return Segment.plain(self.without_reasoning)
 
 
 @dataclass(eq=False)
@@ -48,7 +71,7 @@ class Episode:
     info: dict[str, Any] = field(default_factory=dict)
     stop_reason: StopReason | None = None
     error: Exception | None = None
-    segments: list["Segment"] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
     shown: list[Message] = field(default_factory=list)
 
     @property

@@ -82,6 +82,7 @@ def play(make_trainer, deeds, environment=Chaotic, script=("Yes.<|im_end|>",) * 
     options = {"env_timeout": LIMIT, "env_reset_retries": 0, **options}
     rollout = MultiTurnRollout(environment, tasks=rows, **options)
     output = rollout([r["prompt"] for r in rows], trainer)
+    trainer.played_by = rollout  # its environments are closed when it is deleted
     return output, trainer
 
 
