@@ -142,7 +142,7 @@ def read_history(directory: Path) -> tuple[dict[str, dict[int, float]] | None, l
             break
     if best is None:
         notices.append(
-            f"Entropy and seconds are left out: there is no {_STATE} yet. The trainer writes it with every checkpoint."
+            f"Entropy and seconds are left out: there is no readable {_STATE}, which comes with checkpoints."
         )
         return None, notices
     return best[1], notices + best[2]
