@@ -12,6 +12,9 @@ Generation goes through the trainer's own backend (transformers, continuous batc
 settings.
 
 An environment may raise, hang, or return garbage; none of that reaches the policy. See [`MultiTurnRollout`].
+
+[`EpisodeBatch`] plays the episodes. It is given what differs between message-level environments ([`MultiTurnRollout`])
+and those of TRL ([`~seeupo_trl.rollout.trl_environments.ToolRollout`]): who plays, and the limits.
 """
 
 import math
