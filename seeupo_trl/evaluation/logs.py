@@ -32,10 +32,10 @@ def episode_metrics(trajectories: list[Trajectory], accelerator: Accelerator) ->
 def tool_call_metrics(tool_calls: list[tuple[int, int]], accelerator: Accelerator) -> dict[str, float]:
     """TRL's metrics of tool calls, from numbers of calls and failures by episode. Must be called on every process."""
     counts = accelerator.gather(torch.tensor(tool_calls, device=accelerator.device))  # (N, 2)
-    calls, failures = counts.sum(dim=0).tolist()
+    calls, failures = counts.sum(dim=0)
     return {
-        "tools/call_frequency": calls / len(counts),
-        "tools/failure_frequency": failures / calls if calls > 0 else 0.0,
+        "tools/call_frequency": (calls / len(counts)).item(),
+        "tools/failure_frequency": (failures / calls).item() if calls > 0 else 0.0,
     }
 
 

@@ -13,7 +13,7 @@ settings.
 
 An environment may raise, hang, or return garbage; none of that reaches the policy. See [`MultiTurnRollout`].
 
-[`EpisodeBatch`] plays the episodes. It is given what differs between message-level environments ([`MultiTurnRollout`])
+[`RolloutBatch`] plays the episodes. It is given what differs between message-level environments ([`MultiTurnRollout`])
 and those of TRL ([`~seeupo_trl.rollout.trl_environments.ToolRollout`]): who plays, and the limits.
 """
 

@@ -60,10 +60,11 @@ class ScriptedRollout(MultiTurnRollout):
     which holds whole groups.
     """
 
-    def _rows(self, prompts, trainer):
+    def __call__(self, prompts, trainer):
         first = trainer.accelerator.process_index * len(prompts)
-        rows = super()._rows(prompts, trainer)
-        return [{**row, "attempt": (first + offset) % K} for offset, row in enumerate(rows)]
+        rows = enumerate(trainer.rollout_inputs)
+        trainer.rollout_inputs = [{**row, "attempt": (first + offset) % K} for offset, row in rows]
+        return super().__call__(prompts, trainer)
 
 
 def make_trainer(model_dir, output_dir, options, environment_factory=Scripted, **kwargs) -> SeeUPOTrainer:
