@@ -13,7 +13,7 @@ INSTALL = """\
 
 
 def cells(page: str) -> list[dict]:
-    """The page as cells: prose, Python as it stands, commands behind an exclamation mark, the installation as a cell."""
+    """The page as cells: prose, Python as it stands, commands behind an exclamation mark, a cell that installs."""
     result = []
     for number, part in enumerate(re.split(r"^```(\w+)\n(.*?)^```\n", page, flags=re.MULTILINE | re.DOTALL)):
         kind = number % 3

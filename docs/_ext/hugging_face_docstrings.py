@@ -6,7 +6,7 @@ Docstrings in the grammar of Hugging Face's libraries, for mkdocstrings.
             Text.
 
 becomes a row of a table. `> A line like this` between parameters gives the rows below it a table of their own. A
-cross-reference like [`SeeUPOTrainer`] or [`~trl.GRPOTrainer`] becomes a link where there is a page to link to, and code
+reference like [`SeeUPOTrainer`] or [`~trl.GRPOTrainer`] becomes a link where there is a page to link to, and code
 where there is none. One that names nothing ends the build.
 """
 
@@ -78,7 +78,8 @@ class HuggingFaceDocstrings(Extension):
     def on_package(self, *, pkg: Module, **kwargs) -> None:
         if pkg.path != PACKAGE:
             return
-        names = re.findall(r"^::: (\S+)", "\n".join(page.read_text() for page in self._pages.glob("*.md")), re.MULTILINE)
+        text = "\n".join(page.read_text() for page in self._pages.glob("*.md"))
+        names = re.findall(r"^::: (\S+)", text, re.MULTILINE)
         self._documented = {pkg[name.removeprefix(f"{PACKAGE}.")].canonical_path: name for name in names}
         for obj in _objects(pkg):
             if obj.docstring is not None:

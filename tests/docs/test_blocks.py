@@ -17,7 +17,7 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, reader):
     left_out = []
     for block in PYTHON[page]:
         if "envs.bfcl" in block.code:
-            pytest.importorskip("bfcl_eval", reason="bfcl-eval is installed without its dependencies, see docs/bfcl.md")
+            pytest.importorskip("bfcl_eval", reason="bfcl-eval comes without its dependencies, see docs/bfcl.md")
         if block.reason is None:
             block.run(namespace)
         else:

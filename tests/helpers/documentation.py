@@ -1,8 +1,8 @@
 """
 The README and the pages of the documentation, as tests read them: their blocks of code, their links.
 
-Names on the Hub stand for a tiny model there. [`fill_hub_cache`] lays it into a directory as the Hub's own cache would, so
-`from_pretrained` finds it without the network and no code of a page is changed.
+Names on the Hub stand for a tiny model there. [`fill_hub_cache`] lays it into a directory as the Hub's own cache
+would, so `from_pretrained` finds it without the network and no code of a page is changed.
 """
 
 import re
