@@ -111,7 +111,9 @@ class HuggingFaceDocstrings(Extension):
                 continue
             for name, kind, is_optional, default in _parse_item(head):
                 kind = REFERENCE.sub(lambda match: match[2].rpartition(".")[2], kind).replace("`", "")
-                if is_optional and default is None:
+                if not kind:
+                    default = _default_in_signature(name, docstring.parent)
+                elif is_optional and default is None:
                     default = "None"
                 description = self.linked(text, docstring.parent)
                 if is_attributes:
@@ -244,6 +246,13 @@ def _parse_item(head: str) -> Iterator[tuple[str, str, bool, str | None]]:
         kind = DEFAULT.sub("", kind)
         is_optional = ", *optional*" in kind
         yield name, kind.replace(", *optional*", ""), is_optional, default and default[1].strip("`")
+
+
+def _default_in_signature(name: str, scope: Object) -> str | None:
+    """Default of a parameter of which the docstring says only what it is; the signature above has the type."""
+    parameters = getattr(scope, "parameters", ())
+    default = parameters[name].default if name in parameters else None
+    return None if default is None else str(default)
 
 
 def _table(rows: list, title: str | None, is_attributes: bool) -> DocstringSection:

@@ -2,6 +2,7 @@
 
 import pytest
 import transformers
+import trl
 from documentation import fill_hub_cache
 from huggingface_hub import constants
 
@@ -15,11 +16,15 @@ def hub_cache(tiny_dir, tmp_path_factory):
 
 @pytest.fixture
 def reader(hub_cache, tmp_path, monkeypatch):
-    """A reader's machine: an empty directory, a Hub of tiny models, one iteration's patience, and no need of a GPU."""
-    train, post_init = transformers.Trainer.train, transformers.TrainingArguments.__post_init__
+    """
+    A reader's machine: an empty directory, a Hub of tiny models, no GPU, and the patience for one iteration of short
+    responses.
+    """
+    train, post_init = transformers.Trainer.train, trl.GRPOConfig.__post_init__
 
     def post_init_on_cpu(self):
         self.use_cpu = True
+        self.max_completion_length = min(self.max_completion_length, 8)
         post_init(self)
 
     def train_shortly(self, *args, **kwargs):
@@ -29,4 +34,4 @@ def reader(hub_cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub_cache))
     monkeypatch.setattr(transformers.Trainer, "train", train_shortly)
-    monkeypatch.setattr(transformers.TrainingArguments, "__post_init__", post_init_on_cpu)
+    monkeypatch.setattr(trl.GRPOConfig, "__post_init__", post_init_on_cpu)
