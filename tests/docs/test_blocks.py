@@ -51,7 +51,7 @@ def test_files_that_commands_name_exist():
                     assert (ROOT / word).exists(), f"{name_of(block.page)}:{block.line}: {word}"
 
 
-def test_flags_of_plan_and_view_parse():
+def test_flags_of_the_planner_parse():
     from seeupo_trl.plan.__main__ import build_parser
 
     seen = 0
@@ -64,19 +64,22 @@ def test_flags_of_plan_and_view_parse():
 
 
 def test_flags_of_the_examples_exist(tmp_path):
-    """As fields of what the examples parse: their own arguments, the trainer's, and the model's."""
+    """As fields of what the examples parse: arguments of the tasks, of the trainer, and of the model."""
     from trl import ModelConfig
 
     from seeupo_trl import SeeUPOConfig
 
     known = {*SeeUPOConfig.__dataclass_fields__, *ModelConfig.__dataclass_fields__, "config"}
+    sources = "\n".join(
+        path.read_text() for folder in ("examples", "seeupo_trl") for path in (ROOT / folder).rglob("*.py")
+    )
+    known |= set(re.findall(r"^    (\w+): .*= field\(", sources, re.MULTILINE))
     for block in BASH:
         for command in words_of(block):
             script = next((word for word in command if re.match(r"examples/\w+\.py$", word)), None)
             if script is None:
                 continue
-            own = set(re.findall(r"^    (\w+): .*= field\(", (ROOT / script).read_text(), re.MULTILINE))
-            own |= set(re.findall(r'"--(\w+)"', (ROOT / script).read_text()))
+            own = set(re.findall(r'"--(\w+)"', (ROOT / script).read_text()))
             for word in command[command.index(script) + 1 :]:
                 if word.startswith("--"):
                     name = word[2:].partition("=")[0]
