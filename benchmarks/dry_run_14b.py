@@ -37,12 +37,12 @@ from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from seeupo_trl import SeeUPOConfig, SeeUPOTrainer, Trajectory, Turn
-from seeupo_trl.plan.__main__ import from_accelerate_config, parse_bytes
 from seeupo_trl.plan.activations import PassMemory, lora_config, trace_pass
 from seeupo_trl.plan.live_bytes import LiveBytes
 from seeupo_trl.plan.memory import estimate, update_pass
-from seeupo_trl.plan.run import GIB, Run, Strategy, model_shape
-from seeupo_trl.scoring.rows import MicroBatch
+from seeupo_trl.plan.recipes import from_accelerate_config, parse_bytes
+from seeupo_trl.plan.run import GIB, PlannedRun, Strategy, model_shape
+from seeupo_trl.scoring.interface import MicroBatch
 
 
 WIDTHS = (8, 7, 6, 5, 4, 3, 2, 1)
@@ -67,9 +67,9 @@ def shaped_config(width: int, layers: int, vocabulary: int) -> Qwen3Config:
     )
 
 
-def run_of(config: Qwen3Config, options: argparse.Namespace) -> Run:
+def run_of(config: Qwen3Config, options: argparse.Namespace) -> PlannedRun:
     episode = options.prompt + options.turns * (options.action + options.observation)
-    return Run(
+    return PlannedRun(
         config=config,
         gpus=options.processes,
         gpu_memory=80 * GIB,
@@ -82,7 +82,7 @@ def run_of(config: Qwen3Config, options: argparse.Namespace) -> Run:
     )
 
 
-def predicted_peak(run: Run, strategy: Strategy, memory: PassMemory | None = None) -> tuple[float, float]:
+def predicted_peak(run: PlannedRun, strategy: Strategy, memory: PassMemory | None = None) -> tuple[float, float]:
     """Bytes of a process between iterations, and at most; on a CPU what is offloaded is in the same memory."""
     one = estimate(run, strategy, memory)
     offloaded = sum(value for name, value in one.host.items() if "checkpoint" not in name) / run.gpus
@@ -243,14 +243,14 @@ def write_random_model(config: Qwen3Config, directory: str) -> None:
 
 def record_largest_batch(trainer: SeeUPOTrainer) -> list[MicroBatch]:
     """A list that holds the largest micro-batch that was laid out so far."""
-    micro_batches, largest = trainer._scorer.micro_batches, []
+    micro_batches, largest = trainer._scorers.policy.micro_batches, []
 
     def recorded(*args, **kwargs):
         batches = micro_batches(*args, **kwargs)
         largest[:] = sorted([*largest, *batches], key=lambda batch: -batch.num_tokens)[:1]
         return batches
 
-    trainer._scorer.micro_batches = recorded
+    trainer._scorers.policy.micro_batches = recorded
     return largest
 
 

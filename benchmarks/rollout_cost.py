@@ -252,8 +252,7 @@ def load_tokenizer(path: str | None) -> PreTrainedTokenizerBase:
     import trl
 
     if path is None:
-        sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-        from smollm2 import default_cache_dir, smollm2
+        from seeupo_trl.recipes.smollm2 import default_cache_dir, smollm2
 
         path = smollm2(default_cache_dir())
     tokenizer = AutoTokenizer.from_pretrained(path)

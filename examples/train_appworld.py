@@ -15,7 +15,8 @@ The published setup, on 8 GPUs:
     accelerate launch --config_file examples/accelerate_configs/zero3.yaml \\
         examples/train_appworld.py --config examples/configs/qwen3_14b_appworld.yaml
 
-Code that the model writes is executed, with your rights: see `seeupo_trl/envs/appworld.py`.
+Code that the model writes is executed, with your rights: see
+`seeupo_trl/envs/appworld/environment.py`. `seeupo-trl train appworld` runs this script, too.
 """
 
 import os
@@ -24,57 +25,27 @@ import os
 # threads that wait for one another in a loop are slow where other programs run; read when torch is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
-from reporting import Config, train_and_report, use_all_cores
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from seeupo_trl import SeeUPOTrainer
 from seeupo_trl.envs.appworld import AppWorldEnvironment, load_appworld
 from seeupo_trl.envs.appworld.server import AppWorldServers
+from seeupo_trl.recipes.arguments import AppWorldArguments
+from seeupo_trl.recipes.parsing import run
+from seeupo_trl.recipes.training import (
+    Config,
+    ReportingRollout,
+    model_init_kwargs,
+    success,
+    train_and_report,
+    use_all_cores,
+)
 
 
-@dataclass
-class AppWorldArguments:
-    """
-    Arguments of the task.
-
-    Args:
-        appworld_python (`str`, *optional*):
-            Python interpreter of AppWorld's virtual environment. Defaults to `$SEEUPO_APPWORLD_PYTHON`.
-        appworld_root (`str`, *optional*):
-            Directory that AppWorld's data was downloaded to. Defaults to `$APPWORLD_ROOT`.
-        num_servers (`int`, *optional*, defaults to `32`):
-            Most AppWorld servers of each training process. Not less than `max_concurrent_envs`.
-        split (`str`, *optional*, defaults to `"train"`):
-            Tasks to train on.
-        held_out_split (`str`, *optional*, defaults to `"dev"`):
-            Tasks to evaluate on.
-        held_out_tasks (`int`, *optional*, defaults to `0`):
-            How many of those are evaluated, before and after training. 0 evaluates nothing.
-        success_reward (`float`, *optional*, defaults to `1.5`):
-            Reward of a solved task.
-        partial_reward (`float`, *optional*, defaults to `0.5`):
-            Factor of the fraction of passed tests in the reward of any other.
-        max_observation_chars (`int`, *optional*, defaults to `20000`):
-            Most characters of output shown to the model.
-        execution_timeout (`int`, *optional*, defaults to `60`):
-            Seconds after which the model's code is interrupted.
-        keep_outputs (`str`, *optional*):
-            Directory where what AppWorld writes about each episode is kept.
-    """
-
-    appworld_python: str | None = field(default=None, metadata={"help": "Python of AppWorld's environment."})
-    appworld_root: str | None = field(default=None, metadata={"help": "Where AppWorld's data is."})
-    num_servers: int = field(default=32, metadata={"help": "Most AppWorld servers of each process."})
-    split: str = field(default="train", metadata={"help": "Tasks to train on."})
-    held_out_split: str = field(default="dev", metadata={"help": "Tasks to evaluate on."})
-    held_out_tasks: int = field(default=0, metadata={"help": "How many of those, before and after training."})
-    success_reward: float = field(default=1.5, metadata={"help": "Reward of a solved task."})
-    partial_reward: float = field(default=0.5, metadata={"help": "Factor of the passed tests in any other reward."})
-    max_observation_chars: int = field(default=20_000, metadata={"help": "Most characters of output shown."})
-    execution_timeout: int = field(default=60, metadata={"help": "Seconds until the model's code is interrupted."})
-    keep_outputs: str | None = field(default=None, metadata={"help": "Where AppWorld's files of episodes are kept."})
+CONFIGS = Path(__file__).with_name("configs")
 
 
 def main(script_args: AppWorldArguments, training_args: Config, model_args: ModelConfig) -> None:
@@ -107,20 +78,25 @@ def main(script_args: AppWorldArguments, training_args: Config, model_args: Mode
         partial_reward=script_args.partial_reward,
         max_observation_chars=script_args.max_observation_chars,
     )
+    # rewards are the environment's, and AppWorld's score is reported beside them with weight 0
+    training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
+    training_args.reward_weights = [0.0]
+    rollout = ReportingRollout(make_environment)
     servers.start()
     try:
-        train_and_report(
-            model_args.model_name_or_path,
-            make_environment,
-            train,
-            held_out,
-            training_args,
-            model_args,
-            dataset_name="AppWorld",
+        trainer = SeeUPOTrainer(
+            model=model_args.model_name_or_path,
+            reward_funcs=[success],
+            args=training_args,
+            train_dataset=train,
+            rollout_func=rollout,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
         )
+        train_and_report(trainer, rollout, held_out, dataset_name="AppWorld")
     finally:
         servers.close()
 
 
 if __name__ == "__main__":
-    main(*TrlParser((AppWorldArguments, Config, ModelConfig)).parse_args_and_config())
+    run(main, (AppWorldArguments, Config, ModelConfig), CONFIGS)

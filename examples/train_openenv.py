@@ -12,9 +12,10 @@ The same client is played in either of two ways:
 - `--interface messages` (the default): a `MultiTurnEnvironment`. The policy writes a number and reads the answer.
 - `--interface tools`: a class as in TRL's documentation of OpenEnv, whose methods are tools. The policy calls
   `guess`. Such a class works with `GRPOTrainer`, too. It takes a model that can call tools.
+
+`seeupo-trl train openenv` runs this script, too.
 """
 
-import argparse
 import random
 import re
 import socket
@@ -23,19 +24,28 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.request import urlopen
 
 import torch
 import uvicorn
+from accelerate import PartialState
 from datasets import Dataset
 from openenv.core import EnvClient
 from openenv.core.client_types import StepResult as ClientResult
 from openenv.core.env_server import Action, Environment, State, create_fastapi_app
 from openenv.core.env_server import Observation as ServerObservation
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from seeupo_trl import MultiTurnEnvironment, Observation, SeeUPOConfig, SeeUPOTrainer, StepResult
+from seeupo_trl.recipes import training
+from seeupo_trl.recipes.arguments import OpenEnvArguments
+from seeupo_trl.recipes.parsing import run
+from seeupo_trl.recipes.smollm2 import default_cache_dir, smollm2
 
 
+CONFIGS = Path(__file__).with_name("configs")
 LARGEST = 8
 MAX_GUESSES = 5
 HOST = "127.0.0.1"
@@ -194,7 +204,31 @@ INTERFACES = {"messages": GuessMessages, "tools": GuessTools}
 # ---- training ----
 
 
-def train(url: str, interface: str, model: str, args: SeeUPOConfig) -> SeeUPOTrainer:
+@dataclass
+class Config(training.Config):
+    """[`SeeUPOConfig`] with other defaults: a short training on whatever there is."""
+
+    output_dir: str = field(default="openenv", metadata={"help": "Where the checkpoints are written."})
+    max_steps: int = field(default=10, metadata={"help": "Iterations."})
+    learning_rate: float = field(default=2e-6, metadata={"help": "Learning rate."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Episodes of a batch, by process."})
+    num_generations: int = field(default=8, metadata={"help": "Episodes of a group."})
+    max_completion_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a message, or of an episode with tools. Unset: 8, or 512."}
+    )
+    logging_steps: float = field(default=1, metadata={"help": "Iterations between two reports."})
+    save_strategy: str = field(default="no", metadata={"help": "When checkpoints are written."})
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = torch.cuda.is_available() and not self.use_cpu
+        super().__post_init__()
+        self.chat_template_kwargs = {"enable_thinking": False, **(self.chat_template_kwargs or {})}
+
+
+def train(
+    url: str, interface: str, model: str, args: SeeUPOConfig, model_args: ModelConfig | None = None
+) -> SeeUPOTrainer:
     """
     Train a policy on the games of a server.
 
@@ -207,6 +241,8 @@ def train(url: str, interface: str, model: str, args: SeeUPOConfig) -> SeeUPOTra
             Name or path of the policy.
         args ([`SeeUPOConfig`]):
             Settings.
+        model_args ([`~trl.ModelConfig`], *optional*):
+            Adapters and quantization.
 
     Returns:
         [`SeeUPOTrainer`]: after training.
@@ -215,52 +251,34 @@ def train(url: str, interface: str, model: str, args: SeeUPOConfig) -> SeeUPOTra
     prompt = [{"role": "user", "content": ""}]  # `reset` says what the game is
     dataset = Dataset.from_dict({"prompt": [prompt] * 1000, "seed": list(range(1000))})
     trainer = SeeUPOTrainer(
-        model=model, args=args, train_dataset=dataset, environment_factory=lambda: environment_class(url)
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        environment_factory=lambda: environment_class(url),
+        quantization_config=get_quantization_config(model_args) if model_args else None,
+        peft_config=get_peft_config(model_args) if model_args else None,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     return trainer
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--serve", type=int, metavar="PORT", help="only serve the environment")
-    parser.add_argument("--url", help="URL of a server that is running already; by default one is started")
-    parser.add_argument("--interface", choices=INTERFACES, default="messages")
-    parser.add_argument("--model_name_or_path", help="default: SmolLM2-135M-Instruct, from PyPI")
-    parser.add_argument("--max_steps", type=int, default=10)
-    parser.add_argument("--learning_rate", type=float, default=2e-6)
-    parser.add_argument("--output_dir", default="openenv")
-    options = parser.parse_args()
-    if options.serve is not None:
-        serve(options.serve)
+def main(script_args: OpenEnvArguments, args: Config, model_args: ModelConfig) -> None:
+    if script_args.serve is not None:
+        serve(script_args.serve)
         return
-
-    model = options.model_name_or_path
+    if args.max_completion_length is None:
+        args.max_completion_length = 8 if script_args.interface == "messages" else 512
+    args.model_init_kwargs = training.model_init_kwargs(args, model_args)
+    model = model_args.model_name_or_path
     if model is None:
-        from smollm2 import default_cache_dir, smollm2
-
-        model = str(smollm2(default_cache_dir()))
-    on_gpu = torch.cuda.is_available()
-    args = SeeUPOConfig(
-        output_dir=options.output_dir,
-        max_steps=options.max_steps,
-        learning_rate=options.learning_rate,
-        per_device_train_batch_size=32,
-        num_generations=8,
-        max_completion_length=8 if options.interface == "messages" else 512,
-        chat_template_kwargs={"enable_thinking": False},
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=not on_gpu,
-        bf16=on_gpu,
-    )
-    if options.url is not None:
-        train(options.url, options.interface, model, args)
+        with PartialState().main_process_first():
+            model = str(smollm2(Path(script_args.cache_dir or default_cache_dir())))
+    if script_args.url is not None:
+        train(script_args.url, script_args.interface, model, args, model_args)
         return
     with server() as url:
-        train(url, options.interface, model, args)
+        train(url, script_args.interface, model, args, model_args)
 
 
 if __name__ == "__main__":
-    main()
+    run(main, (OpenEnvArguments, Config, ModelConfig), CONFIGS)

@@ -1,6 +1,8 @@
 """
 Saved trajectories: one parquet file for each iteration and evaluation, one row a turn.
 
+[`TrajectoryLog`] writes them, with rows from `trajectory_rows.py`; [`read_trajectories`] reads them.
+
 Files are `OUTPUT_DIR/trajectories/<split>/iteration-<number>.parquet`, where the split is `train`, or an evaluation's
 metric prefix (`eval`, `eval_<dataset>`). Several processes write one file each (`.process-0-of-2`); a second
 evaluation of the same split after the same iteration gets a number (`-2`). A file appears when it is whole, and a
@@ -30,16 +32,16 @@ The last four are null in evaluations and where no optimizer step computed the t
 `content`, `tool_calls` and `observations` are null where a rollout function gave no messages.
 """
 
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from .trajectory_rows import restore_turns, rows_of
 
 
 # the viewer reads files without waiting for torch
@@ -47,10 +49,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .evaluation.outcome import Outcome
-    from .scoring.rows import Key
-    from .trajectory import Trajectory, Turn
-    from .update.turn_updater import TurnUpdate
+    from .scoring.turn_buffer import Key
+    from .trajectory import Trajectory
+    from .update.metrics import TurnUpdate
 
+
+__all__ = ["SCHEMA", "TrajectoryLog", "find_files", "read_rows", "read_trajectories", "restore_turns"]
 
 SCHEMA = pa.schema(
     [
@@ -84,7 +88,6 @@ SCHEMA = pa.schema(
         ("relative_turn_weight", pa.float64()),
     ]
 )
-_DEEPEST = 50
 
 
 class TrajectoryLog:
@@ -134,7 +137,7 @@ class TrajectoryLog:
         updates = {} if updates is None else updates
         rows = []
         for position, (outcome, trajectory) in enumerate(zip(outcomes, trajectories, strict=True)):
-            for row in self._rows(outcome, trajectory):
+            for row in rows_of(outcome, trajectory, self._decode):
                 update = updates.get((position, row["turn"]))
                 if update is not None:
                     row["ratio"], row["clipped"] = update.ratio, update.is_clipped
@@ -173,70 +176,40 @@ class TrajectoryLog:
             table = table.set_column(position, SCHEMA.field(name), pa.repeat(pa.scalar(value), len(table)))
         table = table.cast(SCHEMA)
 
-        path = self._path(split, iteration)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        directory = self.directory / _directory_name(split)
+        directory.mkdir(parents=True, exist_ok=True)
+        times = self._times_written[split, iteration] = self._times_written.get((split, iteration), 0) + 1
+        if times == 1 and self._process_index == 0:
+            self._remove_stale_files(directory, iteration)
+        path = directory / self._file_name(iteration, times, self._process_index)
         temporary = path.with_name(f".{path.name}.tmp")
         pq.write_table(table, temporary, compression="zstd")
         os.replace(temporary, path)
         return path
 
-    def _path(self, split: str, iteration: int) -> Path:
-        times = self._times_written[split, iteration] = self._times_written.get((split, iteration), 0) + 1
-        directory = self.directory / quote(split, safe=" ").replace(".", "%2E")
-        stem = f"iteration-{iteration:06d}"
-        several = self._num_processes > 1
-        if times == 1 and self._process_index == 0:
-            # what an earlier run left of this iteration that this run does not replace
-            replaced = f"{stem}.process-*-of-{self._num_processes}.parquet" if several else f"{stem}.parquet"
-            for stale in {*directory.glob(f"{stem}*.parquet")} - {*directory.glob(replaced)}:
-                stale.unlink(missing_ok=True)
+    def _file_name(self, iteration: int, times: int, process: int | str) -> str:
+        """Name of the file that a process writes for the `times`-th time; `"*"` stands for any process."""
         number = f"-{times}" if times > 1 else ""
-        process = f".process-{self._process_index}-of-{self._num_processes}" if several else ""
-        return directory / f"{stem}{number}{process}.parquet"
+        of_several = f".process-{process}-of-{self._num_processes}" if self._num_processes > 1 else ""
+        return f"{_stem(iteration)}{number}{of_several}.parquet"
 
-    def _rows(self, outcome: "Outcome", trajectory: "Trajectory") -> Iterator[dict[str, Any]]:
-        shared = {
-            "task": _plain_text(outcome.task),
-            "category": _plain_text(outcome.category),
-            "group": outcome.group,
-            "trajectory": outcome.index,
-            "turns": outcome.turns,
-            "reward": outcome.reward,
-            "rewards": to_json(outcome.rewards),
-            "advantage": outcome.advantage,
-            "stop_reason": _plain_text(outcome.stop_reason),
-            "success": outcome.success,
-            "info": to_json(trajectory.info),
-        }
-        if not trajectory.turns:
-            yield {**shared, "turn": 0}
-        parsed = messages_by_turn(trajectory)
-        previous: Turn | None = None
-        for number, turn in enumerate(trajectory.turns, start=1):
-            kept = _num_kept(previous, turn)
-            row = {
-                **shared,
-                "turn": number,
-                "context_kept": kept,
-                "context_ids": turn.context_ids[kept:],
-                "context_text": self._decode(turn.context_ids[kept:]),
-                "action_ids": turn.action_ids,
-                "action_text": self._decode(turn.action_ids),
-                "sampling_logps": turn.sampling_logps,
-            }
-            if parsed is not None:
-                message, observations = parsed[number - 1]
-                row["reasoning"] = _plain_text(message.get("reasoning_content"))
-                row["content"] = _plain_text(message.get("content"))
-                row["tool_calls"] = to_json(message["tool_calls"]) if message.get("tool_calls") else None
-                row["observations"] = to_json(observations)
-            yield row
-            previous = turn
+    def _remove_stale_files(self, directory: Path, iteration: int) -> None:
+        """Remove what an earlier run left of an iteration, but for the files that this run replaces."""
+        replaced = {*directory.glob(self._file_name(iteration, 1, "*"))}
+        for stale in {*directory.glob(f"{_stem(iteration)}*.parquet")} - replaced:
+            stale.unlink(missing_ok=True)
 
     def _decode(self, token_ids: list[int]) -> str:
-        return _plain_text(
-            self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        )
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _directory_name(split: str) -> str:
+    """Name of the directory of a split, which leads nowhere else whatever the split is called."""
+    return quote(split, safe=" ").replace(".", "%2E")
+
+
+def _stem(iteration: int) -> str:
+    return f"iteration-{iteration:06d}"
 
 
 def find_files(run_dir: str | Path) -> list[Path]:
@@ -305,79 +278,3 @@ def read_rows(
 
 def _without_process(path: Path) -> str:
     return str(path.parent / path.name.split(".")[0])
-
-
-def restore_turns(rows: list[dict[str, Any]]) -> "list[Turn]":
-    """
-    The turns of a trajectory with their whole contexts.
-
-    Args:
-        rows (`list[dict]`):
-            The rows of one trajectory in the order of its turns.
-    """
-    from .trajectory import Turn
-
-    turns: list[Turn] = []
-    for row in rows:
-        if row["turn"] == 0:
-            continue
-        history = turns[-1].context_ids + turns[-1].action_ids if turns else []
-        context_ids = history[: row["context_kept"]] + row["context_ids"]
-        turns.append(Turn(context_ids, row["action_ids"], row["sampling_logps"]))
-    return turns
-
-
-def messages_by_turn(trajectory: "Trajectory") -> list[tuple[dict[str, Any], list[dict[str, Any]]]] | None:
-    """
-    Each turn's assistant message and the messages that answered it; `None` where the trajectory's messages do not have
-    one assistant message for each turn.
-    """
-    parsed: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
-    for message in trajectory.messages:
-        if message.get("role") == "assistant":
-            parsed.append((message, []))
-        elif parsed:
-            parsed[-1][1].append(message)
-    return parsed if len(parsed) == len(trajectory.turns) else None
-
-
-def to_json(value: Any) -> str:
-    """JSON in ASCII of anything: what JSON cannot hold is written as text."""
-    return json.dumps(_plain(value, _DEEPEST), allow_nan=False)
-
-
-def _plain(value: Any, depth: int) -> Any:
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, float) and np.isfinite(value):
-        return value
-    if isinstance(value, int):  # Python refuses to write out more than 4,300 digits
-        return value if value.bit_length() < 10_000 else f"an integer of {value.bit_length()} bits"
-    if isinstance(value, Mapping) and depth:
-        return {str(key): _plain(item, depth - 1) for key, item in value.items()}
-    if isinstance(value, list | tuple) and depth:
-        return [_plain(item, depth - 1) for item in value]
-    return str(value)
-
-
-def _plain_text(value: Any) -> str | None:
-    """Text that UTF-8 can hold (a lone surrogate becomes a replacement character); other content as JSON."""
-    if value is None:
-        return None
-    text = value if isinstance(value, str) else to_json(value)
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _num_kept(previous: "Turn | None", turn: "Turn") -> int:
-    """Length of the longest common prefix of a turn's context and the previous turn's context and action."""
-    if previous is None:
-        return 0
-    if turn.extends(previous):
-        return len(previous.context_ids) + len(previous.action_ids)
-    history = np.array(previous.context_ids + previous.action_ids)
-    context = np.array(turn.context_ids)
-    length = min(len(history), len(context))
-    differs = np.flatnonzero(history[:length] != context[:length])
-    return int(differs[0]) if len(differs) else length

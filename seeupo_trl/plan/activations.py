@@ -22,8 +22,9 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedCon
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from trl.trainer.utils import add_fused_lm_head
 
-from ..scoring.rows import MicroBatch, RowBatch
-from ..scoring.tree_attention import RUNS, use_attention
+from ..scoring.interface import MicroBatch
+from ..scoring.rows import RowBatch
+from ..scoring.tree_attention import BRANCHES, use_attention
 from ..scoring.trees import TreeScorer
 from .live_bytes import LiveBytes
 
@@ -325,7 +326,7 @@ def _trace(config: PreTrainedConfig, one: Pass, batch: MicroBatch | None) -> Pas
     if batch is None:
         attention = _FUSED if (one.rows or 1) == 1 else _MASKED
     else:
-        attention = _CAUSAL if isinstance(batch, RowBatch) else RUNS
+        attention = _CAUSAL if isinstance(batch, RowBatch) else BRANCHES
         add_fused_lm_head(causal_lm, outputs=("log_probs", "entropy"))
     with FakeTensorMode(allow_non_fake_inputs=True), use_attention(causal_lm.config, attention):
         _on_fake_cpu(model)

@@ -1,30 +1,22 @@
 """
 What a run needs in memory, per GPU and per host: pure estimates, from the shape of a model and the way it is trained.
 
-Sizes of what is kept are counted from what accelerate 1.15 and DeepSpeed 0.19 allocate (measured with two processes,
-see `tests/plan/test_plan.py`), not from a rule of thumb:
-
-- Without DeepSpeed, parameters, gradients and Adam's two moments have the dtype the model was loaded in; `bf16=True`
-  only adds autocast. A model loaded in bfloat16 therefore has no float32 master weights. DDP keeps a second copy of
-  all gradients in its buckets.
-- DeepSpeed with `bf16=True` casts the model to bfloat16 whatever it was loaded in, and keeps float32 master weights
-  and moments, partitioned. Gradients stay in bfloat16. Its buckets hold `reduce_bucket_size` elements.
-- In an optimizer step DeepSpeed flattens a partition's gradients and copies them to float32.
-- ZeRO-3 gathers up to `max_live_parameters` at a time, and TRL's fused head gathers its weight beside them.
-- FSDP2 with `bf16=True` keeps parameters, gradients and moments in float32, partitioned, and gathers, computes and
-  reduces in bfloat16, one layer at a time.
+What is kept is counted from what the libraries allocate, see `training_state.py`; what a pass takes is found by making
+it with tensors that have no data, see `activations.py`.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from .activations import HEAD_TILE_TOKENS, HEAD_TILE_VOCABULARY, Pass, PassMemory, trace_pass
-from .run import EIGHT_BIT_OPTIMIZERS, GIB, OPTIMIZER_STATES, ModelShape, Run, Strategy, model_shape
+from .run import GIB, ModelShape, PlannedRun, Strategy, model_shape
+from .training_state import FLOAT32, TrainingState, training_state
 
 
-# DeepSpeed's default
-SUB_GROUP_SIZE = 1_000_000_000
+# what vLLM keeps for its own activations and graphs, about
+VLLM_WORKSPACE = 1.5 * GIB
 
 # a trace takes seconds for a large model, and strategies share them
 _traced: dict[tuple[str, Pass], PassMemory] = {}
@@ -93,7 +85,73 @@ class Estimate:
         return self.peak <= self.limit and fits_host and not self.problems
 
 
-def _trace(run: Run, strategy: Strategy) -> PassMemory:
+def estimate(
+    run: PlannedRun, strategy: Strategy, pass_memory: PassMemory | None = None, shape: ModelShape | None = None
+) -> Estimate:
+    """
+    Memory of a run under a strategy.
+
+    Args:
+        run ([`~seeupo_trl.plan.run.PlannedRun`]):
+            What is trained, on what.
+        strategy ([`~seeupo_trl.plan.run.Strategy`]):
+            How it is distributed.
+        pass_memory ([`~seeupo_trl.plan.activations.PassMemory`], *optional*):
+            Of the largest micro-batch, where it is known. `None` finds it out.
+        shape ([`~seeupo_trl.plan.run.ModelShape`], *optional*):
+            Of the model with the strategy's adapters, where it is known. `None` finds it out.
+
+    Returns:
+        [`Estimate`]
+    """
+    shape = shape or model_shape(run.config, strategy.lora_rank)
+    state = training_state(run, strategy, shape)
+    generation = _generation(run, strategy, shape, state)
+    loaded = _loaded(run, strategy, shape)
+    host = state.host
+    if strategy.is_sharded:
+        # FSDP2's is as its parameters are
+        gathered = loaded if strategy.fsdp else run.compute_dtype(strategy).itemsize * shape.total
+        host = {**host, "checkpoint being gathered": gathered}
+    return Estimate(
+        strategy=strategy,
+        kept={**state.kept, **generation.kept},
+        update={**_pass_bytes(run, strategy, pass_memory or _trace(run, strategy)), **state.update},
+        step=state.step,
+        rollout=generation.rollout,
+        host={name: value for name, value in host.items() if value},
+        # ZeRO-3 partitions parameters as they are loaded; otherwise every process of a host holds the model once
+        loading=loaded if strategy.zero_stage == 3 else loaded * run.gpus / run.nodes,
+        limit=run.gpu_memory - run.reserve,
+        host_memory=run.host_memory,
+        problems=generation.problems,
+        notes=(*generation.notes, *_precision_notes(run, strategy)),
+    )
+
+
+def estimate_all(run: PlannedRun, strategies: Sequence[Strategy]) -> list[Estimate]:
+    """Estimates of a run under several strategies, each with the largest micro-batch that fits."""
+    return [replace(estimate(run, strategy), max_tokens=largest_micro_batch(run, strategy)) for strategy in strategies]
+
+
+# --- The update ------------------------------------------------------------------------------------------------------
+
+
+def update_pass(run: PlannedRun, strategy: Strategy) -> Pass:
+    """The forward and backward pass of the largest micro-batch."""
+    return Pass(
+        tokens=run.tokens,
+        scored=run.scored(run.tokens),
+        rows=run.rows,
+        dtype=run.compute_dtype(strategy),
+        autocast=run.bf16 and strategy.zero_stage == 0,
+        gradient_checkpointing=run.gradient_checkpointing,
+        keeps_gradients=strategy.zero_stage < 2 and not strategy.fsdp,
+        lora_rank=strategy.lora_rank,
+    )
+
+
+def _trace(run: PlannedRun, strategy: Strategy) -> PassMemory:
     """Memory of the largest micro-batch; strategies that make the same pass share it."""
     one = update_pass(run, strategy)
     key = run.config.to_json_string(), one
@@ -102,207 +160,89 @@ def _trace(run: Run, strategy: Strategy) -> PassMemory:
     return _traced[key]
 
 
-def estimate(
-    run: Run, strategy: Strategy, pass_memory: PassMemory | None = None, shape: ModelShape | None = None
-) -> Estimate:
-    """
-    Memory of a run under a strategy.
-
-    Args:
-        run ([`Run`]):
-            What is trained, on what.
-        strategy ([`Strategy`]):
-            How it is distributed.
-        pass_memory ([`~seeupo_trl.plan.activations.PassMemory`], *optional*):
-            Of the largest micro-batch, where it is known. `None` finds it out.
-        shape ([`ModelShape`], *optional*):
-            Of the model with the strategy's adapters, where it is known. `None` finds it out.
-
-    Returns:
-        [`Estimate`]
-    """
-    shape = shape or model_shape(run.config, strategy.lora_rank)
+def _pass_bytes(run: PlannedRun, strategy: Strategy, memory: PassMemory) -> dict[str, float]:
+    """What the pass itself takes, without what its gradients and parameters do."""
     one = update_pass(run, strategy)
-    memory = pass_memory or _trace(run, strategy)
-    kept, step, transient, host = _training_state(run, strategy, shape)
-    problems: list[str] = []
-    notes: list[str] = []
-
-    size = one.dtype.itemsize
-    processes = run.gpus
-    if run.reference and strategy.lora_rank is None:
-        # DeepSpeed casts it, FSDP2 does not
-        reference_size = run.dtype.itemsize if strategy.fsdp else size
-        kept["reference model"] = reference_size * shape.total / (processes if strategy.is_sharded else 1)
-        if strategy.offload_param:
-            host["reference model"] = kept.pop("reference model") * processes / run.nodes
-    tile = min(one.scored, HEAD_TILE_TOKENS) * HEAD_TILE_VOCABULARY * (2 if one.autocast else size)
-    update = {"LM-head tiles": tile, "activations": max(memory.peak - tile, 0), **transient}
-
-    rollout: dict[str, float] = {}
-    kv = size * shape.kv_elements
-    if run.generation == "transformers":
-        rollout["KV cache"] = run.completions * run.max_context * kv
-        if strategy.zero_stage == 3:
-            gathered = shape.total if run.gather_for_generation else min(shape.total, strategy.max_live_parameters)
-            rollout["gathered parameters"] = size * gathered
-        elif strategy.fsdp:
-            rollout["gathered parameters"] = transient["gathered parameters"]
-    elif run.generation == "vllm-colocate":
-        share = run.vllm_utilization * run.gpu_memory
-        (rollout if run.vllm_sleep else kept)["vLLM"] = share
-        # vLLM keeps about 1.5 GiB for its own activations and graphs
-        room = share - 2 * shape.total / run.vllm_tensor_parallel - 1.5 * GIB
-        capacity = int(room // (2 * shape.kv_elements / run.vllm_tensor_parallel))
-        if capacity < run.max_context:
-            needed = 2 * (shape.total + run.max_context * shape.kv_elements) / run.vllm_tensor_parallel + 1.5 * GIB
-            problems.append(
-                f"vLLM's share of {share / GIB:.1f} GiB has no room for its weights and one context of "
-                f"{run.max_context} tokens ({needed / GIB:.1f} GiB): raise `vllm_gpu_memory_utilization`, or "
-                "`vllm_tensor_parallel_size`."
-            )
-        else:
-            notes.append(
-                f"vLLM's cache holds {capacity:,} tokens for every {run.vllm_tensor_parallel} GPU(s): "
-                f"{capacity // run.max_context} contexts of {run.max_context:,} at the same time."
-            )
-    if strategy.is_ddp and run.dtype == torch.bfloat16 and strategy.lora_rank is None:
-        notes.append(
-            "Weights are bfloat16 without a float32 copy: updates smaller than 1/256 of a weight are lost. Load in "
-            "float32 (`dtype: float32`), or use ZeRO or FSDP2."
-        )
-
-    per_host = processes / run.nodes
-    # ZeRO-3 partitions parameters as they are loaded; otherwise every process of a host holds the model once, under
-    # FSDP2 with trained parameters in float32 already
-    loaded = run.dtype.itemsize * shape.total
-    if strategy.fsdp and run.bf16:
-        loaded += (4 - run.dtype.itemsize) * shape.trained
-    loading = loaded * (1 if strategy.zero_stage == 3 else per_host)
-    if strategy.is_sharded:
-        # FSDP2's is as its parameters are
-        host["checkpoint being gathered"] = loaded if strategy.fsdp else size * shape.total
-    return Estimate(
-        strategy=strategy,
-        kept=kept,
-        update=update,
-        step=step,
-        rollout=rollout,
-        host={name: value for name, value in host.items() if value},
-        loading=loading,
-        limit=run.gpu_memory - run.reserve,
-        host_memory=run.host_memory,
-        problems=tuple(problems),
-        notes=tuple(notes),
-    )
+    size = torch.bfloat16.itemsize if one.autocast else one.dtype.itemsize
+    tile = min(one.scored, HEAD_TILE_TOKENS) * HEAD_TILE_VOCABULARY * size
+    return {"LM-head tiles": tile, "activations": max(memory.peak - tile, 0)}
 
 
-def update_pass(run: Run, strategy: Strategy) -> Pass:
-    """The forward and backward pass of the largest micro-batch."""
-    deepspeed = strategy.zero_stage > 0
-    return Pass(
-        tokens=run.tokens,
-        scored=run.scored(run.tokens),
-        rows=run.rows,
-        dtype=torch.bfloat16 if run.bf16 and not strategy.is_ddp else run.dtype,
-        autocast=run.bf16 and not deepspeed,
-        gradient_checkpointing=run.gradient_checkpointing,
-        keeps_gradients=strategy.zero_stage < 2 and not strategy.fsdp,
-        lora_rank=strategy.lora_rank,
-    )
+# --- The rollout -----------------------------------------------------------------------------------------------------
 
 
-def _training_state(
-    run: Run, strategy: Strategy, shape: ModelShape
-) -> tuple[dict[str, float], dict[str, float], dict[str, float], dict[str, float]]:
-    """What is kept, and what an optimizer step, a pass and a host take: bytes by what they are for."""
-    processes, per_host = run.gpus, run.gpus / run.nodes
-    trained, frozen = shape.trained, shape.total - shape.trained
-    if strategy.fsdp:
-        return _fsdp_state(run, strategy, shape)
-    if strategy.is_ddp:
-        size = run.dtype.itemsize
-        adapter_size = 4 if strategy.lora_rank is not None else size  # PEFT casts adapters to float32
-        kept = {
-            "parameters": size * frozen + adapter_size * trained,
-            "optimizer": _optimizer_bytes(run.optimizer, adapter_size) * trained,
-        }
-        if processes > 1:
-            kept["buckets"] = adapter_size * trained
-        # they are there from the first micro-batch to the step
-        gradients = {"gradients": adapter_size * trained}
-        return kept, gradients, gradients, {}
+@dataclass(frozen=True)
+class _Generation:
+    """What sampling takes of a GPU, all the time or in the rollout, and what is to be said about it."""
 
-    size = 2 if run.bf16 else run.dtype.itemsize
-    share = trained / processes
-    optimizer = (4 + _optimizer_bytes(run.optimizer, 4)) * share  # with the float32 master weights
-    gradients = size * share
-    bucket_size = strategy.reduce_bucket_size
-    if bucket_size is None:
-        bucket_size = run.config.get_text_config().hidden_size ** 2
-    bucket = size * bucket_size
-    # reducing a bucket copies it
-    transient = {"reduction": size * min(bucket_size, trained)}
-    host: dict[str, float] = {}
+    kept: dict[str, float] = field(default_factory=dict)
+    rollout: dict[str, float] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def _generation(run: PlannedRun, strategy: Strategy, shape: ModelShape, state: TrainingState) -> _Generation:
+    if run.generation == "vllm-colocate":
+        return _colocated_vllm(run, shape)
+    if run.generation == "vllm-server":
+        return _Generation()
+    size = run.compute_dtype(strategy).itemsize
+    rollout = {"KV cache": run.completions * run.max_context * size * shape.kv_elements}
     if strategy.zero_stage == 3:
-        kept = {"parameters": size * (shape.total / processes + shape.persistent), "gradients": gradients}
-        kept["buckets"] = bucket
-        live = min(shape.total, strategy.max_live_parameters)
-        # the fused head gathers its own weight where it is not among the live parameters
-        head = shape.head if shape.total > strategy.max_live_parameters else 0
-        transient["gathered parameters"] = size * (live + head)
-        group = min(share, SUB_GROUP_SIZE)
-        step = {"gradients in float32": (size + 4) * group}
+        gathered = shape.total if run.gather_for_generation else min(shape.total, strategy.max_live_parameters)
+        rollout["gathered parameters"] = size * gathered
+    elif strategy.fsdp:
+        rollout["gathered parameters"] = state.update["gathered parameters"]
+    return _Generation(rollout=rollout)
+
+
+def _colocated_vllm(run: PlannedRun, shape: ModelShape) -> _Generation:
+    """vLLM's share of a GPU, with weights and cache in bfloat16, and how many contexts the cache holds."""
+    size = torch.bfloat16.itemsize
+    weights = size * shape.total / run.vllm_tensor_parallel
+    per_token = size * shape.kv_elements / run.vllm_tensor_parallel
+    share = run.vllm_utilization * run.gpu_memory
+    capacity = int((share - weights - VLLM_WORKSPACE) // per_token)
+    problems, notes = [], []
+    if capacity < run.max_context:
+        needed = weights + run.max_context * per_token + VLLM_WORKSPACE
+        problems.append(
+            f"vLLM's share of {share / GIB:.1f} GiB has no room for its weights and one context of "
+            f"{run.max_context} tokens ({needed / GIB:.1f} GiB): raise `vllm_gpu_memory_utilization`, or "
+            "`vllm_tensor_parallel_size`."
+        )
     else:
-        kept = {"parameters": size * shape.total}
-        transient["buckets"] = bucket
-        transient["gradients"] = gradients if strategy.zero_stage == 2 else size * trained
-        step = {"gradients": transient["gradients"], "gradients in float32": (size + 4) * share}
-    if strategy.offload_optimizer:
-        # float32 gradients stay with the master weights there
-        host["optimizer"] = (optimizer + 4 * share) * per_host
-        host["gradients"] = gradients * per_host
-        kept.pop("gradients", None)
-        transient.pop("gradients", None)
-        step = {}
-    else:
-        kept["optimizer"] = optimizer
-    if strategy.offload_param:
-        host["parameters"] = kept["parameters"] * per_host
-        kept["parameters"] = size * shape.persistent
-    return kept, step, transient, host
+        notes.append(
+            f"vLLM's cache holds {capacity:,} tokens for every {run.vllm_tensor_parallel} GPU(s): "
+            f"{capacity // run.max_context} contexts of {run.max_context:,} at the same time."
+        )
+    vllm = {"vLLM": share}
+    kept, rollout = ({}, vllm) if run.vllm_sleep else (vllm, {})
+    return _Generation(kept, rollout, tuple(problems), tuple(notes))
 
 
-def _fsdp_state(
-    run: Run, strategy: Strategy, shape: ModelShape
-) -> tuple[dict[str, float], dict[str, float], dict[str, float], dict[str, float]]:
-    """As `_training_state`, for FSDP2 as accelerate sets it up."""
-    size = 2 if run.bf16 else run.dtype.itemsize
-    trained_size = 4 if run.bf16 else run.dtype.itemsize
-    share = shape.trained / run.gpus
-    kept = {
-        "parameters": trained_size * share + run.dtype.itemsize * (shape.total - shape.trained) / run.gpus,
-        "optimizer": _optimizer_bytes(run.optimizer, trained_size) * share,
-    }
-    gradients = {"gradients": trained_size * share}
-    # one block is gathered while another, or the head, computes and its gradients are reduced
-    largest = max(shape.block, shape.head)
-    transient = {
-        "gathered parameters": size * (shape.block + largest),
-        "reduction": size * min(shape.trained, largest),
-    }
-    if strategy.offload_param:
-        per_host = run.gpus / run.nodes
-        host = {name: value * per_host for name, value in {**kept, **gradients}.items()}
-        return {}, {}, transient, host
-    return kept, gradients, {**transient, **gradients}, {}
+# --- The host, and what the user should know -------------------------------------------------------------------------
 
 
-def _optimizer_bytes(optimizer: str, size: int) -> float:
-    return 2.0 if optimizer in EIGHT_BIT_OPTIMIZERS else OPTIMIZER_STATES[optimizer] * size
+def _loaded(run: PlannedRun, strategy: Strategy, shape: ModelShape) -> float:
+    """Bytes of the model as it is loaded, under FSDP2 with trained parameters in float32 already."""
+    size = run.dtype.itemsize
+    return size * shape.total + ((FLOAT32 - size) * shape.trained if strategy.fsdp and run.bf16 else 0)
 
 
-def largest_micro_batch(run: Run, strategy: Strategy, step: int = 128) -> int:
+def _precision_notes(run: PlannedRun, strategy: Strategy) -> tuple[str, ...]:
+    if strategy.is_ddp and run.dtype == torch.bfloat16 and strategy.lora_rank is None:
+        return (
+            "Weights are bfloat16 without a float32 copy: updates smaller than 1/256 of a weight are lost. Load in "
+            "float32 (`dtype: float32`), or use ZeRO or FSDP2.",
+        )
+    return ()
+
+
+# --- The largest micro-batch -----------------------------------------------------------------------------------------
+
+
+def largest_micro_batch(run: PlannedRun, strategy: Strategy, step: int = 128) -> int:
     """
     Largest number of tokens of a micro-batch with which a run fits its GPUs, 0 where none does.
 

@@ -1,4 +1,4 @@
-"""What is planned: the shape of a model, a run, and how its training state is distributed."""
+"""What is planned: the shape of a model, a run, and the strategies that distribute its training state."""
 
 from dataclasses import dataclass
 
@@ -155,8 +155,24 @@ class Strategy:
         return name + (f", LoRA r={self.lora_rank}" if self.lora_rank else "")
 
 
+def all_strategies(lora_rank: int) -> list[Strategy]:
+    """The strategies that a plan compares where none is given."""
+    return [
+        Strategy(0),
+        Strategy(1),
+        Strategy(2),
+        Strategy(2, offload_optimizer=True),
+        Strategy(3),
+        Strategy(3, offload_optimizer=True),
+        Strategy(3, offload_optimizer=True, offload_param=True),
+        Strategy(fsdp=True),
+        Strategy(0, lora_rank=lora_rank),
+        Strategy(3, lora_rank=lora_rank),
+    ]
+
+
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """
     What is trained, on what.
 
@@ -244,6 +260,15 @@ class Run:
             )
         if self.gpus < 1 or self.nodes < 1 or self.gpus % self.nodes:
             raise ValueError(f"{self.gpus} GPUs cannot be spread evenly over {self.nodes} nodes.")
+
+    @property
+    def gpus_per_node(self) -> int:
+        """GPUs of a host, which is as many processes."""
+        return self.gpus // self.nodes
+
+    def compute_dtype(self, strategy: Strategy) -> torch.dtype:
+        """Dtype of the parameters in a pass; DDP has autocast convert what needs it."""
+        return torch.bfloat16 if self.bf16 and not strategy.is_ddp else self.dtype
 
     def scored(self, tokens: int) -> int:
         """Positions of a micro-batch that are scored at most: the actions among what follows the prompt."""

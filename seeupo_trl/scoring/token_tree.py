@@ -11,24 +11,24 @@ needs a copy and a tree computes exactly its distinct tokens.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import inf
 
 import numpy as np
 
 
 @dataclass
-class Run:
+class Branch:
     """
-    Tokens of a tree that follow one another on the way to one leaf.
+    Tokens of a tree that follow one another on the way to one leaf, after the last one on the way to the leaf before.
 
     Args:
         start (`int`):
-            First position of the run in the tree.
+            First position of the branch in the tree.
         end (`int`):
             Last position, exclusive.
         path (`np.ndarray`):
-            Positions of all tokens from the root to the end of the run, the run's own ones last.
+            Positions of all tokens from the root to the end of the branch, the branch's own ones last.
     """
 
     start: int
@@ -37,7 +37,7 @@ class Run:
 
     @property
     def num_pairs(self) -> int:
-        """Query-key pairs that attention computes for the run."""
+        """Query-key pairs that attention computes for the branch."""
         return (self.end - self.start) * len(self.path)
 
 
@@ -53,8 +53,8 @@ class TokenTree:
             Number of ancestors of each token, which is its position in the sequences it belongs to.
         subtree_ends (`np.ndarray` of shape `(S,)`):
             End, exclusive, of the positions of each token's descendants.
-        runs (`list[Run]`):
-            The tree cut into one run a leaf; together they hold every position once, in order.
+        branches (`list[Branch]`):
+            The tree cut into one branch a leaf; together they hold every position once, in order.
         paths (`list[np.ndarray]`):
             Positions of the tokens of each sequence.
     """
@@ -62,7 +62,7 @@ class TokenTree:
     input_ids: np.ndarray
     depths: np.ndarray
     subtree_ends: np.ndarray
-    runs: list[Run]
+    branches: list[Branch]
     paths: list[np.ndarray]
 
     def __len__(self) -> int:
@@ -95,7 +95,7 @@ def build_tree(sequences: Sequence[np.ndarray]) -> TokenTree:
     """
     order = sorted(range(len(sequences)), key=lambda index: sort_key(sequences[index]))
     shared = [0] + [common_prefix(sequences[one], sequences[two]) for one, two in pairwise(order)] + [0]
-    runs: list[Run] = []
+    branches: list[Branch] = []
     pieces: list[np.ndarray] = []
     closed: list[tuple[np.ndarray, int]] = []  # positions, and where their subtrees end
     paths: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(sequences)
@@ -112,7 +112,7 @@ def build_tree(sequences: Sequence[np.ndarray]) -> TokenTree:
         closed.append((path[depth:], size))
         start, size = size, size + len(sequence) - depth
         path = np.concatenate([path[:depth], np.arange(start, size)])
-        runs.append(Run(start, size, path))
+        branches.append(Branch(start, size, path))
         pieces.append(sequence[depth:])
         for covered in within:
             paths[covered] = path[: len(sequences[covered])]
@@ -121,8 +121,8 @@ def build_tree(sequences: Sequence[np.ndarray]) -> TokenTree:
     subtree_ends = np.empty(size, dtype=np.int64)
     for positions, end in closed:
         subtree_ends[positions] = end
-    depths = np.concatenate([np.arange(len(run.path) - (run.end - run.start), len(run.path)) for run in runs])
-    return TokenTree(np.concatenate(pieces), depths, subtree_ends, runs, paths)
+    depths = np.concatenate([np.arange(len(one.path) - (one.end - one.start), len(one.path)) for one in branches])
+    return TokenTree(np.concatenate(pieces), depths, subtree_ends, branches, paths)
 
 
 def tree_size(sequences: Sequence[np.ndarray]) -> int:
@@ -161,27 +161,31 @@ def partition(
     own = [tree_size(units[index]) for index in order]
     # tokens that a unit adds to a tree that holds its predecessor; an upper bound where a unit has several sequences
     added = [tree_size(units[one] + units[two]) - size for (one, two), size in zip(pairwise(order), own, strict=False)]
+    added_before = [0, *accumulate(added)]
+
+    def tokens_of(start: int, end: int) -> int:
+        """Tokens of the tree of a stretch of the order."""
+        return own[start] + added_before[end - 1] - added_before[start]
 
     best: list[tuple[float, int, float]] = [(0, 0, 0)]  # (tokens, trees, sum of squared sizes) of the first units
-    first_of_last: list[int] = []
+    start_of_last: list[int] = []  # where the last of those trees starts
     for end in range(1, len(order) + 1):
         options = []
-        tokens = 0
         for start in range(end - 1, -1, -1):
-            tokens = own[start] if start == end - 1 else tokens - own[start + 1] + added[start] + own[start]
-            size = padded(tokens)
+            size = padded(tokens_of(start, end))
+            # a longer stretch is no smaller
             if start < end - 1 and (end - start > max_units or size > max_tokens):
                 break
-            total, trees, squares = best[start]
-            options.append(((total + size, trees + 1, squares + size**2), start))
-        value, start = min(options)
-        best.append(value)
-        first_of_last.append(start)
+            tokens, trees, squares = best[start]
+            options.append(((tokens + size, trees + 1, squares + size**2), start))
+        cost, start = min(options)
+        best.append(cost)
+        start_of_last.append(start)
 
-    parts = []
+    stretches: list[tuple[int, int]] = []
     end = len(order)
     while end > 0:
-        start = first_of_last[end - 1]
-        parts.append((best[end][0] - best[start][0], order[start:end]))
-        end = start
-    return [part for _, part in sorted(parts, key=lambda part: -part[0])]
+        stretches.append((start_of_last[end - 1], end))
+        end = start_of_last[end - 1]
+    stretches.sort(key=lambda stretch: padded(tokens_of(*stretch)), reverse=True)
+    return [order[start:end] for start, end in stretches]

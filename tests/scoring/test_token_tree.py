@@ -1,5 +1,8 @@
 """Token trees hold what sequences share once, and change neither log-probabilities nor gradients."""
 
+from itertools import pairwise, product
+from math import inf
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +18,8 @@ from seeupo_trl.scoring.rows import RowBatch
 from seeupo_trl.scoring.token_tree import build_tree, common_prefix, partition, tree_size
 from seeupo_trl.scoring.tree_attention import FLEX, FLEX_BLOCK, flex_length, tree_block_mask
 from seeupo_trl.scoring.trees import TreeBatch, TreeScorer
-from seeupo_trl.trajectory import Trajectory, Turn, TurnBuffer
+from seeupo_trl.scoring.turn_buffer import TurnBuffer
+from seeupo_trl.trajectory import Trajectory, Turn
 
 
 TEMPERATURE = 0.8
@@ -33,7 +37,7 @@ def arrays(lists):
 
 def buffer_of(episodes) -> TurnBuffer:
     trajectories = [Trajectory([Turn(context, action) for context, action in turns]) for turns in episodes]
-    return TurnBuffer(trajectories, [1.0] * len(trajectories), len(trajectories))
+    return TurnBuffer(trajectories)
 
 
 def keys_of(buffer: TurnBuffer) -> list[tuple[int, int]]:
@@ -79,12 +83,14 @@ def test_a_token_sees_its_ancestors_and_itself(lists):
 
 
 @given(sequences)
-def test_runs_hold_every_token_once_and_end_at_the_leaves(lists):
+def test_branches_hold_every_token_once_and_end_at_the_leaves(lists):
     tree = build_tree(arrays(lists))
-    assert [position for run in tree.runs for position in range(run.start, run.end)] == list(range(len(tree)))
-    for run in tree.runs:
-        assert run.path[-(run.end - run.start) :].tolist() == list(range(run.start, run.end))
-        assert tree.subtree_ends[run.end - 1] == run.end
+    assert [position for branch in tree.branches for position in range(branch.start, branch.end)] == list(
+        range(len(tree))
+    )
+    for branch in tree.branches:
+        assert branch.path[-(branch.end - branch.start) :].tolist() == list(range(branch.start, branch.end))
+        assert tree.subtree_ends[branch.end - 1] == branch.end
 
 
 @given(st.lists(few_tokens), st.lists(few_tokens))
@@ -127,6 +133,47 @@ def test_partition_keeps_units_whole_and_limits(units, data):
     for part in parts:
         assert len(part) <= max_units
         assert len(part) == 1 or tree_size([seq for index in part for seq in units[index]]) <= max_tokens
+
+
+def cuts(length: int):
+    """All ways to cut a list of the given length into stretches."""
+    for is_cut in product((False, True), repeat=max(length - 1, 0)):
+        ends = [position for position, cut in enumerate(is_cut, start=1) if cut]
+        yield list(pairwise([0, *ends, length])) if length else []
+
+
+# trajectories of at most two groups, which share their prompt alone: many cuts of them cost alike
+groups = st.lists(st.tuples(st.integers(5, 6), st.integers(1, 3)), max_size=8).map(
+    lambda members: [[prompt] * 4 + [7 + index] * size for index, (prompt, size) in enumerate(members)]
+)
+
+
+@given(
+    st.lists(st.lists(few_tokens, min_size=1, max_size=9), max_size=8) | groups,
+    st.sampled_from([1, 2, 3, inf]),
+    st.sampled_from([9, 12, 20, inf]),
+    st.sampled_from([1, 4]),
+)
+def test_no_other_cut_of_the_sorted_units_costs_less(lists, max_units, max_tokens, multiple):
+    def padded(tokens: int) -> int:
+        return -(-tokens // multiple) * multiple
+
+    def size_of(part) -> int:
+        return padded(tree_size(arrays(part)))
+
+    def cost_of(parts) -> tuple[int, int, int]:
+        sizes = [size_of(part) for part in parts]
+        return sum(sizes), len(sizes), sum(size**2 for size in sizes)
+
+    def is_allowed(part) -> bool:
+        return len(part) == 1 or len(part) <= max_units and size_of(part) <= max_tokens
+
+    ordered = sorted(lists)
+    candidates = [[ordered[start:end] for start, end in cut] for cut in cuts(len(lists))]
+    parts = partition([arrays([tokens]) for tokens in lists], max_units, max_tokens, padded)
+    found = [[lists[index] for index in part] for part in parts]
+    assert cost_of(found) == min(cost_of(parts) for parts in candidates if all(map(is_allowed, parts)))
+    assert [size_of(part) for part in found] == sorted(map(size_of, found), reverse=True)
 
 
 # --- Scores and gradients --------------------------------------------------------------------------------------------
@@ -262,7 +309,7 @@ def test_padding_for_flex_attention_is_small_and_takes_few_lengths(num_tokens):
     assert len({flex_length(n) for n in range(8193, 16385)}) == 32
 
 
-def test_flex_attention_scores_are_those_of_runs(tiny_dir, monkeypatch):
+def test_flex_attention_scores_are_those_of_branches(tiny_dir, monkeypatch):
     model = load_tiny_model(tiny_dir).eval()
     prompt = [5 + i % 50 for i in range(300)]
     buffer = buffer_of([[(prompt, [60 + i, 61, 62]), (prompt[:100] + [60 + i], [70 + i] * 30)] for i in range(3)])

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.chat_template_utils import get_training_chat_template
 from trl.trainer.utils import add_fused_lm_head
 
-from seeupo_trl.scoring.rows import RowScorer
-from seeupo_trl.trajectory import Trajectory, TurnBuffer, turns_from_mask
+from ..scoring.rows import RowScorer
+from ..trajectory import Trajectory, TurnBuffer, turns_from_mask
 
 
 def tokenize_conversation(tokenizer: Any, messages: list[dict], tools: list[dict] | None) -> Trajectory:

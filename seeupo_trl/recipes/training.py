@@ -1,16 +1,20 @@
-"""What the training scripts share: the trainer with a readable report of what happens, on a CPU as well."""
+"""Training with a readable report of what happens, on a CPU as well."""
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import ProgressCallback, TrainerCallback
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig
 
-from seeupo_trl import MultiTurnEnvironment, MultiTurnRollout, SeeUPOConfig, SeeUPOTrainer, Trajectory
+from ..rollout import MultiTurnRollout
+from ..seeupo_config import SeeUPOConfig
+from ..seeupo_trainer import SeeUPOTrainer
+from ..trajectory import Trajectory
 
 
 @dataclass
@@ -77,53 +81,35 @@ def use_all_cores(training_args: Config) -> None:
         torch.set_num_threads(max((os.cpu_count() or 1) // PartialState().num_processes, 1))
 
 
-def train_and_report(
-    model: str,
-    make_environment: Callable[[], MultiTurnEnvironment],
-    train: Dataset,
-    held_out: dict[str, Dataset],
-    training_args: Config,
-    model_args: ModelConfig,
-    dataset_name: str,
-) -> None:
-    """
-    Train, evaluate before and after, show an episode of each time, and save the model.
-
-    Args:
-        model (`str`):
-            Name or path of the model.
-        make_environment (`Callable`):
-            Makes an environment whose `info` has `success`.
-        train (`Dataset`):
-            Tasks to train on.
-        held_out (`dict[str, Dataset]`):
-            Tasks to evaluate on, by the name of the set.
-        training_args (`Config`):
-            Arguments of the trainer.
-        model_args (`ModelConfig`):
-            Arguments of the model.
-        dataset_name (`str`):
-            For the model card.
-    """
-    training_args.model_init_kwargs = {
+def model_init_kwargs(training_args: Config, model_args: ModelConfig) -> dict[str, Any]:
+    """How the model is loaded, from both kinds of arguments; those of the trainer come first."""
+    return {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    training_args.reward_weights = [0.0]
-    rollout = ReportingRollout(make_environment)
-    trainer = SeeUPOTrainer(
-        model=model,
-        reward_funcs=[success],
-        args=training_args,
-        train_dataset=train,
-        rollout_func=rollout,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+
+
+def train_and_report(
+    trainer: SeeUPOTrainer, rollout: ReportingRollout, held_out: dict[str, Dataset], dataset_name: str
+) -> None:
+    """
+    Train, evaluate before and after, show an episode of each time, and save the model.
+
+    Args:
+        trainer ([`SeeUPOTrainer`]):
+            The trainer, with [`success`] as its reward function.
+        rollout ([`ReportingRollout`]):
+            The rollout that the trainer uses.
+        held_out (`dict[str, Dataset]`):
+            Tasks to evaluate on, by the name of the set.
+        dataset_name (`str`):
+            For the model card.
+    """
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(IterationLine)
+    args = trainer.config
     say = PartialState().print
 
     before = {}
@@ -136,14 +122,15 @@ def train_and_report(
             say("\nAn episode before training\n" + readable(*rollout.last_episodes[0]))
 
     trainer.add_callback(BeforeTraining(evaluate_before))
-    say(f"\n{len(train)} training tasks; evaluated: { {name: len(tasks) for name, tasks in held_out.items()} }")
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    sizes = {name: len(tasks) for name, tasks in held_out.items()}
+    say(f"\n{len(trainer.train_dataset)} training tasks; evaluated: {sizes}")
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     say("\nAn episode of the last iteration\n" + readable(*rollout.last_episodes[0]))
     for name, tasks in held_out.items():
         say(f"success on {len(tasks)} {name} tasks: {before[name]:.3f} before, {evaluate(trainer, tasks):.3f} after")
-    trainer.save_model(training_args.output_dir)
-    say(f"Model saved to {training_args.output_dir}")
-    if training_args.push_to_hub:
+    trainer.save_model(args.output_dir)
+    say(f"Model saved to {args.output_dir}")
+    if args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
     trainer.accelerator.end_training()
 

@@ -1,0 +1,172 @@
+"""
+What each script in `examples/` asks for besides the trainer's and the model's arguments.
+
+Nothing here needs torch: `seeupo-trl train bfcl --help` comes at once.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class BfclArguments:
+    """
+    Arguments of the task.
+
+    Args:
+        category (`str`, *optional*, defaults to `"multi_turn_base"`):
+            Category of BFCL v4 multi-turn (`"base"`, `"miss_func"`, `"miss_param"`, `"long_context"`), several of them
+            with commas between, or `"all"`.
+        split_scheme (`str`, *optional*, defaults to `"paper"`):
+            How tasks are split into training and test: `"paper"`, the first and the second half, or `"stratified"` by
+            the services involved.
+        split_seed (`int`, *optional*, defaults to `0`):
+            Seed of the stratified split.
+        protocol (`str`, *optional*, defaults to `"official"`):
+            Limits of an episode: `"official"`, 20 steps a user turn, or `"paper"`, 10 assistant messages.
+        tools (`str`, *optional*, defaults to `"full"`):
+            How much of the functions' documents the policy sees: `"raw"`, `"full"`, `"trimmed"` or `"brief"`.
+        tool_list (`str`, *optional*, defaults to `"classes"`):
+            `"classes"`: all functions of the services involved. `"needed"`: those of the ground truth and
+            `distractors` others.
+        distractors (`int`, *optional*, defaults to `0`):
+            See `tool_list`.
+        max_user_turns (`int`, *optional*):
+            Play only the first user turns of a task.
+        reward (`str`, *optional*, defaults to `"success"`):
+            `"success"`, the official score, or `"fraction"` of the user turns that pass.
+        success_reward (`float`, *optional*, defaults to `1.0`):
+            Reward of a solved task.
+        max_task_tokens (`int`, *optional*):
+            Leave out tasks whose ground-truth conversation is longer.
+        held_out_tasks (`int`, *optional*, defaults to `0`):
+            Tasks of the training split that are kept for evaluation, and number of tasks of the test split that are
+            evaluated beside them, before and after training. 0 evaluates nothing.
+        warmup_steps_sft (`int`, *optional*, defaults to `0`):
+            Supervised steps on ground-truth conversations of training tasks before reinforcement learning. The
+            result is kept in `cache_dir`.
+        warmup_learning_rate (`float`, *optional*, defaults to `3e-4`):
+            Learning rate of the warm-up.
+        cache_dir (`str`, *optional*):
+            Where converted and warmed-up models are kept. Defaults to `$SEEUPO_TRL_CACHE`, else
+            `~/.cache/seeupo_trl`.
+    """
+
+    category: str = field(default="multi_turn_base", metadata={"help": "Categories, or 'all'."})
+    split_scheme: str = field(default="paper", metadata={"help": "Training and test: 'paper' or 'stratified'."})
+    split_seed: int = field(default=0, metadata={"help": "Seed of the stratified split."})
+    protocol: str = field(default="official", metadata={"help": "Limits of an episode: 'official' or 'paper'."})
+    tools: str = field(default="full", metadata={"help": "Documents shown: 'raw', 'full', 'trimmed' or 'brief'."})
+    tool_list: str = field(default="classes", metadata={"help": "Functions shown: 'classes' or 'needed'."})
+    distractors: int = field(default=0, metadata={"help": "With tool_list 'needed', how many others to add."})
+    max_user_turns: int | None = field(default=None, metadata={"help": "Play only the first user turns."})
+    reward: str = field(default="success", metadata={"help": "'success' or 'fraction' of user turns that pass."})
+    success_reward: float = field(default=1.0, metadata={"help": "Reward of a solved task."})
+    max_task_tokens: int | None = field(default=None, metadata={"help": "Leave out tasks with longer ground truth."})
+    held_out_tasks: int = field(default=0, metadata={"help": "Tasks of each split evaluated before and after."})
+    warmup_steps_sft: int = field(default=0, metadata={"help": "Supervised steps before reinforcement learning."})
+    warmup_learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of the warm-up."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where converted and warmed-up models are kept."})
+
+
+@dataclass
+class EvaluationArguments:
+    """
+    Arguments of the evaluation.
+
+    Args:
+        categories (`list[str]`, *optional*, defaults to `["multi_turn_base"]`):
+            Categories of BFCL v4, see [`~seeupo_trl.envs.bfcl.load_bfcl`].
+        split (`str`, *optional*, defaults to `"test"`):
+            `"train"`, `"test"` or `"all"`.
+        num_tasks (`int`, *optional*):
+            Play this many tasks of each category, evenly spread over the split. `None` plays all.
+        protocol (`str`, *optional*, defaults to `"official"`):
+            Limits of an episode: `"official"`, 20 steps a user turn, or `"paper"`, 10 assistant messages. `max_turns`
+            ends an episode, too.
+        tools, tool_list, distractors, max_user_turns:
+            Departures from the official protocol for small models, see [`~seeupo_trl.envs.bfcl.BfclEnvironment`].
+        cache_dir (`str`, *optional*):
+            Where the converted model of the demonstration is kept. Defaults to `$SEEUPO_TRL_CACHE`, else
+            `~/.cache/seeupo_trl`.
+    """
+
+    categories: list[str] = field(
+        default_factory=lambda: ["multi_turn_base"], metadata={"help": "Categories of BFCL v4."}
+    )
+    split: str = field(default="test", metadata={"help": "'train', 'test' or 'all'."})
+    num_tasks: int | None = field(default=None, metadata={"help": "Tasks of each category. Unset: all."})
+    protocol: str = field(default="official", metadata={"help": "Limits of an episode: 'official' or 'paper'."})
+    tools: str = field(default="full", metadata={"help": "Documents shown: 'full', 'trimmed' or 'brief'."})
+    tool_list: str = field(default="classes", metadata={"help": "Functions shown: 'classes' or 'needed'."})
+    distractors: int = field(default=0, metadata={"help": "With tool_list 'needed', how many others to add."})
+    max_user_turns: int | None = field(default=None, metadata={"help": "Play only the first user turns."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where the demonstration's model is kept."})
+
+
+@dataclass
+class AppWorldArguments:
+    """
+    Arguments of the task.
+
+    Args:
+        appworld_python (`str`, *optional*):
+            Python interpreter of AppWorld's virtual environment. Defaults to `$SEEUPO_APPWORLD_PYTHON`.
+        appworld_root (`str`, *optional*):
+            Directory that AppWorld's data was downloaded to. Defaults to `$APPWORLD_ROOT`.
+        num_servers (`int`, *optional*, defaults to `32`):
+            Most AppWorld servers of each training process. Not less than `max_concurrent_envs`.
+        split (`str`, *optional*, defaults to `"train"`):
+            Tasks to train on.
+        held_out_split (`str`, *optional*, defaults to `"dev"`):
+            Tasks to evaluate on.
+        held_out_tasks (`int`, *optional*, defaults to `0`):
+            How many of those are evaluated, before and after training. 0 evaluates nothing.
+        success_reward (`float`, *optional*, defaults to `1.5`):
+            Reward of a solved task.
+        partial_reward (`float`, *optional*, defaults to `0.5`):
+            Factor of the fraction of passed tests in the reward of any other.
+        max_observation_chars (`int`, *optional*, defaults to `20000`):
+            Most characters of output shown to the model.
+        execution_timeout (`int`, *optional*, defaults to `60`):
+            Seconds after which the model's code is interrupted.
+        keep_outputs (`str`, *optional*):
+            Directory where what AppWorld writes about each episode is kept.
+    """
+
+    appworld_python: str | None = field(default=None, metadata={"help": "Python of AppWorld's environment."})
+    appworld_root: str | None = field(default=None, metadata={"help": "Where AppWorld's data is."})
+    num_servers: int = field(default=32, metadata={"help": "Most AppWorld servers of each process."})
+    split: str = field(default="train", metadata={"help": "Tasks to train on."})
+    held_out_split: str = field(default="dev", metadata={"help": "Tasks to evaluate on."})
+    held_out_tasks: int = field(default=0, metadata={"help": "How many of those, before and after training."})
+    success_reward: float = field(default=1.5, metadata={"help": "Reward of a solved task."})
+    partial_reward: float = field(default=0.5, metadata={"help": "Factor of the passed tests in any other reward."})
+    max_observation_chars: int = field(default=20_000, metadata={"help": "Most characters of output shown."})
+    execution_timeout: int = field(default=60, metadata={"help": "Seconds until the model's code is interrupted."})
+    keep_outputs: str | None = field(default=None, metadata={"help": "Where AppWorld's files of episodes are kept."})
+
+
+@dataclass
+class OpenEnvArguments:
+    """
+    Arguments of the game that is served by OpenEnv.
+
+    Args:
+        url (`str`, *optional*):
+            URL of a server of the game that is running already. By default one is started, for as long as the training
+            takes.
+        interface (`str`, *optional*, defaults to `"messages"`):
+            How the policy plays: `"messages"`, it writes a number; `"tools"`, it calls a function.
+        serve (`int`, *optional*):
+            Only serve the game, on this port.
+        cache_dir (`str`, *optional*):
+            Where the converted model of the demonstration is kept. Defaults to `$SEEUPO_TRL_CACHE`, else
+            `~/.cache/seeupo_trl`.
+    """
+
+    url: str | None = field(default=None, metadata={"help": "URL of a server that is running already."})
+    interface: str = field(
+        default="messages", metadata={"help": "How the policy plays.", "choices": ["messages", "tools"]}
+    )
+    serve: int | None = field(default=None, metadata={"help": "Only serve the game, on this port."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where the demonstration's model is kept."})

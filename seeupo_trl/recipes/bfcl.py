@@ -1,0 +1,81 @@
+"""Tasks of BFCL to train on and to evaluate, and a model that has seen the ground truth of some."""
+
+import hashlib
+from pathlib import Path
+
+from datasets import Dataset, concatenate_datasets
+from transformers import PreTrainedTokenizerBase
+
+from ..envs.bfcl import BfclEnvironment, ground_truth_messages, load_bfcl
+from .arguments import BfclArguments, EvaluationArguments
+from .smollm2 import written_at_once
+from .warm_up import warm_up
+
+
+def choose_tasks(
+    script_args: BfclArguments, tokenizer: PreTrainedTokenizerBase, environment: BfclEnvironment
+) -> tuple[Dataset, dict[str, Dataset]]:
+    """
+    Training tasks, and the tasks to evaluate: some of the training split that are not trained on, and some of the test
+    split, which is another domain in the paper's scheme (trading and travel instead of files and vehicles).
+    """
+
+    def is_short(row):
+        tools = environment.reset(**row).tools
+        messages = ground_truth_messages(row["id"], environment, one_call_a_message=True)
+        tokens = tokenizer.apply_chat_template(messages, tools=tools, return_dict=False)
+        return len(tokens) <= script_args.max_task_tokens
+
+    categories = script_args.category.split(",")
+    scheme = {"split_scheme": script_args.split_scheme, "seed": script_args.split_seed}
+    splits = {split: load_bfcl(categories, split, **scheme) for split in ("train", "test")}
+    if script_args.max_task_tokens is not None:
+        splits = {
+            name: split.select([i for i, row in enumerate(split) if is_short(row)]) for name, split in splits.items()
+        }
+    train, test, count = splits["train"], splits["test"], script_args.held_out_tasks
+    if not count:
+        return train, {}
+    # every few tasks, because neighbours resemble one another
+    chosen = list(range(0, len(train), max(len(train) // count, 1)))[:count]
+    held_out = train.select(chosen)
+    # a task has the same number in all categories
+    numbers = [id.rpartition("_")[2] for id in train["id"]]
+    not_trained_on = {numbers[i] for i in chosen}
+    train = train.select([i for i, number in enumerate(numbers) if number not in not_trained_on])
+    return train, {"held-out training-domain": held_out, "test-split": test.select(range(min(count, len(test))))}
+
+
+def warmed_up(
+    model: str, cache_dir: Path, train: Dataset, environment: BfclEnvironment, script_args: BfclArguments
+) -> str:
+    """Path of the model after the supervised warm-up, which runs only where its result is not in the cache."""
+    steps = script_args.warmup_steps_sft
+    if steps == 0:
+        return model
+    shown = script_args.tools, script_args.tool_list, script_args.distractors, script_args.max_user_turns
+    settings = repr((model, train["id"], steps, script_args.warmup_learning_rate, shown))
+    directory = cache_dir / f"{Path(model).name}-warmed-up-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+    if not directory.is_dir():
+        conversations = [
+            (
+                ground_truth_messages(id, environment, one_call_a_message=True),
+                environment.reset(id=id).tools,
+            )
+            for id in train["id"]
+        ]
+        with written_at_once(directory) as temporary:
+            warm_up(model, temporary, conversations, steps, script_args.warmup_learning_rate)
+    return str(directory)
+
+
+def evaluation_tasks(script_args: EvaluationArguments) -> Dataset:
+    """The tasks of all categories, as one dataset."""
+    chosen = []
+    for category in script_args.categories:
+        tasks = load_bfcl(category, script_args.split)
+        if script_args.num_tasks is not None:
+            count = min(script_args.num_tasks, len(tasks))
+            tasks = tasks.select([position * len(tasks) // count for position in range(count)])
+        chosen.append(tasks)
+    return concatenate_datasets(chosen)

@@ -1,0 +1,110 @@
+"""How a script reads its command line and its YAML file, as TRL's scripts do, and says what is wrong with them."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from trl import TrlParser
+
+from .mistakes import UsageError, nearest, program, reported
+
+
+class ScriptParser(TrlParser):
+    """`TrlParser` whose errors are a [`UsageError`], in place of the usage of 200 options."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}. See `{self.prog} --help`.")
+
+
+def run(
+    main: Callable[..., Any],
+    dataclasses: Sequence[type],
+    configs: Path,
+    demonstration: str | None = None,
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """
+    Run a script: parse its arguments, call its function, and report the user's mistakes without a traceback.
+
+    Args:
+        main (`Callable`):
+            Called with an instance of each dataclass.
+        dataclasses (`Sequence[type]`):
+            What the arguments are.
+        configs (`Path`):
+            Directory of the configurations that `--config` may give by name.
+        demonstration (`str`, *optional*):
+            Name of the configuration that is used when neither `--config` nor `--model_name_or_path` is given.
+        arguments (`Sequence[str]`, *optional*):
+            Arguments. Defaults to those of the process.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with reported():
+        main(*parse(dataclasses, configs, demonstration, arguments))
+
+
+def parse(
+    dataclasses: Sequence[type], configs: Path, demonstration: str | None, arguments: Sequence[str]
+) -> tuple[Any, ...]:
+    """
+    Instances of the dataclasses, see [`run`].
+
+    Raises:
+        [`UsageError`]:
+            When an option or a key of the file is unknown, or a value cannot be.
+    """
+    arguments = _named_config(list(arguments), configs, demonstration)
+    parser = ScriptParser(dataclasses, prog=program())
+    try:
+        *parsed, from_file, from_command_line = parser.parse_args_and_config(
+            arguments, return_remaining_strings=True, separate_remaining_strings=True
+        )
+    except UsageError:
+        raise
+    except yaml.YAMLError as error:
+        path, problem = arguments[arguments.index("--config") + 1], " ".join(str(error).split())
+        raise UsageError(f"{path} is not YAML: {problem}") from error
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        # what the dataclasses say to their values
+        raise UsageError(str(error)) from error
+    if from_command_line:
+        word = from_command_line[0]
+        options = parser._option_string_actions
+        raise UsageError(f"unknown option: {word}.{nearest(word.split('=')[0], options)} See `{parser.prog} --help`.")
+    if from_file:
+        key = from_file[0].removeprefix("--")
+        keys = {action.dest for action in parser._actions}
+        raise UsageError(f"unknown key in {arguments[arguments.index('--config') + 1]}: {key}.{nearest(key, keys)}")
+    return tuple(parsed)
+
+
+def _named_config(arguments: list[str], configs: Path, demonstration: str | None) -> list[str]:
+    """The arguments with `--config` as TRL's parser takes it: two words, the second one the path of a file."""
+    words = []
+    for argument in arguments:
+        words += argument.split("=", 1) if argument.startswith("--config=") else [argument]
+    if "--config" not in words:
+        names_model = any(word.split("=")[0] == "--model_name_or_path" for word in words)
+        if demonstration is None or names_model:
+            return words
+        return ["--config", str(configs / f"{demonstration}.yaml"), *words]
+    position = words.index("--config") + 1
+    if position == len(words):
+        raise UsageError("--config needs a file, or the name of one of the configurations: " + _names(configs) + ".")
+    given = words[position]
+    if not Path(given).is_file():
+        shipped = configs / f"{given}.yaml"
+        if not shipped.is_file():
+            names = [path.stem for path in configs.glob("*.yaml")]
+            raise UsageError(
+                f"there is no file {given!r}, nor a configuration of that name.{nearest(given, names)} "
+                f"Configurations: {_names(configs)}."
+            )
+        words[position] = str(shipped)
+    return words
+
+
+def _names(configs: Path) -> str:
+    return ", ".join(sorted(path.stem for path in configs.glob("*.yaml")))

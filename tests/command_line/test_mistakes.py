@@ -1,0 +1,158 @@
+"""A user's mistake is a line with exit code 2; a bug keeps its traceback."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from command import ROOT, seeupo_trl
+
+from seeupo_trl.recipes.mistakes import UsageError, is_mistake, nearest, reported
+from seeupo_trl.recipes.parsing import parse, run
+
+
+CONFIGS = ROOT / "examples" / "configs"
+
+
+@dataclass
+class Options:
+    learning_rate: float = field(default=1e-6, metadata={"help": "Learning rate."})
+    max_turns: int = field(default=10, metadata={"help": "Turns."})
+    category: str = field(default="base", metadata={"help": "Category."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Model."})
+
+    def __post_init__(self):
+        if self.max_turns < 1:
+            raise ValueError(f"`max_turns` must be at least 1; got {self.max_turns}.")
+
+
+def parsed(*arguments: str, demonstration: str | None = None, configs: Path = CONFIGS) -> Options:
+    (options,) = parse([Options], configs, demonstration, arguments)
+    return options
+
+
+@pytest.fixture
+def configs(tmp_path):
+    (tmp_path / "small.yaml").write_text("learning_rate: 1.0e-4\nmax_turns: 3\n")
+    return tmp_path
+
+
+def test_a_file_gives_values_and_the_command_line_wins(configs):
+    for arguments in (["--config", str(configs / "small.yaml")], [f"--config={configs / 'small.yaml'}"]):
+        options = parsed(*arguments, "--max_turns", "5")
+        assert (options.learning_rate, options.max_turns) == (1e-4, 5)
+
+
+def test_a_configuration_is_found_by_its_name(configs):
+    assert parsed("--config", "small", configs=configs).max_turns == 3
+
+
+def test_the_demonstration_stands_in_for_neither_model_nor_configuration(configs):
+    assert parsed(demonstration="small", configs=configs).max_turns == 3
+    assert parsed("--model_name_or_path", "x", demonstration="small", configs=configs).max_turns == 10
+    assert parsed("--model_name_or_path=x", demonstration="small", configs=configs).max_turns == 10
+    assert parsed(configs=configs).max_turns == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "content", "message"),
+    [
+        (["--learning_rats", "3"], "", "unknown option: --learning_rats. Did you mean '--learning_rate'?"),
+        (["--max_turns", "six"], "", "--max_turns/--max-turns: invalid int value: 'six'"),
+        (["--max_turns", "0"], "", "`max_turns` must be at least 1; got 0."),
+        (["--max_turns"], "", "--max_turns/--max-turns: expected one argument"),
+        (["--config"], "", "--config needs a file"),
+        (["--config", "smal"], "a: 1", "no file 'smal', nor a configuration of that name. Did you mean 'small'?"),
+        (["--config", "small"], "max_turn: 3", "unknown key in .*small.yaml: max_turn. Did you mean 'max_turns'?"),
+        (["--config", "small"], "max_turns: many", "invalid int value: 'many'"),
+        (["--config", "small"], "max_turns: [1", "small.yaml is not YAML: .* line 1, .*expected"),
+        (["--config", "small"], "just text", "must contain a YAML mapping"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_wrong_with_a_command_line_is_said(arguments, content, message, tmp_path):
+    (tmp_path / "small.yaml").write_text(content)
+    with pytest.raises(UsageError, match=message):
+        parsed(*arguments, configs=tmp_path)
+
+
+def test_names_that_resemble_nothing_are_not_guessed():
+    assert nearest("zzz", ["max_turns"]) == ""
+
+
+@pytest.mark.parametrize("kind", ["a bug", "a wrong conversion", "a bug of an environment"])
+def test_bugs_pass(kind, configs):
+    def main(options):
+        if kind == "a bug":
+            raise KeyError("x")
+        if kind == "a wrong conversion":
+            int("x")
+        raise RuntimeError("x")
+
+    with pytest.raises((KeyError, ValueError, RuntimeError)):
+        run(main, [Options], configs, arguments=[])
+
+
+def test_a_value_that_the_package_refuses_is_a_mistake(configs, capsys):
+    from seeupo_trl.plan.__main__ import parse_bytes
+
+    with pytest.raises(SystemExit) as end:
+        run(lambda options: parse_bytes(options.category), [Options], configs, arguments=["--category", "80 of them"])
+    assert end.value.code == 2
+    assert "error: '80 of them' is not a size" in capsys.readouterr().err
+
+
+def test_what_python_refuses_inside_the_package_is_a_bug():
+    statement = compile("int('x')", ROOT / "seeupo_trl" / "trajectory.py", "exec")
+    with pytest.raises(ValueError, match="invalid literal") as caught:
+        exec(statement)
+    assert not is_mistake(caught.value)
+
+
+def test_a_missing_package_is_a_mistake_and_a_missing_module_of_ours_a_bug():
+    assert is_mistake(ModuleNotFoundError("No module named 'wandb'", name="wandb"))
+    assert not is_mistake(ModuleNotFoundError("No module named 'x'", name="seeupo_trl.x"))
+
+
+def test_the_environment_variable_asks_for_tracebacks(monkeypatch, capsys):
+    monkeypatch.setenv("SEEUPO_TRACEBACK", "1")
+    with pytest.raises(UsageError, match="no"), reported():
+        raise UsageError("no")
+    monkeypatch.setenv("SEEUPO_TRACEBACK", "0")
+    with pytest.raises(SystemExit), reported():
+        raise UsageError("no")
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_process_among_several_says_which_one_it_is(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(SystemExit), reported():
+        raise UsageError("no")
+    assert capsys.readouterr().err.startswith("[process 2] ")
+
+
+@pytest.mark.slow
+def test_a_refused_value_has_a_traceback_only_when_asked_for(tmp_path):
+    pytest.importorskip("bfcl_eval", reason="bfcl-eval is installed without its dependencies, see the README")
+    arguments = ["train", "bfcl", "--model_name_or_path", "x", "--output_dir", str(tmp_path), "--max_turns", "-1"]
+    done = seeupo_trl(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("seeupo-trl train bfcl: error: `max_turns` must be at least 1")
+    assert "Traceback" not in done.stderr
+    done = seeupo_trl(*arguments, "--traceback")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "seeupo_config.py" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_model_that_is_nowhere_is_a_mistake(tmp_path):
+    pytest.importorskip("bfcl_eval", reason="bfcl-eval is installed without its dependencies, see the README")
+    done = seeupo_trl(
+        "train", "bfcl", "--model_name_or_path", "nobody/nothing", "--output_dir", tmp_path, "--bf16", "false"
+    )
+    assert done.returncode == 2
+    assert "seeupo-trl train bfcl: error: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.rstrip().endswith("(SEEUPO_TRACEBACK=1 shows where this was raised.)")
