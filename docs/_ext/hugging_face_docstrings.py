@@ -48,7 +48,7 @@ EXTERNAL_PAGES = {
     "accelerate.Accelerator": "https://huggingface.co/docs/accelerate/package_reference/accelerator",
     "peft.LoraConfig": "https://huggingface.co/docs/peft/package_reference/lora#peft.LoraConfig",
 }
-EXTERNAL_PROJECTS = ("trl", "transformers", "accelerate", "peft", "datasets", "torch", "numpy")
+EXTERNAL_PROJECTS = ("trl", "transformers", "accelerate", "peft", "datasets", "torch", "numpy", "pyarrow", "packaging")
 
 REFERENCE = re.compile(r"\[`(~?)([\w.]+)`\](?![(\[])")
 HEADING = re.compile(r"(Args|Parameters|Attributes|Returns|Raises|Example|Examples):")
