@@ -57,9 +57,10 @@ def test_flags_of_the_planner_parse():
     seen = 0
     for block in BASH:
         for command in words_of(block):
-            if command[:3] == ["python", "-m", "seeupo_trl.plan"] and "..." not in command:
-                build_parser().parse_args(command[3:])
-                seen += 1
+            for start in (["python", "-m", "seeupo_trl.plan"], ["seeupo-trl", "plan"]):
+                if command[: len(start)] == start and "..." not in command:
+                    build_parser().parse_args(command[len(start) :])
+                    seen += 1
     assert seen
 
 
