@@ -4,9 +4,10 @@ SeeUPO in one page: the method of arXiv 2602.06554 in plain PyTorch and transfor
     python examples/seeupo_in_one_page.py
 
 A language model of two layers, random at the start, learns a search game of at most three turns: the environment hides
-a number from 0 to 6, the model guesses, the environment answers "lower" or "higher". A hit ends the episode and earns
-1. An action is the whole response of a turn: it ends with a full stop or is cut off after two tokens, and its first
-token is the guess. Three uniform guesses hit in 37% of the episodes; binary search always does.
+a number from 0 to 6, the model guesses, the environment answers "lower" or "higher". A hit ends the episode with a
+reward of 1. An action is the whole response of a turn; it ends with a full stop or is cut off after two tokens, and
+its first token is the guess. Three uniform guesses hit in 37% of the episodes. Binary search that starts at 3 always
+hits; from 2 or 4 it reaches six of the seven numbers (86%), from 1 or 5 five of them (71%).
 
 Read `update` beside Algorithm 1 of the paper. What it computes is what `SeeUPOTrainer` computes with its defaults (a
 test holds one against the other). What is simpler here than there:
@@ -40,8 +41,7 @@ MAX_TURNS = 3
 MAX_ACTION_TOKENS = 2
 CHANCE = 1 - (1 - 1 / len(NUMBERS)) ** MAX_TURNS  # success of uniform guesses
 
-NUM_GROUPS = 16  # B, tasks an iteration
-GROUP_SIZE = 16  # G, rollouts of each
+GROUP_SIZE = 32  # G, rollouts of each number; B, the number of groups, is 7
 LEARNING_RATE = 3e-3  # at the start; it falls to 0 in a straight line
 MAX_GRAD_NORM = 1.0
 EPSILON = 0.2  # the surrogate's clip
@@ -81,13 +81,12 @@ def build_model() -> Qwen3ForCausalLM:
 def play(model: Qwen3ForCausalLM, hidden_numbers: list[int]) -> list[Episode]:
     """Play one episode a hidden number, all of them side by side."""
     episodes = [Episode([START]) for _ in hidden_numbers]
+    playing = list(zip(episodes, hidden_numbers, strict=True))
     for _ in range(MAX_TURNS):
-        playing = [
-            (episode, hidden) for episode, hidden in zip(episodes, hidden_numbers, strict=True) if not episode.reward
-        ]
         act(model, [episode for episode, _ in playing])
         for episode, hidden in playing:
             answer(episode, hidden)
+        playing = [(episode, hidden) for episode, hidden in playing if not episode.reward]
     return episodes
 
 
@@ -216,10 +215,8 @@ def train(seed: int, num_iterations: int, order: str) -> list[float]:
     every = max(1, num_iterations // 20)
     success = []
     for iteration in range(num_iterations):
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * (1 - iteration / num_iterations)
-        hidden_numbers = [random.choice(NUMBERS) for _ in range(NUM_GROUPS)]
-        episodes = play(model, [number for number in hidden_numbers for _ in range(GROUP_SIZE)])
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - iteration / num_iterations)
+        episodes = play(model, [number for number in NUMBERS for _ in range(GROUP_SIZE)])
         success.append(sum(episode.reward for episode in episodes) / len(episodes))
         update(model, optimizer, episodes, GROUP_SIZE, order)
         if (iteration + 1) % every == 0:
@@ -231,13 +228,15 @@ def train(seed: int, num_iterations: int, order: str) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a tiny model with SeeUPO on a search game.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--iterations", type=int, default=120)
+    parser.add_argument("--iterations", type=int, default=80)
     parser.add_argument("--order", choices=ORDERS, default="reverse", help="order in which turns are updated")
     parser.add_argument("--json", metavar="FILE", help="append the run's curve to this file, as a line of JSON")
     args = parser.parse_args()
+    if args.iterations < 1:
+        parser.error(f"--iterations is {args.iterations}, it has to be at least 1")
     torch.set_num_threads(1)  # matrices this small are slower on several
 
-    print(f"{NUM_GROUPS} groups of {GROUP_SIZE} an iteration; success of uniform guesses {CHANCE:.2f}\n")
+    print(f"{len(NUMBERS)} groups of {GROUP_SIZE} an iteration; success of uniform guesses {CHANCE:.2f}\n")
     print("iteration  success")
     success = train(args.seed, args.iterations, args.order)
     if args.json:

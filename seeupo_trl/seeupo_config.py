@@ -80,14 +80,14 @@ class SeeUPOConfig(GRPOConfig):
             together do not fit is an error. `None` limits a micro-batch to `per_device_train_batch_size` rows, or to
             the tree of that many trajectories with no more tokens than that many rows of the longest sequence.
 
-        > Parameters that control the episodes
+        > Parameters that control the episodes; `None` is no limit
 
         max_turns (`int`, *optional*, defaults to `10`):
             Largest number of assistant messages in an episode that [`MultiTurnRollout`] drives. With TRL's own tools
             and environments it sets `max_tool_calling_iterations` to `max_turns - 1` unless that is given. Episodes
-            of your own `rollout_func` are never cut. `None` sets no limit.
+            of your own `rollout_func` are never cut.
         max_context_length (`int`, *optional*):
-            Largest number of tokens of a context together with its response in [`MultiTurnRollout`]. `None` takes the
+            Largest number of tokens of a context together with its response in [`MultiTurnRollout`], in place of the
             model's number of positions. With vLLM never more than its engine takes (`vllm_max_model_length`, or the
             server's `--max-model-len`). A server also refuses contexts that leave less than `max_completion_length`
             of its length; episodes end there.
@@ -97,17 +97,17 @@ class SeeUPOConfig(GRPOConfig):
             of reasoning models do. A function of the messages can be given to [`MultiTurnRollout`] itself.
         max_concurrent_envs (`int`, *optional*):
             Most environments of [`MultiTurnRollout`] that exist at once on a process; further episodes begin when
-            others end. `None`: all episodes of a generation batch play at once.
+            others end. Without a limit all episodes of a generation batch play at once.
         env_timeout (`float`, *optional*, defaults to `120.0`):
             Seconds that a call of an environment may take in [`MultiTurnRollout`]; then its episode ends with
-            `env_timeout`. `None` waits for ever.
+            `env_timeout`.
         env_reset_retries (`int`, *optional*, defaults to `2`):
             How often [`MultiTurnRollout`] tries a failed `reset` again, each time with another environment.
         max_env_failure_rate (`float`, *optional*, defaults to `0.5`):
             Largest fraction of the episodes of a generation batch, over all processes, that may end by a fault of
             their environment; the run stops with an error where more do.
         max_observation_tokens (`int`, *optional*, defaults to `32768`):
-            Longer messages of an environment are cut to so many tokens. `None` cuts nothing.
+            Longer messages of an environment are cut to so many tokens.
 
         > Parameters that control evaluations and saved trajectories
 
@@ -218,8 +218,9 @@ class SeeUPOConfig(GRPOConfig):
             "trajectories."
         },
     )
+    # Defaults of the episodes stand in `RolloutSettings`, where no limit is `math.inf`; for JSON and yaml it is null.
     max_turns: int | None = field(
-        default=10,
+        default=RolloutSettings.max_turns,
         metadata={
             "help": "Largest number of assistant messages in an episode. Null (in a yaml config) sets no limit."
         },
@@ -232,7 +233,7 @@ class SeeUPOConfig(GRPOConfig):
         },
     )
     history: str = field(
-        default="append",
+        default=RolloutSettings.history,
         metadata={
             "help": "What the policy is shown of earlier turns: 'append' (everything) or 'strip_reasoning' (without "
             "the reasoning of the turns before the last user message).",
@@ -244,20 +245,22 @@ class SeeUPOConfig(GRPOConfig):
         metadata={"help": "Most environments that exist at once on a process. Unset: one for each episode."},
     )
     env_timeout: float | None = field(
-        default=120.0,
+        default=RolloutSettings.env_timeout,
         metadata={"help": "Seconds that a call of an environment may take. Null (in a yaml config) sets no limit."},
     )
     env_reset_retries: int = field(
-        default=2, metadata={"help": "How often a failed reset is tried again, with another environment."}
+        default=RolloutSettings.env_reset_retries,
+        metadata={"help": "How often a failed reset is tried again, with another environment."},
     )
     max_env_failure_rate: float = field(
-        default=0.5,
+        default=RolloutSettings.max_env_failure_rate,
         metadata={"help": "Largest fraction of a batch's episodes that may end by a fault of their environment."},
     )
     max_observation_tokens: int | None = field(
-        default=32768,
+        default=RolloutSettings.max_observation_tokens,
         metadata={
-            "help": "Longer messages of an environment are cut to so many tokens. Null (in a yaml config) cuts none."
+            "help": "Longer messages of an environment are cut to so many tokens. Null (in a yaml config) sets no "
+            "limit."
         },
     )
     success_threshold: float | None = field(

@@ -88,6 +88,7 @@ SCHEMA = pa.schema(
         ("relative_turn_weight", pa.float64()),
     ]
 )
+_KEYS = ("iteration", "split", "trajectory", "turn")
 
 
 class TrajectoryLog:
@@ -250,10 +251,14 @@ def read_trajectories(run_dir: str | Path) -> pa.Table:
 
 
 def read_rows(
-    paths: list[Path], splits: list[str] | None = None, iterations: list[int] | None = None, newest_first: bool = False
+    paths: list[Path],
+    splits: list[str] | None = None,
+    iterations: list[int] | None = None,
+    newest_first: bool = False,
+    columns: list[str] | None = None,
 ) -> pa.Table:
     """
-    Rows of some files, with one more column: `file`, a number that the files of one evaluation or iteration share.
+    Rows of some files, with one more column: `file`, the number of the file in [`number_files`].
 
     Args:
         paths (`list[Path]`):
@@ -262,18 +267,34 @@ def read_rows(
             Read these only.
         newest_first (`bool`, *optional*, defaults to `False`):
             Whether the latest iterations come first.
+        columns (`list[str]`, *optional*):
+            Read these and those that order the rows only. All columns by default.
+
+    Raises:
+        `ValueError`:
+            When a file is no file of trajectories.
     """
     wanted = [("split", "in", splits), ("iteration", "in", iterations)]
     filters = [condition for condition in wanted if condition[2] is not None] or None
-    sets = sorted({_without_process(path) for path in paths})
+    numbers = number_files(paths)
+    names = None if columns is None else [name for name in SCHEMA.names if name in {*_KEYS, *columns}]
     tables = []
     for path in paths:
-        table = pq.read_table(path, schema=SCHEMA, filters=filters)
-        number = pa.repeat(pa.scalar(sets.index(_without_process(path)), pa.int32()), len(table))
-        tables.append(table.append_column("file", number))
+        try:
+            table = pq.read_table(path, schema=SCHEMA, columns=names, filters=filters)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} cannot be read as saved trajectories: {error}") from error
+        tables.append(table.append_column("file", pa.repeat(pa.scalar(numbers[path], pa.int32()), len(table))))
     keys = [("iteration", "descending" if newest_first else "ascending")]
     keys += [(name, "ascending") for name in ("split", "file", "trajectory", "turn")]
     return pa.concat_tables(tables).sort_by(keys)
+
+
+def number_files(paths: list[Path]) -> dict[Path, int]:
+    """Number of each file, from 0; the files that several processes wrote of one iteration or evaluation share one."""
+    sets = {path: _without_process(path) for path in paths}
+    numbers = {name: number for number, name in enumerate(sorted(set(sets.values())))}
+    return {path: numbers[name] for path, name in sets.items()}
 
 
 def _without_process(path: Path) -> str:

@@ -1,8 +1,8 @@
 """
-Draws `learning-curve.png` from `learning-curve.jsonl`, which five runs wrote:
+Draw `learning-curve.png` from the runs of `examples/seeupo_in_one_page.py` in `one_page_runs.jsonl`.
 
     for seed in 0 1 2 3 4; do
-        python examples/seeupo_in_one_page.py --seed $seed --json docs/images/learning-curve.jsonl
+        python examples/seeupo_in_one_page.py --seed $seed --json docs/images/one_page_runs.jsonl
     done
     python docs/images/learning_curve.py
 """
@@ -10,33 +10,45 @@ Draws `learning-curve.png` from `learning-curve.jsonl`, which five runs wrote:
 import json
 from pathlib import Path
 
+import matplotlib
+
+
+matplotlib.use("Agg")
+
 import matplotlib.pyplot as plt
 import numpy as np
 
 
 HERE = Path(__file__).parent
-WINDOW = 5  # iterations, in each run: those of an iteration are other tasks than those of the next
+BLUE, GREY = "#1f5fa8", "#666666"
 
 
 def main() -> None:
-    runs = [json.loads(line) for line in (HERE / "learning-curve.jsonl").read_text().splitlines()]
-    success = np.array([run["success"] for run in runs])  # (runs, iterations)
-    smooth = np.array([np.convolve(run, np.ones(WINDOW) / WINDOW, mode="valid") for run in success])
-    iterations = np.arange(WINDOW, success.shape[1] + 1)
-    mean, error = smooth.mean(0), smooth.std(0, ddof=1) / len(runs) ** 0.5
+    runs = [json.loads(line) for line in (HERE / "one_page_runs.jsonl").read_text().splitlines()]
+    success = np.array([run["success"] for run in runs])  # (seeds, iterations)
+    (chance,) = {run["chance"] for run in runs}
+    iterations = np.arange(1, success.shape[1] + 1)
 
-    figure, axes = plt.subplots(figsize=(6, 3.6), dpi=200, layout="constrained")
-    for run in smooth:
-        axes.plot(iterations, run, color="tab:blue", alpha=0.25, linewidth=0.8)
-    axes.fill_between(iterations, mean - error, mean + error, color="tab:blue", alpha=0.25, linewidth=0)
-    axes.plot(iterations, mean, color="tab:blue", label=f"mean of {len(runs)} seeds, and its standard error")
-    axes.axhline(runs[0]["chance"], color="gray", linestyle=":", label="uniform guesses")
-    axes.axhline(1, color="gray", linestyle="--", linewidth=0.8, label="binary search")
-    axes.set(xlabel="iteration", ylabel="success of the rollouts", xlim=(0, success.shape[1]), ylim=(0, 1.05))
-    axes.set_title("examples/seeupo_in_one_page.py: a number from 0 to 6 in three guesses", fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
-    figure.savefig(HERE / "learning-curve.png")
+    plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    axes.fill_between(
+        iterations, success.min(0), success.max(0), color=BLUE, alpha=0.2, linewidth=0, label="lowest to highest"
+    )
+    axes.plot(iterations, success.mean(0), color=BLUE, linewidth=2.2, label=f"mean of {len(runs)} seeds")
+    axes.axhline(chance, color=GREY, linestyle="--", linewidth=1.3)
+    axes.text(iterations[-1], chance - 0.02, f"uniform guesses: {chance:.2f}", color=GREY, ha="right", va="top")
+    axes.set(
+        xlabel="iteration",
+        ylabel="success rate of rollouts",
+        title="A search game of three turns, learned from a random start",
+        xlim=(1, iterations[-1]),
+        ylim=(0, 1.02),
+    )
+    axes.title.set_fontsize(13)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, loc="center right")
+    figure.savefig(HERE / "learning-curve.png", dpi=110, metadata={"Software": None})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from .base import MultiTurnEnvironment, Observation, StepResult
 logger = logging.getLogger(__name__)
 
 START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-FAREWELL = 5.0  # seconds that a process has to close its environment
+CLOSE_TIMEOUT = 5.0  # seconds that a process has to close its environment
 
 
 class IsolatedEnvironment(MultiTurnEnvironment):
@@ -86,7 +86,7 @@ class IsolatedEnvironment(MultiTurnEnvironment):
         """Close the environment and end the process."""
         if self._process is not None:
             try:
-                self._call("close", (), {}, FAREWELL)
+                self._call("close", (), {}, CLOSE_TIMEOUT)
             except Exception as error:
                 logger.warning("Could not close the environment in process %s: %s", self._process.pid, error)
             self._kill()

@@ -28,7 +28,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from ..scoring.tree_attention import reason_against_trees
-from .key_values import Row, as_batch, as_rows, compute, into_batches, share_beginnings
+from .key_values import CachedSequence, as_batch, as_rows, compute, into_batches, share_beginnings
 
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class CachedGeneration:
         if reason is not None:
             raise ValueError(f"Keys and values cannot be kept from turn to turn, because {reason}.")
         self.trainer = trainer
-        self._rows: dict[Hashable, Row] = {}
+        self._sequences: dict[Hashable, CachedSequence] = {}
 
     @staticmethod
     def supports(trainer: "GRPOTrainer") -> bool:
@@ -142,44 +142,44 @@ class CachedGeneration:
                 Their keys. Unknown ones are ignored.
         """
         for key in keys:
-            self._rows.pop(key, None)
+            self._sequences.pop(key, None)
 
     def _encode(
         self, model: nn.Module, keys: Sequence[Hashable], contexts: list[list[int]], width: int
     ) -> DynamicCache:
         """Keys and values of the contexts without their last tokens, as a left-padded batch."""
-        rows = self._plan(keys, contexts)
-        distinct = list(dict.fromkeys(rows))
+        sequences = self._plan(keys, contexts)
+        distinct = list(dict.fromkeys(sequences))
         waves = [share_beginnings(distinct), distinct]
         count = most = sum(len(into_batches(wave)) for wave in waves)
         accelerator = self.trainer.accelerator
         if accelerator.num_processes > 1:  # where parameters are sharded, a forward pass is a collective operation
             most = int(accelerator.gather(torch.tensor([count], device=accelerator.device)).max())
         for wave in waves:
-            for row in wave:
-                if row.num_new == 0:
-                    row.layers = row.take_from_source()
+            for sequence in wave:
+                if sequence.num_new == 0:
+                    sequence.layers = sequence.take_from_source()
             for batch in into_batches(wave):
                 compute(model, batch, accelerator.device)
         for _ in range(most - count):
-            compute(model, [Row(np.array(contexts[0][:1]))], accelerator.device)
-        return as_batch([row.layers for row in rows], width)
+            compute(model, [CachedSequence(np.array(contexts[0][:1]))], accelerator.device)
+        return as_batch([sequence.layers for sequence in sequences], width)
 
-    def _plan(self, keys: Sequence[Hashable], contexts: list[list[int]]) -> list[Row]:
-        """What to compute for each context, given what is there. Equal contexts get the same row."""
-        known = dict(self._rows)
+    def _plan(self, keys: Sequence[Hashable], contexts: list[list[int]]) -> list[CachedSequence]:
+        """What to compute for each context, given what is there. Equal contexts get the same sequence."""
+        known = dict(self._sequences)
         self.forget(keys)
-        rows: dict[bytes, Row] = {}
+        sequences: dict[bytes, CachedSequence] = {}
         plan = []
         for key, context in zip(keys, contexts, strict=True):
             tokens = np.array(context[:-1], dtype=np.int64)
             name = tokens.tobytes()
-            if name not in rows:
-                rows[name] = Row(tokens)
+            if name not in sequences:
+                sequences[name] = CachedSequence(tokens)
                 # an episode's own past; in its first turn that of any other, which may be of its group
                 for source in [known[key]] if key in known else known.values():
-                    rows[name].consider(source)
-            plan.append(rows[name])
+                    sequences[name].consider(source)
+            plan.append(sequences[name])
         return plan
 
     def _keep(
@@ -198,7 +198,7 @@ class CachedGeneration:
         for i, key in enumerate(keys):
             if key is not None:
                 tokens = np.array(contexts[i] + responses[i], dtype=np.int64)
-                self._rows[key] = Row(tokens[: ends[i] - starts[i]], layers=layers[i])
+                self._sequences[key] = CachedSequence(tokens[: ends[i] - starts[i]], layers=layers[i])
 
 
 def reason_against_cache(trainer: "GRPOTrainer") -> str | None:

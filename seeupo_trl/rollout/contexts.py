@@ -20,7 +20,7 @@ from typing import Any
 
 from ..envs.base import Observation
 from .chat_format import ChatFormat
-from .episode import Episode
+from .episode import Episode, Segment
 from .observations import copied
 
 
@@ -111,43 +111,47 @@ class StrippedContexts(Contexts):
         self._newlines: dict[int, bool] = {}
 
     def first(self, episode: Episode) -> list[int]:
-        context_ids = self.chat.render(episode.observation)
-        # opening, action, reply, action, reply, ...; a reply ends with the header of the next action
-        episode.segments = [context_ids]
-        return list(context_ids)
+        episode.segments = [Segment.plain(self.chat.render(episode.observation))]
+        return list(episode.segments[0].token_ids)
 
     def next(self, episode: Episode) -> list[int]:
+        *earlier, before = episode.segments
         action_ids = episode.turns[-1].action_ids
-        segments = episode.segments
-        segments += [action_ids, self.chat.render_suffix(episode.new_messages, action_ids[-1])]
-        last = len(segments) - 2
-        # templates open an action without reasoning by an empty block, which they do not repeat in the history
-        segments[last - 1] = self._without_empty_reasoning(segments[last - 1])
+        earlier += self._turn(before.token_ids, action_ids)
         if any(message["role"] == "user" for message in episode.new_messages):
-            for number in range(episode.first_with_reasoning, last + 1, 2):
-                segments[number - 1 : number + 1] = self._without_reasoning(*segments[number - 1 : number + 1])
-            episode.first_with_reasoning = last + 2
-        return list(chain.from_iterable(segments))
+            earlier = [segment.stripped() for segment in earlier]
+        reply = Segment.plain(self.chat.render_suffix(episode.new_messages, action_ids[-1]))
+        episode.segments = [*earlier, reply]
+        return list(chain.from_iterable(segment.token_ids for segment in episode.segments))
+
+    def _turn(self, before: list[int], action: list[int]) -> list[Segment]:
+        """An action and what stands before it, whose header may open the reasoning."""
+        before = self._without_empty_reasoning(before)
+        answer = self._answer_in(action)
+        if answer is None:
+            return [Segment.plain(before), Segment.plain(action)]
+        return [Segment(before, before[: self._start_of_reasoning(before)]), Segment(action, answer)]
 
     def _without_empty_reasoning(self, header: list[int]) -> list[int]:
+        """Templates open an action without reasoning by an empty block, which they do not repeat in the history."""
         start = self._start_of_reasoning(header)
         is_closed = start is not None and _first_occurrence(header[start:], self._end_of_think) is not None
         return header[:start] if is_closed else header
 
-    def _without_reasoning(self, header: list[int], action: list[int]) -> tuple[list[int], list[int]]:
+    def _answer_in(self, action: list[int]) -> list[int] | None:
+        """What follows the reasoning of an action; `None` if it has none, or none that ends."""
         end = _first_occurrence(action, self._end_of_think)
         if end is None:
             text = self.chat.tokenizer.decode(action)
             if END_OF_THINK not in text:
-                return header, action
+                return None
             # the tag is several tokens here, and was not generated as those
-            rest = text.split(END_OF_THINK, 1)[1].lstrip("\n")
-            kept = self.chat.tokenizer.encode(rest, add_special_tokens=False)
-        else:
-            kept = action[end + len(self._end_of_think) :]
-            while kept and self._is_newline(kept[0]):
-                kept = kept[1:]
-        return header[: self._start_of_reasoning(header)], kept
+            answer = text.split(END_OF_THINK, 1)[1].lstrip("\n")
+            return self.chat.tokenizer.encode(answer, add_special_tokens=False)
+        answer = action[end + len(self._end_of_think) :]
+        while answer and self._is_newline(answer[0]):
+            answer = answer[1:]
+        return answer
 
     def _start_of_reasoning(self, header: list[int]) -> int | None:
         """Where the reasoning begins that a header opens, and maybe closes at once; `None` if it opens none."""

@@ -1,12 +1,12 @@
 """
-Environments that live in a pool and play at the same time, each call under a time limit.
+The environments of a process: made, called at the same time, each call under a time limit, and closed.
 
 Every call runs in a thread of its own, because a call that does not come back can be given up only together with its
 thread: Python cannot end it. Such a thread, and the environment in it, is left behind and does nothing more; should
 the call return one day, the environment is closed. Coroutines (`async def reset`) all run on one event loop, so that
 environments may share an asynchronous client.
 
-A call that holds the interpreter's lock for ever (a loop in C code) stops every thread; such environments belong into
+A call that holds the interpreter's lock for ever (a loop in C code) stops every thread; such environments belong in
 processes of their own, see [`~seeupo_trl.envs.IsolatedEnvironment`].
 """
 
@@ -30,34 +30,26 @@ CLOSE_TIMEOUT = 10.0  # seconds
 
 
 class EnvironmentPool:
-    """
-    Makes environments, lends them to episodes, and calls them.
+    """Environments, from when they are made until they fail or all are closed. Others decide who plays what."""
 
-    Args:
-        factory (`Callable[[], MultiTurnEnvironment]`):
-            Makes an environment.
-    """
-
-    def __init__(self, factory: Callable[[], MultiTurnEnvironment]):
-        self._factory = factory
-        self._idle: list[MultiTurnEnvironment] = []
+    def __init__(self):
         self._environments: list[MultiTurnEnvironment] = []
         self._callers = _Callers()
         weakref.finalize(self, _shut_down, self._environments, self._callers)
 
-    def take(self) -> MultiTurnEnvironment:
+    def make(self, factory: Callable[[], MultiTurnEnvironment]) -> MultiTurnEnvironment:
         """
-        An environment that no episode uses, made where there is none. Runs in the threads of [`call`].
+        A new environment.
+
+        Args:
+            factory (`Callable[[], MultiTurnEnvironment]`):
+                Makes it.
 
         Raises:
             `NotAnEnvironmentError`:
                 When the factory returns something else.
         """
-        try:
-            return self._idle.pop()
-        except IndexError:
-            pass
-        environment = self._factory()
+        environment = factory()
         if not isinstance(environment, MultiTurnEnvironment):
             raise NotAnEnvironmentError(
                 f"environment_factory returned a {type(environment).__name__}; it must return an instance of a "
@@ -65,10 +57,6 @@ class EnvironmentPool:
             )
         self._environments.append(environment)
         return environment
-
-    def give_back(self, environment: MultiTurnEnvironment) -> None:
-        """Take back an environment whose episode has ended well."""
-        self._idle.append(environment)
 
     def discard(self, environment: MultiTurnEnvironment) -> None:
         """Close an environment that failed: whatever state it is in, it does not get another task."""
@@ -93,7 +81,6 @@ class EnvironmentPool:
     def close(self) -> None:
         """Close all environments."""
         _shut_down(self._environments, self._callers)
-        self._idle.clear()
 
 
 class NotAnEnvironmentError(TypeError):
@@ -131,7 +118,7 @@ class CallOutcome:
         return self._future.result()
 
     def when_it_returns(self, function: Callable[[], None]) -> None:
-        """Run `function` in the call's own thread, should a stuck call return after all."""
+        """Run `function` now, or in the call's own thread, should a stuck call return after all."""
         self._future.add_done_callback(lambda _: function())
 
 

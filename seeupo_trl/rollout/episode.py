@@ -17,7 +17,34 @@ logger = logging.getLogger(__name__)
 Message = dict[str, Any]
 
 
-@dataclass
+@dataclass(frozen=True)
+class Segment:
+    """
+    A part of a context, as one side wrote it: an action of the policy, or the opening or a reply, which end with the
+    header of the next action.
+
+    Args:
+        token_ids (`list[int]`):
+            Its tokens.
+        without_reasoning (`list[int]`):
+            What is left of them when its reasoning is stripped. Not always some of them: a tag that ends inside a
+            token takes that token apart.
+    """
+
+    token_ids: list[int]
+    without_reasoning: list[int]
+
+    @classmethod
+    def plain(cls, token_ids: list[int]) -> "Segment":
+        """A segment without reasoning."""
+        return cls(token_ids, token_ids)
+
+    def stripped(self) -> "Segment":
+        """The segment after its reasoning is stripped."""
+        return Segment.plain(self.without_reasoning)
+
+
+@dataclass(eq=False)
 class Episode:
     """
     State of an episode.
@@ -28,14 +55,13 @@ class Episode:
         task (`dict`):
             The dataset row.
 
-    `environment` is there while the episode is played, `player` is the same one, also afterwards. `segments`,
-    `first_with_reasoning` and `shown` belong to [`~seeupo_trl.rollout.contexts.Contexts`].
+    `environment` is the one of the last attempt to begin the episode; once the episode has ended, it may be playing
+    another one. `segments` and `shown` belong to [`~seeupo_trl.rollout.contexts.Contexts`].
     """
 
     key: int
     task: dict[str, Any]
     environment: MultiTurnEnvironment | None = None
-    player: MultiTurnEnvironment | None = None
     observation: Observation = field(default_factory=lambda: Observation([]))
     context_ids: list[int] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
@@ -45,8 +71,7 @@ class Episode:
     info: dict[str, Any] = field(default_factory=dict)
     stop_reason: StopReason | None = None
     error: Exception | None = None
-    segments: list[list[int]] = field(default_factory=list)
-    first_with_reasoning: int = 1
+    segments: list[Segment] = field(default_factory=list)
     shown: list[Message] = field(default_factory=list)
 
     @property
@@ -55,13 +80,14 @@ class Episode:
         return self.stop_reason is None
 
     @property
+    def opening_length(self) -> int:
+        """Tokens of the opening conversation."""
+        return len(self.turns[0].context_ids if self.turns else self.context_ids)
+
+    @property
     def last_message(self) -> Message:
         """A copy of the policy's last message, for the environment."""
         return copied(self.messages[-1])
-
-    def begin(self, observation: Observation) -> None:
-        """The environment opened the conversation."""
-        self.observation = observation
 
     def act(self, turn: Turn, message: Message) -> None:
         """The policy wrote a message."""
@@ -98,6 +124,23 @@ class Episode:
             messages=self.messages,
             info=self.info,
         )
+
+
+@dataclass
+class ResetCall:
+    """
+    One attempt to begin an episode. It has its environment to itself: a call that comes back late must find nothing of
+    the next attempt.
+
+    Args:
+        episode ([`Episode`]):
+            The episode to begin.
+        environment ([`~seeupo_trl.envs.MultiTurnEnvironment`], *optional*):
+            The environment that was taken for it; `None` until there is one.
+    """
+
+    episode: Episode
+    environment: MultiTurnEnvironment | None = None
 
 
 def describe(error: Exception) -> str:

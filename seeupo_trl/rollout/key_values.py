@@ -1,9 +1,9 @@
 """
-Keys and values of token sequences: kept row by row without padding, computed and used in left-padded batches.
+Keys and values of token sequences: kept one by one without padding, computed and used in left-padded batches.
 
-A row's keys and values are tensors of its own, so the memory of an episode is free when it ends. Wherever rows become
-a batch or a batch becomes rows, it goes layer by layer and what was read is let go: there is never more than one
-layer's worth too many.
+A sequence's keys and values are tensors of its own, so the memory of an episode is free when it ends. Wherever
+sequences become the rows of a batch or rows become sequences again, it goes layer by layer and what was read is let
+go: there is never more than one layer's worth too many.
 """
 
 import inspect
@@ -20,20 +20,20 @@ from ..scoring.token_tree import common_prefix, sort_key
 MAX_TOKENS_PER_PASS = 16384
 MIN_SHARED_TOKENS = 64  # a shorter beginning is not worth a forward pass of its own
 
-# Keys and values of a row, a pair for each layer, each (heads, tokens, head size). `None` where they were moved away.
+# Keys and values of a sequence, a pair for each layer, each (heads, tokens, head size). `None`: they were moved away.
 Layers = list[tuple[torch.Tensor, torch.Tensor] | None]
 
 
 @dataclass(eq=False)
-class Row:
+class CachedSequence:
     """
     A sequence of tokens whose keys and values are there already or are to be computed.
 
     Args:
         tokens (`np.ndarray` of shape `(T,)`):
             Token ids.
-        source (`Row`, *optional*):
-            The row that has this row's first `start` keys and values. Let go as soon as they have been taken.
+        source (`CachedSequence`, *optional*):
+            The one that has this one's first `start` keys and values. Let go as soon as they have been taken.
         start (`int`, *optional*, defaults to `0`):
             Number of tokens that need not be computed.
         layers (`list`, *optional*, defaults to `[]`):
@@ -41,7 +41,7 @@ class Row:
     """
 
     tokens: np.ndarray
-    source: "Row | None" = None
+    source: "CachedSequence | None" = None
     start: int = 0
     layers: Layers = field(default_factory=list)
 
@@ -50,8 +50,8 @@ class Row:
         """Number of tokens to compute."""
         return len(self.tokens) - self.start
 
-    def consider(self, source: "Row") -> None:
-        """Make `source` the source if it has more of this row's tokens than the present one."""
+    def consider(self, source: "CachedSequence") -> None:
+        """Make `source` the source if it has more of this sequence's tokens than the present one."""
         shared = common_prefix(source.tokens, self.tokens)
         if shared > self.start:
             self.source, self.start = source, shared
@@ -63,83 +63,85 @@ class Row:
         return [(keys[:, : self.start], values[:, : self.start]) for keys, values in layers]
 
 
-def share_beginnings(rows: list[Row]) -> list[Row]:
+def share_beginnings(sequences: list[CachedSequence]) -> list[CachedSequence]:
     """
-    Have what several rows begin with computed once, where that saves each of them at least half of its new tokens.
+    Have what several sequences begin with computed once, where that saves each of them at least half of its new
+    tokens.
 
     Args:
-        rows (`list[Row]`):
-            Rows to compute, different from one another. Those that share a beginning get a new source.
+        sequences (`list[CachedSequence]`):
+            Sequences to compute, different from one another. Those that share a beginning get a new source.
 
     Returns:
-        `list[Row]`:
+        `list[CachedSequence]`:
             The new sources, to be computed first.
     """
     beginnings = []
-    rows = sorted(rows, key=lambda row: sort_key(row.tokens))
-    while rows:
-        group, length = rows[:1], len(rows[0].tokens)
-        for row in rows[1:]:
-            shared = min(length, common_prefix(rows[0].tokens, row.tokens))
-            saved = [(shared - member.start, member.num_new) for member in (*group, row)]
+    sequences = sorted(sequences, key=lambda sequence: sort_key(sequence.tokens))
+    while sequences:
+        group, length = sequences[:1], len(sequences[0].tokens)
+        for sequence in sequences[1:]:
+            shared = min(length, common_prefix(sequences[0].tokens, sequence.tokens))
+            saved = [(shared - member.start, member.num_new) for member in (*group, sequence)]
             if any(tokens < max(MIN_SHARED_TOKENS, num_new / 2) for tokens, num_new in saved):
                 break
-            group.append(row)
+            group.append(sequence)
             length = shared
         if len(group) > 1:
-            nearest = max(group, key=lambda row: row.start)
-            beginning = Row(nearest.tokens[:length], nearest.source, nearest.start)
-            for row in group:
-                row.source, row.start = beginning, length
+            nearest = max(group, key=lambda sequence: sequence.start)
+            beginning = CachedSequence(nearest.tokens[:length], nearest.source, nearest.start)
+            for sequence in group:
+                sequence.source, sequence.start = beginning, length
             beginnings.append(beginning)
-        rows = rows[len(group) :]
+        sequences = sequences[len(group) :]
     return beginnings
 
 
-def into_batches(rows: list[Row]) -> list[list[Row]]:
+def into_batches(sequences: list[CachedSequence]) -> list[list[CachedSequence]]:
     """
-    Distribute the rows that have something to compute over forward passes. In each of them the numbers of new tokens
-    differ by a factor of two at most, which bounds padding, and padded there are at most `MAX_TOKENS_PER_PASS` new
-    tokens, unless a single row has more.
+    Distribute the sequences that have something to compute over forward passes. In each of them the numbers of new
+    tokens differ by a factor of two at most, which bounds padding, and padded there are at most `MAX_TOKENS_PER_PASS`
+    new tokens, unless a single sequence has more.
 
     Args:
-        rows (`list[Row]`):
-            The rows.
+        sequences (`list[CachedSequence]`):
+            The sequences.
 
     Returns:
-        `list[list[Row]]`
+        `list[list[CachedSequence]]`
     """
-    batches: list[list[Row]] = []
+    batches: list[list[CachedSequence]] = []
     longest = 0
-    for row in sorted((row for row in rows if row.num_new), key=lambda row: -row.num_new):
-        if not batches or 2 * row.num_new < longest or (len(batches[-1]) + 1) * longest > MAX_TOKENS_PER_PASS:
+    unfinished = [sequence for sequence in sequences if sequence.num_new]
+    for sequence in sorted(unfinished, key=lambda sequence: -sequence.num_new):
+        if not batches or 2 * sequence.num_new < longest or (len(batches[-1]) + 1) * longest > MAX_TOKENS_PER_PASS:
             batches.append([])
-            longest = row.num_new
-        batches[-1].append(row)
+            longest = sequence.num_new
+        batches[-1].append(sequence)
     return batches
 
 
-def compute(model: nn.Module, rows: list[Row], device: torch.device) -> None:
+def compute(model: nn.Module, sequences: list[CachedSequence], device: torch.device) -> None:
     """
-    Compute the new tokens of some rows in one forward pass, and set the rows' `layers`.
+    Compute the new tokens of some sequences in one forward pass, and set the sequences' `layers`.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Causal language model.
-        rows (`list[Row]`):
-            Rows whose sources are there.
+        sequences (`list[CachedSequence]`):
+            Sequences whose sources are there.
         device (`torch.device`):
             Where the model computes.
     """
-    past, new = max(row.start for row in rows), max(row.num_new for row in rows)
-    input_ids = torch.zeros(len(rows), new, dtype=torch.long)
-    mask = torch.zeros(len(rows), past + new, dtype=torch.long)
-    for i, row in enumerate(rows):  # padding at both ends, so that a row is one piece
-        input_ids[i, : row.num_new] = torch.from_numpy(row.tokens[row.start :])
-        mask[i, past - row.start : past + row.num_new] = 1
+    past, new = max(sequence.start for sequence in sequences), max(sequence.num_new for sequence in sequences)
+    input_ids = torch.zeros(len(sequences), new, dtype=torch.long)
+    mask = torch.zeros(len(sequences), past + new, dtype=torch.long)
+    for i, sequence in enumerate(sequences):  # padding at both ends, so that a row is one piece
+        input_ids[i, : sequence.num_new] = torch.from_numpy(sequence.tokens[sequence.start :])
+        mask[i, past - sequence.start : past + sequence.num_new] = 1
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
-    spans = [(past - row.start, past + row.num_new) for row in rows]
-    cache = as_batch([row.take_from_source() for row in rows], past)
+    spans = [(past - sequence.start, past + sequence.num_new) for sequence in sequences]
+    cache = as_batch([sequence.take_from_source() for sequence in sequences], past)
 
     accepted = inspect.signature(model.forward).parameters
     options = {"position_ids": positions.to(device)} if "position_ids" in accepted else {}
@@ -152,8 +154,8 @@ def compute(model: nn.Module, rows: list[Row], device: torch.device) -> None:
         use_cache=True,
         **options,
     )
-    for row, layers in zip(rows, as_rows(cache, spans), strict=True):
-        row.layers = layers
+    for sequence, layers in zip(sequences, as_rows(cache, spans), strict=True):
+        sequence.layers = layers
 
 
 def as_batch(rows: list[Layers], width: int) -> DynamicCache:

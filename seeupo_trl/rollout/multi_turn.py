@@ -9,47 +9,40 @@ Templates that rewrite history when messages are appended (Qwen3 drops earlier r
 for those TRL's training template is used instead, which keeps the history as it was.
 
 Generation goes through the trainer's own backend (transformers, continuous batching, vLLM) with the trainer's sampling
-settings. It is a collective operation in some setups (ZeRO-3, vLLM), therefore all processes generate equally often:
-one whose episodes have ended generates a throw-away row until all are done.
+settings.
 
 An environment may raise, hang, or return garbage; none of that reaches the policy. See [`MultiTurnRollout`].
 """
 
-import json
-import logging
 import math
 import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
-
-import torch
-from accelerate.utils import gather_object
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..envs.base import MultiTurnEnvironment, StepResult, StopReason
 from ..trajectory import Turn
 from .cached_generation import CachedGeneration
-from .chat_format import ChatFormat, RewritingTemplateError, shared_length
-from .contexts import Contexts, History, HistoryError, contexts_for
-from .environment_pool import CallOutcome, EnvironmentPool, NotAnEnvironmentError
-from .episode import Episode, describe, shorten
-from .observations import CHARACTERS_PER_TOKEN, check_observation, check_step_result, copied, cut_to_tokens
+from .chat_format import ChatFormat
+from .contexts import History, contexts_for
+from .environment_pool import CallOutcome, EnvironmentPool
+from .episode import Episode, ResetCall
+from .failures import MISTAKES, raise_if_too_many_failed
+from .generation import generate_responses
+from .limits import EpisodeLimits
+from .message_environments import MessageEnvironments
+from .observations import CHARACTERS_PER_TOKEN, check_observation, check_step_result, cut_to_tokens
+from .output import rollout_output
 from .settings import RolloutSettings
+from .tasks import Tasks
 
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 
-logger = logging.getLogger(__name__)
-
-
-Message = dict[str, Any]
-
-# Errors that are the script's, not an environment's.
-MISTAKES = (NotAnEnvironmentError, RewritingTemplateError, HistoryError)
 RETRY_PAUSE = 0.1  # seconds before the first retry of a reset; four times as many before each further one
 
 
@@ -61,8 +54,9 @@ class MultiTurnRollout:
     Environments reset and step at the same time, in threads (or on one event loop, where `reset` and `step` are
     coroutines), and are reused: at the end of an episode they go back to a pool.
 
-    The options below default to the trainer's arguments of the same name; for a trainer that has none (a stock
-    `GRPOConfig`), to the defaults given here. `math.inf` sets no limit.
+    An option that is not given is as the trainer says: its argument of the same name, see [`SeeUPOConfig`]. For a
+    trainer that has none (a stock `GRPOConfig`), the defaults of [`~seeupo_trl.rollout.settings.RolloutSettings`]
+    hold, which are the same. `math.inf` sets no limit.
 
     Args:
         environment_factory (`Callable[[], MultiTurnEnvironment]`):
@@ -72,29 +66,29 @@ class MultiTurnRollout:
             The dataset rows, for trainers that hand a rollout function nothing but prompts, as [`~trl.GRPOTrainer`]
             does. A row is looked up by its `prompt`, so different rows need different prompts. Give the rows of the
             evaluation dataset too. Not needed with [`SeeUPOTrainer`].
-        history (`str` or `Callable`, *optional*, defaults to `"append"`):
+        history (`str` or `Callable`, *optional*):
             What the policy is shown of earlier turns. `"append"`: everything as it was. `"strip_reasoning"`: without
             the reasoning of the turns before the last user message, as the chat templates of reasoning models do. Or a
             function that takes the messages so far (`list[dict]`, the opening ones included) and returns those to
             show, rendered with the tokenizer's own chat template. Each turn is trained on in the exact context it was
             sampled from. Anything but `"append"` needs [`SeeUPOTrainer`].
-        max_turns (`int`, *optional*, defaults to `10`):
+        max_turns (`int`, *optional*):
             Most assistant messages in an episode.
         max_context_length (`int`, *optional*):
-            Most tokens of context and response together. Defaults to the model's number of positions, and is never
-            more than a vLLM engine takes. The length of one response is limited by the trainer's
-            `max_completion_length`; a vLLM server takes no context that leaves less room than that.
+            Most tokens of context and response together, in place of the model's number of positions; never more than
+            vLLM takes. The length of one response is limited by the trainer's `max_completion_length`; a vLLM server
+            takes no context that leaves less room than that.
         max_concurrent_envs (`int`, *optional*):
-            Most environments that exist at once on a process; further episodes begin when others end. Defaults to no
-            limit: all episodes of a batch play at once.
-        env_timeout (`float`, *optional*, defaults to `120.0`):
+            Most environments that exist at once on a process; further episodes begin when others end. Without a limit
+            all episodes of a batch play at once.
+        env_timeout (`float`, *optional*):
             Seconds a `reset` or a `step` may take.
-        env_reset_retries (`int`, *optional*, defaults to `2`):
+        env_reset_retries (`int`, *optional*):
             How often a `reset` that raised or took too long is tried again, each time with another environment.
-        max_env_failure_rate (`float`, *optional*, defaults to `0.5`):
+        max_env_failure_rate (`float`, *optional*):
             Largest fraction of the episodes of a batch, over all processes, that may end by a fault of their
             environment.
-        max_observation_tokens (`int`, *optional*, defaults to `32768`):
+        max_observation_tokens (`int`, *optional*):
             Longer messages from `step` are cut to so many tokens, with a note at the cut. The opening messages are
             never cut.
 
@@ -155,7 +149,7 @@ class MultiTurnRollout:
                 "a function without arguments that returns an instance."
             )
         self.environment_factory = environment_factory
-        self._given = {
+        self._options = {
             "history": history,
             "max_turns": max_turns,
             "max_context_length": max_context_length,
@@ -165,25 +159,89 @@ class MultiTurnRollout:
             "max_env_failure_rate": max_env_failure_rate,
             "max_observation_tokens": max_observation_tokens,
         }
-        RolloutSettings(**{name: value for name, value in self._given.items() if value is not None})  # checks them
-        self._tasks = None if tasks is None else _index_by_prompt(tasks)
-        self._pool = EnvironmentPool(environment_factory)
-        self._chat: ChatFormat | None = None
-        self._contexts: Contexts | None = None
-        self._chat_trainer: weakref.ref | None = None
-        self._counts: Counter = Counter()
+        RolloutSettings(**{name: value for name, value in self._options.items() if value is not None})  # checks them
+        self._tasks = Tasks(tasks)
+        self._environments = MessageEnvironments(environment_factory)
+        self._chats: weakref.WeakKeyDictionary[GRPOTrainer, ChatFormat] = weakref.WeakKeyDictionary()
 
     def close(self) -> None:
         """Close all environments. Happens by itself when the object is deleted and when the interpreter exits."""
-        self._pool.close()
+        self._environments.close()
 
     def __call__(self, prompts: list[Any], trainer: "GRPOTrainer") -> dict[str, list[Any] | None]:
-        self._prepare_for(trainer)
-        self._counts.clear()
-        episodes = [Episode(key, task) for key, task in enumerate(self._rows(prompts, trainer))]
-        waiting, playing = deque(episodes), []
+        settings = RolloutSettings.of(self._options, vars(trainer.args))
+        rows = getattr(trainer, "rollout_inputs", None)  # set by SeeUPOTrainer only
+        if rows is None and settings.history != "append":
+            raise ValueError(
+                f"history={settings.history!r} rewrites contexts, and {type(trainer).__name__} trains on an "
+                "episode as one sequence: it would train on contexts that the policy never saw. Use history='append', "
+                "or SeeUPOTrainer."
+            )
+        if trainer not in self._chats:
+            self._chats[trainer] = ChatFormat(trainer)
+        limits = EpisodeLimits.of(settings, trainer)
+        batch = RolloutBatch(self._environments, settings, limits, self._chats[trainer], trainer)
+        batch.play(self._tasks.of(prompts) if rows is None else rows)
+        return batch.output()
+
+
+class Environments(Protocol):
+    """
+    Who plays the episodes of a batch: [`~seeupo_trl.rollout.message_environments.MessageEnvironments`] or
+    [`~seeupo_trl.rollout.trl_environments.TrlEnvironments`].
+
+    `reset` begins an episode and leaves the environment in its call; `give_back` takes it when the episode has ended.
+    """
+
+    pool: EnvironmentPool
+
+    def reset(self, call: ResetCall) -> Any: ...
+
+    def give_back(self, environment: MultiTurnEnvironment) -> None: ...
+
+
+class RolloutBatch:
+    """
+    The episodes of one batch, played together turn by turn.
+
+    Args:
+        environments ([`Environments`]):
+            Has an environment begin an episode, and takes it back when that has ended.
+        settings ([`~seeupo_trl.rollout.settings.RolloutSettings`]):
+            Options of the rollout.
+        limits ([`~seeupo_trl.rollout.limits.EpisodeLimits`]):
+            How long an episode may become.
+        chat ([`~seeupo_trl.rollout.chat_format.ChatFormat`]):
+            The policy's chat format.
+        trainer ([`~trl.GRPOTrainer`]):
+            The trainer whose policy plays.
+
+    `episodes` are there once they are played.
+    """
+
+    def __init__(
+        self,
+        environments: Environments,
+        settings: RolloutSettings,
+        limits: EpisodeLimits,
+        chat: ChatFormat,
+        trainer: "GRPOTrainer",
+    ):
+        self.episodes: list[Episode] = []
+        self._environments = environments
+        self._settings = settings
+        self._limits = limits
+        self._chat = chat
+        self._contexts = contexts_for(settings.history, chat)
+        self._trainer = trainer
+        self._counts: Counter = Counter()
+
+    def play(self, tasks: list[dict[str, Any]]) -> None:
+        """Play one episode for each task to its end. A collective operation."""
+        self.episodes = [Episode(key, task) for key, task in enumerate(tasks)]
+        waiting, playing = deque(self.episodes), []
         # parameters do not change during a rollout, so what was computed for one turn serves the next
-        cache = CachedGeneration(trainer) if CachedGeneration.supports(trainer) else None
+        cache = CachedGeneration(self._trainer) if CachedGeneration.supports(self._trainer) else None
         while True:
             playing = [episode for episode in playing if episode.active]
             while waiting and len(playing) < self._settings.max_concurrent_envs:
@@ -192,141 +250,124 @@ class MultiTurnRollout:
                 self._begin(starting)
                 playing += [episode for episode in starting if episode.active]
             start = time.perf_counter()
-            responses = _generate(playing, trainer, cache)
+            responses = generate_responses(playing, self._trainer, cache)
             self._counts["time/generation"] += time.perf_counter() - start
             if responses is None:
-                break
+                return
             for episode, (action_ids, logps) in zip(playing, responses, strict=True):
-                self._take_action(episode, action_ids, logps, trainer.eos_token_ids)
+                self._act(episode, action_ids, logps)
             self._step([episode for episode in playing if episode.active])
             if cache is not None:
                 cache.forget(episode.key for episode in playing if not episode.active)
 
-        self._finish(episodes)
-        _raise_if_too_many_failed(episodes, self._settings.max_env_failure_rate, trainer)
-        metrics = trainer._metrics["train" if trainer.model.training else "eval"]
+    def output(self) -> dict[str, list[Any] | None]:
+        """What TRL takes from a rollout function. A collective operation, which raises if too many episodes failed."""
+        raise_if_too_many_failed(self.episodes, self._settings.max_env_failure_rate, self._trainer)
+        metrics = self._trainer._metrics["train" if self._trainer.model.training else "eval"]
         for name in ("time/generation", "time/environments", "env/resets_retried", "env/observations_cut"):
             metrics[name].append(float(self._counts[name]))
-        return self._collect(episodes, trainer)
+        return rollout_output(self.episodes, self._trainer, self._chat.tokenizer.eos_token_id)
 
-    def _prepare_for(self, trainer: "GRPOTrainer") -> None:
-        self._settings = RolloutSettings.of(self._given, trainer)
-        if self._chat_trainer is None or self._chat_trainer() is not trainer:
-            self._chat = ChatFormat(trainer)
-            self._contexts = contexts_for(self._settings.history, self._chat)
-            self._chat_trainer = weakref.ref(trainer)
-        if self._settings.history != "append" and getattr(trainer, "rollout_inputs", None) is None:
-            raise ValueError(
-                f"history={self._settings.history!r} rewrites contexts, and {type(trainer).__name__} trains on an "
-                "episode as one sequence: it would train on contexts that the policy never saw. Use history='append', "
-                "or SeeUPOTrainer."
-            )
-
-    def _rows(self, prompts: list[Any], trainer: "GRPOTrainer") -> list[dict[str, Any]]:
-        rows = getattr(trainer, "rollout_inputs", None)  # set by SeeUPOTrainer only
-        if rows is not None:
-            return rows
-        if self._tasks is None:
-            raise ValueError(
-                f"{type(trainer).__name__} hands a rollout function nothing but prompts, and environments need whole "
-                "dataset rows: pass the dataset as `MultiTurnRollout(..., tasks=dataset)`, or use SeeUPOTrainer."
-            )
-        missing = [prompt for prompt in prompts if _prompt_key(prompt) not in self._tasks]
-        if missing:
-            raise ValueError(
-                f"No row of `tasks` has this prompt: {shorten(missing[0])}. `tasks` must hold the rows of every "
-                "dataset the trainer reads, the evaluation dataset included."
-            )
-        return [self._tasks[_prompt_key(prompt)] for prompt in prompts]
-
-    # ---- Environments ----
-
-    def _call(self, functions: list[Callable[[], Any]]) -> list[CallOutcome]:
+    def call(self, functions: list[Callable[[], Any]]) -> list[CallOutcome]:
+        """Have environments do something, all at the same time and each within `env_timeout`."""
         start = time.perf_counter()
         timeout = self._settings.env_timeout
-        outcomes = self._pool.call(functions, None if timeout == math.inf else timeout)
+        outcomes = self._environments.pool.call(functions, None if timeout == math.inf else timeout)
         self._counts["time/environments"] += time.perf_counter() - start
         return outcomes
 
+    def fail(self, episode: Episode, outcome: CallOutcome, error: Exception) -> None:
+        """End an episode whose environment failed. The environment does not play again."""
+        outcome.when_it_returns(partial(self._environments.pool.discard, episode.environment))
+        episode.fail(error)
+
     def _begin(self, episodes: list[Episode]) -> None:
-        """Reset an environment for each episode, and try those that fail again with another one."""
-        errors: dict[int, Exception] = {}
+        """Begin episodes, and try those whose environment fails again with another one."""
+        failed: list[tuple[Episode, Exception]] = []
         for attempt in range(self._settings.env_reset_retries + 1):
             if attempt:
                 time.sleep(RETRY_PAUSE * 4 ** (attempt - 1))
                 self._counts["env/resets_retried"] += len(episodes)
-            # a call that comes back late must find nothing of the next attempt, so each has a seat of its own
-            seats: list[list[MultiTurnEnvironment]] = [[] for _ in episodes]
-            outcomes = self._call([partial(self._reset, *pair) for pair in zip(episodes, seats, strict=True)])
-            errors = {}
-            for episode, seat, outcome in zip(episodes, seats, outcomes, strict=True):
-                episode.environment = episode.player = next(iter(seat), None)
-                try:
-                    episode.begin(check_observation(outcome.value()))
-                    self._open_context(episode)
-                except MISTAKES:
-                    raise
-                except Exception as error:
-                    errors[episode.key] = error
-                    self._drop_environment(episode, outcome, seat)
-            episodes = [episode for episode in episodes if episode.key in errors]
+            failed = self._reset(episodes)
+            episodes = [episode for episode, _ in failed]
             if not episodes:
                 return
-        for episode in episodes:
-            episode.fail(errors[episode.key])
+        for episode, error in failed:
+            episode.fail(error)
 
-    def _reset(self, episode: Episode, seat: list[MultiTurnEnvironment]) -> Any:
-        environment = self._pool.take()
-        seat.append(environment)
-        return environment.reset(**copied(episode.task))
-
-    def _open_context(self, episode: Episode) -> None:
-        limit = self._settings.max_context_length
-        characters = sum(len(message.get("content") or "") for message in episode.observation.messages)
-        if characters > limit * CHARACTERS_PER_TOKEN:
-            self._end(episode, StopReason.context_overflow)  # without tokenising it
-            return
-        episode.context_ids = self._contexts.first(episode)
-        if len(episode.context_ids) > self._settings.longest_context:
-            self._end(episode, StopReason.context_overflow)
-
-    def _step(self, episodes: list[Episode]) -> None:
-        """Hand the policy's messages to the environments, and build the next contexts."""
-        outcomes = self._call([partial(episode.environment.step, episode.last_message) for episode in episodes])
-        for episode, outcome in zip(episodes, outcomes, strict=True):
+    def _reset(self, episodes: list[Episode]) -> list[tuple[Episode, Exception]]:
+        """Have an environment begin each episode, and return those in which that failed."""
+        calls = [ResetCall(episode) for episode in episodes]
+        outcomes = self.call([partial(self._environments.reset, call) for call in calls])
+        failed = []
+        for episode, call, outcome in zip(episodes, calls, outcomes, strict=True):
+            episode.environment = call.environment
             try:
-                episode.answer(self._cut(check_step_result(outcome.value())))
-                if episode.active and len(episode.turns) >= self._settings.max_turns:
-                    episode.stop_reason = StopReason.max_turns
-                if episode.active:
-                    episode.context_ids = self._contexts.next(episode)
-                    if not self._has_room(episode):
-                        episode.stop_reason = self._limit(episode)[1]
+                episode.observation = check_observation(outcome.value())
+                self._open_context(episode)
             except MISTAKES:
                 raise
             except Exception as error:
-                self._drop_environment(episode, outcome, [episode.environment])
-                episode.fail(error)
+                outcome.when_it_returns(partial(self._discard_environment_of, call))
+                failed.append((episode, error))
+        return failed
+
+    def _discard_environment_of(self, call: ResetCall) -> None:
+        if call.environment is not None:  # there is none where the factory failed
+            self._environments.pool.discard(call.environment)
+
+    def _open_context(self, episode: Episode) -> None:
+        characters = sum(len(message.get("content") or "") for message in episode.observation.messages)
+        if characters > self._limits.max_context_length * CHARACTERS_PER_TOKEN:
+            self._end(episode, StopReason.context_overflow)  # without tokenising it
+            return
+        episode.context_ids = self._contexts.first(episode)
+        if len(episode.context_ids) > self._limits.longest_context:
+            self._end(episode, StopReason.context_overflow)
+
+    def _act(self, episode: Episode, action_ids: list[int], logps: list[float] | None) -> None:
+        """Take the policy's response as its message. One that was cut ends the episode: no environment reads it."""
+        limit, reason = self._limits.length_of(episode)
+        room = limit - len(episode.context_ids)
+        overflow = len(action_ids) > room
+        if overflow:
+            action_ids = action_ids[: int(room)]
+            logps = None if logps is None else logps[: int(room)]
+        message: dict[str, Any] = {}
+        if action_ids:
+            message = self._chat.parse(action_ids, episode.context_ids, episode.observation.tools)
+            episode.act(Turn(episode.context_ids, action_ids, logps), message)
+        is_whole = bool(action_ids) and action_ids[-1] in self._trainer.eos_token_ids and not overflow
+        if not is_whole and not (self._limits.executes_truncated_calls and "tool_calls" in message):
+            at_limit = len(action_ids) == room
+            self._end(episode, reason if at_limit else StopReason.response_truncated)
+        elif message.get("tool_calls") and len(episode.turns) > self._limits.max_tool_calling_iterations:
+            self._end(episode, StopReason.max_turns)
+
+    def _step(self, episodes: list[Episode]) -> None:
+        """Hand the policy's messages to the environments, and build the next contexts."""
+        outcomes = self.call([partial(episode.environment.step, episode.last_message) for episode in episodes])
+        for episode, outcome in zip(episodes, outcomes, strict=True):
+            try:
+                episode.answer(self._cut(check_step_result(outcome.value())))
+                if episode.active:
+                    self._go_on(episode)
+            except MISTAKES:
+                raise
+            except Exception as error:
+                self.fail(episode, outcome, error)
             else:
                 if not episode.active:
-                    self._end(episode, episode.stop_reason)
+                    self._environments.give_back(episode.environment)
 
-    def _finish(self, episodes: list[Episode]) -> None:
-        """Called when all episodes of the batch have ended."""
-
-    def _end(self, episode: Episode, stop_reason: StopReason) -> None:
-        episode.stop_reason = stop_reason
-        if episode.environment is not None:
-            self._pool.give_back(episode.environment)
-            episode.environment = None
-
-    def _drop_environment(self, episode: Episode, outcome: CallOutcome, seat: list[MultiTurnEnvironment]) -> None:
-        episode.environment = None
-        if outcome.is_stuck:
-            outcome.when_it_returns(lambda: [self._pool.discard(environment) for environment in seat])
-        else:
-            for environment in seat:
-                self._pool.discard(environment)
+    def _go_on(self, episode: Episode) -> None:
+        """Build the next context, if the episode may have another turn."""
+        if len(episode.turns) >= self._limits.max_turns:
+            episode.stop_reason = StopReason.max_turns
+            return
+        episode.context_ids = self._contexts.next(episode)
+        if not self._limits.leave_room(episode):
+            _, episode.stop_reason = self._limits.length_of(episode)
 
     def _cut(self, result: StepResult) -> StepResult:
         for message in result.messages:
@@ -336,52 +377,9 @@ class MultiTurnRollout:
                 self._counts["env/observations_cut"] += message["content"] is not text
         return result
 
-    # ---- Tokens ----
-
-    def _limit(self, episode: Episode) -> tuple[float, StopReason]:
-        """Most tokens of context and response together, and what an episode that reaches them ends with."""
-        return self._settings.max_context_length, StopReason.context_overflow
-
-    def _has_room(self, episode: Episode) -> bool:
-        """Whether a response fits behind the context."""
-        length = len(episode.context_ids)
-        return length <= self._settings.longest_context and length < self._limit(episode)[0]
-
-    def _reads_unfinished(self, episode: Episode) -> bool:
-        """Whether the environment gets to read a response that was cut."""
-        return False
-
-    def _take_action(
-        self, episode: Episode, action_ids: list[int], logps: list[float] | None, eos_token_ids: list[int]
-    ) -> None:
-        limit, reason = self._limit(episode)
-        room = limit - len(episode.context_ids)
-        overflow = len(action_ids) > room
-        if overflow:
-            action_ids = action_ids[: int(room)]
-            logps = None if logps is None else logps[: int(room)]
-        ended = bool(action_ids) and action_ids[-1] in eos_token_ids and not overflow
-        if action_ids:
-            message = self._chat.parse(action_ids, episode.context_ids, episode.observation.tools)
-            episode.act(Turn(episode.context_ids, action_ids, logps), message)
-        if not ended and not self._reads_unfinished(episode):
-            at_limit = len(action_ids) == room
-            self._end(episode, reason if at_limit else StopReason.response_truncated)
-
-    def _collect(self, episodes: list[Episode], trainer: "GRPOTrainer") -> dict[str, list[Any] | None]:
-        output: dict[str, list[Any] | None] = {
-            key: [] for key in ("prompt_ids", "completion_ids", "env_mask", "logprobs")
-        }
-        for episode in episodes:
-            sequence = _join_turns(episode, filler_id=self._chat.tokenizer.eos_token_id)
-            for key, value in zip(("prompt_ids", "completion_ids", "env_mask", "logprobs"), sequence, strict=True):
-                output[key].append(value)
-        if not trainer.use_vllm:
-            output["logprobs"] = None
-        output["trajectories"] = [episode.trajectory() for episode in episodes]
-        output["environment_reward"] = [trajectory.reward for trajectory in output["trajectories"]]
-        output["stop_reason"] = [episode.stop_reason.value for episode in episodes]
-        return output
+    def _end(self, episode: Episode, stop_reason: StopReason) -> None:
+        episode.stop_reason = stop_reason
+        self._environments.give_back(episode.environment)
 
 
 def environment_reward(environment_reward: list[float | None], **kwargs: Any) -> list[float | None]:
@@ -395,84 +393,3 @@ def environment_reward(environment_reward: list[float | None], **kwargs: Any) ->
             Everything else TRL passes to reward functions; not used.
     """
     return environment_reward
-
-
-def _generate(
-    episodes: list[Episode], trainer: "GRPOTrainer", cache: CachedGeneration | None
-) -> list[tuple[list[int], list[float] | None]] | None:
-    """One response for each episode, or `None` when no process has any episode left. A collective operation."""
-    accelerator = trainer.accelerator
-    counts = [len(episodes)]
-    if accelerator.num_processes > 1:
-        counts = accelerator.gather(torch.tensor(counts, device=accelerator.device)).tolist()
-    most = max(counts)
-    if most == 0:
-        return None
-    rows, keys = [episode.context_ids for episode in episodes], [episode.key for episode in episodes]
-    # vLLM's server and its tensor-parallel groups share out responses as if every process had sent as many rows.
-    needed = most if trainer.use_vllm else 1
-    if min(counts) < needed:
-        # All processes wait for a throw-away row too. The answer to a real context ends like the others'; that to
-        # anything else may ramble on to `max_completion_length`.
-        shortest = min(gather_object([min(rows, key=len)] if rows else []), key=len)
-        missing = needed - len(rows)
-        rows += [shortest] * missing
-        keys += [None] * missing
-    if cache is not None:
-        completion_ids, logprobs = cache.generate(keys, rows), None
-    else:
-        completion_ids, logprobs = trainer._generate_single_turn(rows, None, {}, 1)
-    if logprobs is None:
-        logprobs = [None] * len(rows)
-    return [(list(ids), logps) for ids, logps, _ in zip(completion_ids, logprobs, episodes, strict=False)]
-
-
-def _join_turns(episode: Episode, filler_id: int) -> tuple[list[int], list[int], list[int], list[float]]:
-    """Prompt, completion, mask (1 = policy) and sampling log-probabilities of an episode as one sequence."""
-    if not episode.turns:
-        return episode.context_ids or [filler_id], [filler_id], [0], [0.0]
-    prompt_ids = episode.turns[0].context_ids
-    sequence = list(prompt_ids)
-    mask: list[int] = []
-    logps: list[float] = []
-    before: list[int] = list(prompt_ids)
-    for turn in episode.turns:
-        gap = turn.context_ids[shared_length(before, turn.context_ids) :]
-        sequence += gap + turn.action_ids
-        mask += [0] * len(gap) + [1] * len(turn.action_ids)
-        logps += [0.0] * len(gap) + (turn.sampling_logps or [0.0] * len(turn.action_ids))
-        before = turn.context_ids + turn.action_ids
-    return prompt_ids, sequence[len(prompt_ids) :], mask, logps
-
-
-def _raise_if_too_many_failed(episodes: list[Episode], allowed: float, trainer: "GRPOTrainer") -> None:
-    accelerator = trainer.accelerator
-    errors = [episode.error for episode in episodes if episode.error is not None]
-    counts = accelerator.gather(torch.tensor([[len(errors), len(episodes)]], device=accelerator.device)).sum(dim=0)
-    failed, played = counts.tolist()
-    if failed == 0 or (failed < played and failed <= allowed * played):
-        return
-    first = next(filter(None, gather_object([describe(error) for error in errors[:1]] or [None])))
-    number = f"All {played}" if failed == played else f"{failed} of {played}"
-    raise RuntimeError(
-        f"{number} environments of the batch failed. The first error: {first}. Mend the environment, or raise "
-        f"max_env_failure_rate ({allowed:g}) if so many failures are to be expected."
-    ) from (errors[0] if errors else None)
-
-
-def _index_by_prompt(tasks: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    index: dict[str, dict[str, Any]] = {}
-    for row in tasks:
-        if index.setdefault(_prompt_key(row["prompt"]), row) != row:
-            raise ValueError(
-                f"Different rows of `tasks` have the same prompt, so it does not tell them apart: "
-                f"{shorten(row['prompt'])}. Make the prompts different (an extra key in a message is enough)."
-            )
-    return index
-
-
-def _prompt_key(prompt: Any) -> str:
-    # Arrow fills keys that only some messages have with None.
-    if isinstance(prompt, list):
-        prompt = [{key: value for key, value in message.items() if value is not None} for message in prompt]
-    return json.dumps(prompt, sort_keys=True)

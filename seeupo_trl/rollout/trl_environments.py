@@ -1,6 +1,6 @@
 """
-The rollout of TRL environments: what [`~trl.GRPOTrainer`] does with its `environment_factory`, as a
-[`~seeupo_trl.MultiTurnRollout`].
+The rollout of TRL environments: what [`~trl.GRPOTrainer`] does with its `environment_factory`, as episodes of
+[`~seeupo_trl.rollout.multi_turn`].
 
 Trajectories are those of TRL's own tool loop (trl 1.15 and 1.16). Limits mean what they mean there: an episode may use
 `max_completion_length` tokens in all, results of tools included, and at most `max_tool_calling_iterations` of its
@@ -12,24 +12,29 @@ in length).
 """
 
 import math
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..envs.base import MultiTurnEnvironment, StopReason
+from ..envs.base import MultiTurnEnvironment
 from ..envs.tools import EMPTY_PROMPT, ToolEnvironment
+from .chat_format import ChatFormat
 from .environment_pool import EnvironmentPool
-from .episode import Episode
-from .multi_turn import MultiTurnRollout
+from .episode import Episode, ResetCall
+from .limits import EpisodeLimits
+from .multi_turn import RolloutBatch
 from .observations import copied
+from .settings import RolloutSettings
 
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 
-class ToolRollout(MultiTurnRollout):
+class ToolRollout:
     """
     Plays the episodes of TRL environments. [`SeeUPOTrainer`] makes one from its `environment_factory`.
 
@@ -54,11 +59,9 @@ class ToolRollout(MultiTurnRollout):
     """
 
     def __init__(self, factories: dict[str | None, Callable[[], Any]], tools: Sequence[Callable] = ()):
-        super().__init__(ToolEnvironment, max_turns=math.inf)
         self.factories = factories
-        self._pool = _Players({name: partial(ToolEnvironment, make, tools=tools) for name, make in factories.items()})
-        self._max_iterations: float = math.inf
-        self._max_completion_length: float = math.inf
+        self._environments = TrlEnvironments(factories, tools)
+        self._chats: weakref.WeakKeyDictionary[GRPOTrainer, ChatFormat] = weakref.WeakKeyDictionary()
 
     @property
     def factory_for_trl(self) -> Callable[[], Any] | dict[str, Callable[[], Any]]:
@@ -67,16 +70,16 @@ class ToolRollout(MultiTurnRollout):
         return factories.get(None, factories)
 
     def _first_of(self, name: str | None) -> Any:
-        player = self._pool.first_of(name)
-        _ = player.schemas  # raises where a tool is not documented
-        return player.environment
+        first = self._environments.first_of(name)
+        _ = first.schemas  # raises where a tool is not documented
+        return first.environment
 
     def plays_messages(self, name: str | None) -> bool:
         """Whether a factory makes a [`MultiTurnEnvironment`], rather than a TRL environment of tools."""
         factory = self.factories[name]
         if isinstance(factory, type):
             return issubclass(factory, MultiTurnEnvironment)
-        environment = self._pool.first_of(name).environment
+        environment = self._environments.first_of(name).environment
         if not isinstance(environment, MultiTurnEnvironment):
             return False
         environment.close()
@@ -87,110 +90,136 @@ class ToolRollout(MultiTurnRollout):
         TRL's reward functions, the last of which call `get_reward`, one for each class that has it: in place of those,
         functions that read what `get_reward` returned at the end of the episode.
         """
-        players = [self._pool.first_of(name) for name in self.factories]
-        owners = list(dict.fromkeys(type(player.environment) for player in players if player.owns_reward))
+        firsts = [self._environments.first_of(name) for name in self.factories]
+        owners = list(dict.fromkeys(type(first.environment) for first in firsts if first.owns_reward))
         start = len(reward_funcs) - len(owners)
         owned = [partial(_reward_of, *pair) for pair in zip(owners, reward_funcs[start:], strict=True)]
         return [*reward_funcs[:start], *owned]
 
+    def close(self) -> None:
+        """Close all environments."""
+        self._environments.close()
+
     def __call__(self, prompts: list[Any], trainer: "GRPOTrainer") -> dict[str, list[Any] | None]:
-        self._max_iterations = trainer.max_tool_calling_iterations
-        self._max_completion_length = trainer.max_completion_length
-        self._pool.seat([self._name_in(row) for row in self._rows(prompts, trainer)])
-        return super().__call__(prompts, trainer)
+        settings = RolloutSettings.from_arguments(vars(trainer.args))
+        limits = replace(
+            EpisodeLimits.of(settings, trainer),
+            max_turns=math.inf,
+            max_completion_length=trainer.max_completion_length,
+            max_tool_calling_iterations=trainer.max_tool_calling_iterations,
+            executes_truncated_calls=True,
+        )
+        if trainer not in self._chats:
+            self._chats[trainer] = ChatFormat(trainer)
+            self._chats[trainer].chat_template = trainer.chat_template  # chosen by TRL, for tools
+        self._environments.begin_batch(trainer)
+        batch = RolloutBatch(self._environments, settings, limits, self._chats[trainer], trainer)
+        batch.play(trainer.rollout_inputs)
+        _score(batch)
+        self._environments.end_batch(batch.episodes)
+        for episode in batch.episodes:
+            _clean_messages(episode, limits)
+        output = batch.output()
+        for index, episode in enumerate(batch.episodes):
+            if _ends_unanswered(episode, limits):
+                _append_to_completion(output, index, episode.context_ids[episode.opening_length :])
+        return output | self._environments.columns(batch.episodes)
 
-    def _name_in(self, row: dict[str, Any]) -> str | None:
-        if None in self.factories:
-            return None
-        name = row.get("environment")
-        if name not in self.factories:
-            raise ValueError(
-                f"A row has `environment={name!r}`, which is not among the environments passed to "
-                f"`environment_factory`: {', '.join(map(repr, self.factories))}."
-            )
-        return name
 
-    def _prepare_for(self, trainer: "GRPOTrainer") -> None:
-        super()._prepare_for(trainer)
-        self._chat.chat_template = trainer.chat_template  # chosen by TRL, for tools
-        self._pool.event_loop = trainer.async_loop if trainer._has_async_funcs else None
+class TrlEnvironments:
+    """
+    TRL environments by kind, as message-level ones. The n-th episode of a kind in a batch is played with the n-th
+    instance of it, so who plays what depends on nothing but the batch.
 
-    # ---- Environments ----
+    Args:
+        factories (`dict[str | None, Callable]`):
+            Factories by kind, see [`ToolRollout`].
+        tools (`Sequence[Callable]`):
+            Further tools for all of them.
+    """
 
-    def _reset(self, episode: Episode, seat: list[MultiTurnEnvironment]) -> Any:
-        player = self._pool.take_seat(episode.key)
-        seat.append(player)
-        task = copied(episode.task)
-        if None not in self.factories:
+    def __init__(self, factories: dict[str | None, Callable[[], Any]], tools: Sequence[Callable]):
+        self.pool = EnvironmentPool()
+        self._factories = {kind: partial(ToolEnvironment, make, tools=tools) for kind, make in factories.items()}
+        self._firsts: dict[str | None, ToolEnvironment] = {}
+        # by kind and number; None while an instance plays, and where there is none yet
+        self._instances: dict[str | None, list[ToolEnvironment | None]] = {kind: [] for kind in factories}
+        self._instance_of: list[tuple[str | None, int]] = []  # kind and number for each episode of the batch
+        self._event_loop = None
+
+    def first_of(self, kind: str | None) -> ToolEnvironment:
+        """The instance that was made first of its kind."""
+        if kind not in self._firsts:
+            self._firsts[kind] = self.pool.make(self._factories[kind])
+            self._instances[kind].append(self._firsts[kind])
+        return self._firsts[kind]
+
+    def begin_batch(self, trainer: "GRPOTrainer") -> None:
+        """Decide which instances play the trainer's next batch."""
+        self._event_loop = trainer.async_loop if trainer._has_async_funcs else None
+        counts: Counter = Counter()
+        self._instance_of = []
+        for row in trainer.rollout_inputs:
+            kind = self._kind_of(row)
+            self._instance_of.append((kind, counts[kind]))
+            counts[kind] += 1
+        for kind, count in counts.items():
+            self._instances[kind] += [None] * (count - len(self._instances[kind]))
+
+    def reset(self, call: ResetCall) -> Any:
+        """Begin an episode, and return what `reset` does. Runs in a thread of the pool."""
+        kind, number = self._instance_of[call.episode.key]
+        environment, self._instances[kind][number] = self._instances[kind][number], None
+        if environment is None:
+            environment = self.pool.make(self._factories[kind])
+        environment.event_loop = self._event_loop
+        call.environment = environment
+        task = copied(call.episode.task)
+        if kind is not None:
             del task["environment"]
-        return player.reset(**task)
+        return environment.reset(**task)
 
-    def _step(self, episodes: list[Episode]) -> None:
+    def give_back(self, environment: MultiTurnEnvironment) -> None:
+        """Nothing to do: it stays with its episode until the batch has been scored."""
+
+    def end_batch(self, episodes: list[Episode]) -> None:
+        """Keep the instances that played well for the next batch."""
         for episode in episodes:
-            if len(episode.turns) > self._max_iterations and episode.messages[-1].get("tool_calls"):
-                self._end(episode, StopReason.max_turns)
-        super()._step([episode for episode in episodes if episode.active])
-
-    def _finish(self, episodes: list[Episode]) -> None:
-        played = [episode for episode in episodes if episode.error is None]
-        owners = [episode for episode in played if episode.player.owns_reward]
-        for episode, outcome in zip(owners, self._call([e.player.reward for e in owners]), strict=True):
-            try:
-                episode.reward = outcome.value()
-            except Exception as error:
-                self._drop_environment(episode, outcome, [episode.player])
-                episode.fail(error)
-        for episode in played:
             if episode.error is None:
-                self._pool.leave_seat(episode.key, episode.player)
+                kind, number = self._instance_of[episode.key]
+                self._instances[kind][number] = episode.environment
 
-    # ---- Tokens ----
-
-    def _limit(self, episode: Episode) -> tuple[float, StopReason]:
-        limit, reason = super()._limit(episode)
-        budget = self._prompt_length(episode) + self._max_completion_length
-        return (budget, StopReason.response_truncated) if budget < limit else (limit, reason)
-
-    def _has_room(self, episode: Episode) -> bool:
-        # TRL asks for one more response when a result fills the budget to its last token, and keeps none of it
-        limit, reason = self._limit(episode)
-        fills_budget = len(episode.context_ids) == limit and reason == StopReason.response_truncated
-        if fills_budget and limit <= self._settings.longest_context:
-            return True
-        return super()._has_room(episode)
-
-    def _reads_unfinished(self, episode: Episode) -> bool:
-        return bool(episode.messages) and "tool_calls" in episode.messages[-1]
-
-    def _ends_unanswered(self, episode: Episode) -> bool:
-        fills_budget = len(episode.context_ids) == self._prompt_length(episode) + self._max_completion_length
-        return episode.error is None and fills_budget and _ends_with_result(episode)
-
-    @staticmethod
-    def _prompt_length(episode: Episode) -> int:
-        return len(episode.turns[0].context_ids if episode.turns else episode.context_ids)
-
-    def _collect(self, episodes: list[Episode], trainer: "GRPOTrainer") -> dict[str, list[Any] | None]:
+    def columns(self, episodes: list[Episode]) -> dict[str, list[Any]]:
+        """What [`ToolRollout`] returns beside the columns of [`MultiTurnRollout`]."""
+        environments, prompts, tool_calls = [], [], []
         for episode in episodes:
-            for message in episode.messages:
-                message.pop("parse_error", None)
-            while not self._ends_unanswered(episode) and _ends_with_result(episode):
-                episode.messages.pop()  # it did not fit
-        output = super()._collect(episodes, trainer)
-        for index, episode in enumerate(episodes):
-            if self._ends_unanswered(episode):
-                _append_to_completion(output, index, episode.context_ids[self._prompt_length(episode) :])
-        players = [episode.player for episode in episodes]
-        output["environments"] = [
-            (player or self._pool.first_of(self._name_in(episode.task))).environment
-            for player, episode in zip(players, episodes, strict=True)
-        ]
-        output["prompts"] = [
-            player.prompt if player is not None else episode.task.get("prompt", EMPTY_PROMPT)
-            for player, episode in zip(players, episodes, strict=True)
-        ]
-        output["tool_calls"] = [(0, 0) if player is None else (player.calls, player.failures) for player in players]
-        return output
+            played = episode.environment
+            if played is None:  # none could be made
+                environments.append(self.first_of(self._kind_of(episode.task)).environment)
+                prompts.append(episode.task.get("prompt", EMPTY_PROMPT))
+                tool_calls.append((0, 0))
+            else:
+                environments.append(played.environment)
+                prompts.append(played.prompt)
+                tool_calls.append((played.calls, played.failures))
+        return {"environments": environments, "prompts": prompts, "tool_calls": tool_calls}
+
+    def close(self) -> None:
+        """Close all instances."""
+        self.pool.close()
+        self._firsts.clear()
+        self._instances = {kind: [] for kind in self._factories}
+
+    def _kind_of(self, row: dict[str, Any]) -> str | None:
+        if None in self._factories:
+            return None
+        kind = row.get("environment")
+        if kind not in self._factories:
+            raise ValueError(
+                f"A row has `environment={kind!r}`, which is not among the environments passed to "
+                f"`environment_factory`: {', '.join(map(repr, self._factories))}."
+            )
+        return kind
 
 
 def tool_rollout_for(
@@ -218,6 +247,17 @@ def tool_rollout_for(
     return rollout
 
 
+def _score(batch: RolloutBatch) -> None:
+    """Have the environments say what their episodes are worth; one that cannot has failed."""
+    owners = [e for e in batch.episodes if e.error is None and e.environment.owns_reward]
+    outcomes = batch.call([episode.environment.reward for episode in owners])
+    for episode, outcome in zip(owners, outcomes, strict=True):
+        try:
+            episode.reward = outcome.value()
+        except Exception as error:
+            batch.fail(episode, outcome, error)
+
+
 def _reward_of(
     environment_class: type,
     get_reward: Callable,
@@ -231,6 +271,20 @@ def _reward_of(
     return [reward if type(environment) is environment_class else None for environment, reward in pairs]
 
 
+def _clean_messages(episode: Episode, limits: EpisodeLimits) -> None:
+    """Leave what TRL has: no marks of malformed calls, no results that did not fit."""
+    for message in episode.messages:
+        message.pop("parse_error", None)
+    while _ends_with_result(episode) and not _ends_unanswered(episode, limits):
+        episode.messages.pop()
+
+
+def _ends_unanswered(episode: Episode, limits: EpisodeLimits) -> bool:
+    """Whether the episode's last result filled its budget of tokens to the last one: TRL counts it in."""
+    fills_budget = len(episode.context_ids) == episode.opening_length + limits.max_completion_length
+    return episode.error is None and fills_budget and _ends_with_result(episode)
+
+
 def _ends_with_result(episode: Episode) -> bool:
     return bool(episode.messages) and episode.messages[-1]["role"] != "assistant"
 
@@ -242,54 +296,3 @@ def _append_to_completion(output: dict[str, list[Any] | None], index: int, compl
     output["env_mask"][index] += [0] * missing
     if output["logprobs"] is not None:
         output["logprobs"][index] += [0.0] * missing
-
-
-class _Players(EnvironmentPool):
-    """
-    Environments by name, each kind in a row of seats. The n-th episode of a kind in a batch takes the n-th seat, so it
-    depends on nothing but the batch who plays what.
-    """
-
-    def __init__(self, factories: dict[str | None, Callable[[], ToolEnvironment]]):
-        super().__init__(ToolEnvironment)
-        self.factories = factories
-        self.event_loop = None
-        self._rows: dict[str | None, list[ToolEnvironment | None]] = {name: [] for name in factories}
-        self._firsts: dict[str | None, ToolEnvironment] = {}
-        self._seats: list[tuple[str | None, int]] = []
-
-    def first_of(self, name: str | None) -> ToolEnvironment:
-        """The environment that was made first of its kind."""
-        if name not in self._firsts:
-            self._firsts[name] = self.factories[name]()
-            self._environments.append(self._firsts[name])
-            self._rows[name].append(self._firsts[name])
-        return self._firsts[name]
-
-    def seat(self, names: list[str | None]) -> None:
-        """Give each episode of a batch a seat."""
-        counts: Counter = Counter()
-        self._seats = []
-        for name in names:
-            self._seats.append((name, counts[name]))
-            counts[name] += 1
-        for name, count in counts.items():
-            self._rows[name] += [None] * (count - len(self._rows[name]))
-
-    def take_seat(self, key: int) -> ToolEnvironment:
-        """The environment of an episode, made where there is none."""
-        name, number = self._seats[key]
-        player, self._rows[name][number] = self._rows[name][number], None
-        if player is None:
-            player = self.factories[name]()
-            self._environments.append(player)
-        player.event_loop = self.event_loop
-        return player
-
-    def leave_seat(self, key: int, player: ToolEnvironment) -> None:
-        """The batch has ended: the environment of an episode waits for the next one."""
-        name, number = self._seats[key]
-        self._rows[name][number] = player
-
-    def give_back(self, environment: MultiTurnEnvironment) -> None:
-        """Nothing to do: it stays with its episode until the batch has ended."""

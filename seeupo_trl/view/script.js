@@ -7,6 +7,8 @@ const fields = ["search", "task", "split", "iteration", "category", "stop", "suc
 const input = Object.fromEntries(fields.map((name) => [name, document.getElementById(name)]));
 const list = document.getElementById("list");
 const detail = document.getElementById("detail");
+const explorer = document.getElementById("explorer");
+const form = document.getElementById("filters");
 let shown = [];
 let current = null;
 let lowered = null;  // the texts in lower case, once somebody searches
@@ -164,20 +166,30 @@ function select(trajectory) {
   const changed = trajectory !== current;
   current = trajectory;
   if (trajectory === null) {
-    detail.replaceChildren(make("p", { class: "empty" }, "No trajectory matches these filters."));
+    const reason = trajectories.length ? "No trajectory matches these filters." : "No trajectory to show.";
+    detail.replaceChildren(make("p", { class: "empty" }, reason));
     return;
   }
   const item = entries[shown.indexOf(trajectory)];
   item.setAttribute("aria-current", "true");
-  item.scrollIntoView({ block: "nearest" });
+  reveal(item);
   show(trajectory);
   if (changed) detail.scrollTop = 0;
+}
+
+// Scrolls the list alone: the page stays where the reader is.
+function reveal(item) {
+  const box = item.getBoundingClientRect();
+  const frame = list.getBoundingClientRect();
+  if (box.top < frame.top) list.scrollTop += box.top - frame.top;
+  else if (box.bottom > frame.bottom) list.scrollTop += box.bottom - frame.bottom;
 }
 
 function move(step) {
   if (!shown.length) return;
   const at = Math.min(Math.max(shown.indexOf(current) + step, 0), shown.length - 1);
   select(shown[at]);
+  explorer.scrollIntoView({ block: "nearest" });
 }
 
 // ---- One trajectory ----
@@ -233,7 +245,7 @@ function overview(trajectory) {
     link.href = "#";
     link.addEventListener("click", (event) => {
       event.preventDefault();
-      cards()[at].scrollIntoView();
+      bring(cards()[at]);
     });
     const cells = [make("td", {}, link), make("td", {}, turn.context_tokens.toLocaleString("en")),
       make("td", {}, turn.action_tokens.toLocaleString("en"))];
@@ -330,12 +342,19 @@ function block(value) {
   return pre;
 }
 
+// On a narrow screen the whole page scrolls.
+function bring(card) {
+  if (detail.scrollHeight <= detail.clientHeight) card.scrollIntoView();
+  else detail.scrollTop += card.getBoundingClientRect().top - detail.getBoundingClientRect().top;
+  explorer.scrollIntoView({ block: "nearest" });
+}
+
 function jump(step) {
   const all = [...cards()];
   const top = detail.getBoundingClientRect().top;
   const tops = all.map((card) => card.getBoundingClientRect().top - top);
   const next = step > 0 ? tops.findIndex((value) => value > 5) : tops.findLastIndex((value) => value < -5);
-  if (next >= 0) all[next].scrollIntoView();
+  if (next >= 0) bring(all[next]);
   else if (step < 0) detail.scrollTop = 0;
 }
 
@@ -373,7 +392,6 @@ for (const [value, [label]] of Object.entries(SORTS)) input.sort.append(new Opti
 for (const task of distinct("task")) document.getElementById("tasks").append(new Option("", task));
 input.success.hidden = !trajectories.some((t) => t.success !== null);
 
-const form = document.getElementById("filters");
 form.addEventListener("input", update);
 form.addEventListener("submit", (event) => event.preventDefault());
 form.addEventListener("reset", () => setTimeout(update));

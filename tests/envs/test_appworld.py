@@ -26,6 +26,7 @@ from seeupo_trl.envs.appworld import AppWorldEnvironment, load_appworld, opening
 from seeupo_trl.envs.appworld.install import INSTALL, find_python, find_root
 from seeupo_trl.envs.appworld.launcher import AppWorldServerError, AppWorldTimeoutError
 from seeupo_trl.envs.appworld.server import AppWorldServers
+from seeupo_trl.rollout.tasks import Tasks
 
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -526,5 +527,5 @@ def test_a_stock_trainer_can_tell_tasks_apart():
     person = {"first_name": "A", "last_name": "B", "email": "a@b.c", "phone_number": "1"}
     messages = opening_messages("Do it.", person, "2023-05-18T12:00:00")
     rows = [{"prompt": [{**message, "task_id": id} for message in messages], "task_id": id} for id in ("a_1", "a_2")]
-    rollout = MultiTurnRollout(AppWorldEnvironment, tasks=Dataset.from_list(rows))
-    assert len(rollout._tasks) == 2
+    tasks = Tasks(Dataset.from_list(rows))
+    assert tasks.of([row["prompt"] for row in rows]) == rows

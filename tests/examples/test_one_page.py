@@ -1,5 +1,5 @@
 """
-`examples/seeupo_in_one_page.py` runs, learns nothing from the package, and updates a model as the trainer does.
+`examples/seeupo_in_one_page.py` runs, learns, needs nothing of the package, and updates a model as the trainer does.
 
 Both start from the same weights and train on the rollouts of unkind_rollouts.py with plain SGD; the largest difference
 between their parameters, relative to the largest distance a parameter moved, has to stay under `TOLERANCE`.
@@ -18,8 +18,9 @@ import pytest
 import torch
 import unkind_rollouts
 from datasets import Dataset
+from fixed_rollouts import outcome_reward
 from tiny import load_tiny_model, tiny_tokenizer
-from unkind_rollouts import GROUP_SIZE, NUM_TRAJECTORIES, REWARDS, TURNS, FixedRollouts, outcome_reward
+from unkind_rollouts import GROUP_SIZE, NUM_TRAJECTORIES, REWARDS, TURNS, FixedRollouts
 
 from seeupo_trl import SeeUPOConfig, SeeUPOTrainer
 
@@ -133,18 +134,27 @@ def test_episodes_are_games_by_the_rules(one_page):
         assert words == expected
 
 
-@pytest.mark.parametrize("order", [*ORDERS, "random"])
-def test_script_prints_its_curve(order, tmp_path):
+def test_script_prints_its_curve_and_appends_it_to_a_file(one_page, tmp_path):
     runs = tmp_path / "runs.jsonl"
-    command = [sys.executable, str(SCRIPT), "--iterations", "3", "--seed", "5", "--order", order, "--json", str(runs)]
-    for _ in range(2):
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr
-    rows = re.findall(r"^ +(\d+) +(\d\.\d\d)  ?█*$", result.stdout, re.MULTILINE)
-    first, second = (json.loads(line) for line in runs.read_text().splitlines())
-    assert first == second  # a run can be repeated
-    assert (first["seed"], first["order"], len(first["success"])) == (5, order, 3)
-    assert rows == [(str(i + 1), f"{success:.2f}") for i, success in enumerate(first["success"])]
+    runs.write_text("{}\n")
+    command = [sys.executable, str(SCRIPT), "--iterations", "3", "--seed", "5", "--order", "random"]
+    result = subprocess.run([*command, "--json", str(runs)], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    first, run = (json.loads(line) for line in runs.read_text().splitlines())
+    assert first == {}
+    assert (run["seed"], run["order"], len(run["success"])) == (5, "random", 3)
+    rows = re.findall(r"^ +(\d+) +(\d\.\d\d)  █+$", result.stdout, re.MULTILINE)
+    assert rows == [(str(i + 1), f"{success:.2f}") for i, success in enumerate(run["success"])]
+    assert f"uniform guesses {run['chance']:.2f}" in result.stdout
+
+    # the seed fixes the run
+    assert one_page.train(seed=5, num_iterations=3, order="random") == run["success"]
+
+
+@pytest.mark.slow
+def test_it_learns(one_page):
+    success = one_page.train(seed=0, num_iterations=40, order="reverse")
+    assert sum(success[-5:]) / 5 > max(sum(success[:5]) / 5, one_page.CHANCE) + 0.2
 
 
 def test_one_page_needs_neither_the_package_nor_a_second_page():

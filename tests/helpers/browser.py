@@ -101,9 +101,9 @@ class Browser:
         message, self._buffer = self._buffer.split(b"\0", 1)
         return json.loads(message)
 
-    def open(self, path: Path) -> None:
-        """Open a file and wait until it is loaded."""
-        self.send("Page.navigate", url=path.resolve().as_uri())
+    def open(self, page: Path | str) -> None:
+        """Open a file or an address and wait until it is loaded."""
+        self.send("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         self.run("new Promise(done => document.readyState === 'complete' ? done() : window.onload = () => done())")
 
     def run(self, expression: str) -> Any:
@@ -120,8 +120,10 @@ class Browser:
         self.send("Input.dispatchKeyEvent", type="keyUp", key=key)
 
     def click(self, selector: str) -> None:
-        """Click in the middle of an element, as a user does."""
-        box = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
+        """Scroll to an element and click in its middle, as a user does."""
+        element = f"document.querySelector({json.dumps(selector)})"
+        self.run(f"{element}.scrollIntoView({{block: 'nearest'}})")
+        box = f"{element}.getBoundingClientRect()"
         x, y = self.run(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({box})")
         for kind in ("mousePressed", "mouseReleased"):
             self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)

@@ -303,7 +303,7 @@ def test_what_is_kept_has_no_padding_and_goes_with_its_episode(make_trainer):
     longest = max(map(len, responses))
     sizes, references = [], []
     for key, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        keys, values = cached._rows[key].layers[0]
+        keys, values = cached._sequences[key].layers[0]
         tokens = len(prompt) + min(len(response), longest - 1)
         assert keys.shape == values.shape == (2, tokens, 8)
         sizes.append((keys.untyped_storage().nbytes(), tokens * 2 * 8 * 8))

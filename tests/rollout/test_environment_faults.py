@@ -82,6 +82,7 @@ def play(make_trainer, deeds, environment=Chaotic, script=("Yes.<|im_end|>",) * 
     options = {"env_timeout": LIMIT, "env_reset_retries": 0, **options}
     rollout = MultiTurnRollout(environment, tasks=rows, **options)
     output = rollout([r["prompt"] for r in rows], trainer)
+    trainer.played_by = rollout  # its environments are closed when it is deleted
     return output, trainer
 
 
@@ -189,25 +190,6 @@ def test_the_run_stops_when_too_many_environments_fail(make_trainer, failing, al
     else:
         output, _ = play(make_trainer, deeds, max_env_failure_rate=allowed)
         assert output["stop_reason"].count("env_error") == failing
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"env_timeout": 0}, {"env_reset_retries": -1}, {"max_env_failure_rate": 1.5}, {"max_concurrent_envs": 0}],
-)
-def test_options_out_of_range_are_refused(options):
-    (name,) = options
-    with pytest.raises(ValueError, match=name):
-        MultiTurnRollout(Talk, **options)
-    with pytest.raises(ValueError, match=name):
-        SeeUPOConfig("x", use_cpu=True, bf16=False, **options)
-
-
-def test_the_configuration_and_the_rollout_have_the_same_defaults():
-    from seeupo_trl.rollout.settings import RolloutSettings
-
-    arguments = vars(SeeUPOConfig("x", use_cpu=True, bf16=False))
-    assert RolloutSettings.from_arguments(arguments) == RolloutSettings()
 
 
 # --- concurrency -----------------------------------------------------------------------------------------------------

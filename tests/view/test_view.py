@@ -5,53 +5,15 @@ import subprocess
 import sys
 
 import pytest
-from browser import CHROMIUM, Browser
+from browser import Browser
 from saved_trajectories import WORDS, make_log
 from tiny import tiny_tokenizer
+from viewed_run import HOSTILE, Verbatim, filter_by, needs_browser, outcome, render
 
 from seeupo_trl import Trajectory, Turn
-from seeupo_trl.evaluation.outcome import Outcome
 from seeupo_trl.trajectory_log import TrajectoryLog
 from seeupo_trl.update.metrics import TurnUpdate
 from seeupo_trl.view.__main__ import main
-
-
-needs_browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium) or CHROMIUM=/path/to/it"
-)
-
-HOSTILE = [
-    "</script><script>window.harmed = 1</script>",
-    "<!-- <script> --> <img src='http://example.org/x.png' onerror='window.harmed = 1'>",
-    "</pre></title></style><svg onload=window.harmed=1>",
-    "@data@ @script@ ${window.harmed = 1} `\\u003cscript\\u003e` &lt;b&gt; \\\" ' \u2028 \u2029 \x00 \x1b[31m \x7f",
-    "javascript:window.harmed=1 \ud800 lone \udfff \u202e reversed",
-]
-
-
-class Verbatim:
-    """A tokenizer whose only token is a text of its own."""
-
-    def __init__(self, texts):
-        self.texts = texts
-
-    def decode(self, token_ids, **kwargs):
-        return "".join(self.texts[i] for i in token_ids)
-
-
-def outcome(index, task, reward, stop_reason="completed", success=None, turns=1, **kwargs):
-    return Outcome(
-        index=index,
-        group=index // 2,
-        task=task,
-        category=kwargs.get("category"),
-        turns=turns,
-        stop_reason=stop_reason,
-        success=success,
-        reward=reward,
-        rewards={"environment_reward": reward, "format": 0.5},
-        advantage=-0.25,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -79,21 +41,6 @@ def run_dir(tmp_path_factory):
     log.add([outcome(0, "door", None, "env_error", turns=0)], [Trajectory([], info={"error": "the key broke"})])
     log.write("eval_doors", 2)
     return output
-
-
-def render(run_dir, output, *options):
-    main([str(run_dir), "--output", str(output), *options])
-    return output
-
-
-def filter_by(browser, **values):
-    """Set filters as a user does; an empty value clears one."""
-    for name, value in values.items():
-        browser.run(
-            f"(e => {{ e.value = {json.dumps(value)}; e.dispatchEvent(new Event('input', {{bubbles: true}})) }})"
-            f"(document.getElementById({json.dumps(name)}))"
-        )
-    return browser.run("[...list.children].map(item => [...item.querySelectorAll('span')].map(e => e.textContent))")
 
 
 @needs_browser

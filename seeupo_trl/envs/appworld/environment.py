@@ -5,7 +5,7 @@ The policy's action is the first fenced ```` ```python ```` block of its message
 where variables stay from one block to the next, and the policy reads what it prints. The episode ends when the code
 marks the task as complete. AppWorld's own tests on the state of the apps are the score.
 
-Every action is followed by an evaluation, and its reward is what the evaluation is worth now, less what was paid
+Every action is followed by an evaluation, and its reward is what the evaluation is worth now, less the rewards
 before. So the return of an episode is that of its last state, however it ends: also at `max_turns` or with a full
 context, where no environment is asked.
 
@@ -151,7 +151,7 @@ class AppWorldEnvironment(MultiTurnEnvironment):
         """
         self._release()
         self._task_id = task_id
-        self._paid = 0.0
+        self._return = 0.0
         self._server = self.servers.lease()
         task = self._server.initialize(task_id)
         return Observation(messages=opening_messages(task["instruction"], task["supervisor"], task["datetime"]))
@@ -185,8 +185,8 @@ class AppWorldEnvironment(MultiTurnEnvironment):
             "difficulty": evaluation["difficulty"],
             "failure": None,
         }
-        worth = self.success_reward if info["success"] else self.partial_reward * info["score"]
-        reward = self._pay(worth)
+        episode_return = self.success_reward if info["success"] else self.partial_reward * info["score"]
+        reward = self._reward_towards(episode_return)
         if completed:
             self._release()
         return StepResult([{"role": "user", "content": answer}], reward=reward, terminated=completed, info=info)
@@ -200,11 +200,12 @@ class AppWorldEnvironment(MultiTurnEnvironment):
         failure = f"The code ended the episode: {error}."
         info = {"success": False, "score": 0.0, "completed": False, "task_id": self._task_id, "failure": failure}
         message = {"role": "user", "content": failure}
-        return StepResult([message], reward=self._pay(0.0), truncated=True, info=info)
+        return StepResult([message], reward=self._reward_towards(0.0), truncated=True, info=info)
 
-    def _pay(self, worth: float) -> float:
-        worth = round(worth / REWARD_UNIT) * REWARD_UNIT
-        reward, self._paid = worth - self._paid, worth
+    def _reward_towards(self, episode_return: float) -> float:
+        """The reward with which those of the episode add up to `episode_return`."""
+        episode_return = round(episode_return / REWARD_UNIT) * REWARD_UNIT
+        reward, self._return = episode_return - self._return, episode_return
         return reward
 
     def _release(self) -> None:

@@ -100,10 +100,10 @@ class Launcher:
         try:
             answer = self._answers.readline()
         except TimeoutError as error:
-            last_words = end_of(self._log)
+            log_end = end_of(self._log)
             self.close()
             raise AppWorldTimeoutError(
-                f"The process that starts AppWorld's servers did not answer within {timeout:g} seconds.{last_words}"
+                f"The process that starts AppWorld's servers did not answer within {timeout:g} seconds.{log_end}"
             ) from error
         except OSError as error:
             answer = f"{error}"

@@ -89,10 +89,12 @@ class AppWorldServer:
         deadline = time.monotonic() + self._request_timeout
         while not self._answers():
             if self._launcher.request("poll", self.pid) != "running":
-                raise AppWorldServerError(f"AppWorld's server did not start: {self._obituary()}.{self._last_words()}")
+                raise AppWorldServerError(
+                    f"AppWorld's server did not start: {self._exit_status()}.{self._end_of_log()}"
+                )
             if time.monotonic() > deadline:
                 raise AppWorldTimeoutError(
-                    f"AppWorld's server did not start within {self._request_timeout:g} seconds.{self._last_words()}"
+                    f"AppWorld's server did not start within {self._request_timeout:g} seconds.{self._end_of_log()}"
                 )
             time.sleep(0.02)
 
@@ -132,16 +134,16 @@ class AppWorldServer:
                 When the server had died before, or was killed from outside (also by the out-of-memory killer).
         """
         if self._launcher.request("poll", self.pid) != "running":
-            raise AppWorldServerError(f"AppWorld's server has died: {self._obituary()}.{self._last_words()}")
+            raise AppWorldServerError(f"AppWorld's server has died: {self._exit_status()}.{self._end_of_log()}")
         try:
             return self._request("POST", "/execute", {"task_id": self._task_id, "code": code})
         except TimeoutError as error:
             raise BrokenByCodeError(f"it did not end within {self._request_timeout:g} seconds") from error
         except (OSError, http.client.HTTPException) as error:
-            obituary = self._obituary()
-            if obituary in ("it closed the connection", "signal SIGKILL"):
-                raise AppWorldServerError(f"AppWorld's server has died: {obituary}.{self._last_words()}") from error
-            raise BrokenByCodeError(f"it ended its process ({obituary})") from error
+            status = self._exit_status()
+            if status in ("it closed the connection", "signal SIGKILL"):
+                raise AppWorldServerError(f"AppWorld's server has died: {status}.{self._end_of_log()}") from error
+            raise BrokenByCodeError(f"it ended its process ({status})") from error
         except AppWorldServerError as error:
             # The process is new, it could begin the task, and nothing but the model's code has run in it.
             raise BrokenByCodeError("AppWorld could not return its output") from error
@@ -170,7 +172,7 @@ class AppWorldServer:
         except (OSError, http.client.HTTPException) as error:
             raise AppWorldServerError(
                 f"AppWorld's server has died, at /{method} of task {self._task_id}: "
-                f"{self._obituary()}.{self._last_words()}"
+                f"{self._exit_status()}.{self._end_of_log()}"
             ) from error
 
     def _request(self, verb: str, path: str, body: dict | None = None) -> Any:
@@ -186,12 +188,12 @@ class AppWorldServer:
         if response.status != 200:
             raise AppWorldServerError(
                 f"AppWorld's server answered {path} of task {self._task_id} with status "
-                f"{response.status}.{self._last_words()}"
+                f"{response.status}.{self._end_of_log()}"
             )
         answer = json.loads(answer)
         return answer.get("output", answer)
 
-    def _obituary(self) -> str:
+    def _exit_status(self) -> str:
         deadline = time.monotonic() + 5.0  # connections break a moment before the process has ended
         while (code := self._launcher.request("poll", self.pid)) == "running" and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -199,7 +201,7 @@ class AppWorldServer:
             return "it closed the connection"
         return f"signal {signal.Signals(-int(code)).name}" if int(code) < 0 else f"exit code {code}"
 
-    def _last_words(self) -> str:
+    def _end_of_log(self) -> str:
         return end_of(self._directory / "log")
 
 

@@ -1,0 +1,62 @@
+"""The dataset rows that environments are reset with."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from .episode import shorten
+
+
+class Tasks:
+    """
+    Rows by prompt, for trainers that hand a rollout function nothing but prompts.
+
+    Args:
+        rows (`Iterable[dict]`, *optional*):
+            Dataset rows with a `prompt` each. [`~seeupo_trl.SeeUPOTrainer`] hands over whole rows and needs none.
+
+    Raises:
+        `ValueError`:
+            When different rows have the same prompt.
+    """
+
+    def __init__(self, rows: Iterable[dict[str, Any]] | None):
+        self._by_prompt: dict[str, dict[str, Any]] | None = None if rows is None else {}
+        for row in rows or ():
+            if self._by_prompt.setdefault(_as_key(row["prompt"]), row) != row:
+                raise ValueError(
+                    f"Different rows of `tasks` have the same prompt, so it does not tell them apart: "
+                    f"{shorten(row['prompt'])}. Make the prompts different (an extra key in a message is enough)."
+                )
+
+    def of(self, prompts: list[Any]) -> list[dict[str, Any]]:
+        """
+        The rows of some prompts.
+
+        Args:
+            prompts (`list`):
+                Prompts of this process.
+
+        Raises:
+            `ValueError`:
+                When there is no row for a prompt.
+        """
+        if self._by_prompt is None:
+            raise ValueError(
+                "The trainer hands a rollout function nothing but prompts, and environments need whole dataset rows: "
+                "pass the dataset as `MultiTurnRollout(..., tasks=dataset)`, or use SeeUPOTrainer."
+            )
+        missing = [prompt for prompt in prompts if _as_key(prompt) not in self._by_prompt]
+        if missing:
+            raise ValueError(
+                f"No row of `tasks` has this prompt: {shorten(missing[0])}. `tasks` must hold the rows of every "
+                "dataset the trainer reads, the evaluation dataset included."
+            )
+        return [self._by_prompt[_as_key(prompt)] for prompt in prompts]
+
+
+def _as_key(prompt: Any) -> str:
+    # Arrow fills keys that only some messages have with None.
+    if isinstance(prompt, list):
+        prompt = [{key: value for key, value in message.items() if value is not None} for message in prompt]
+    return json.dumps(prompt, sort_keys=True)

@@ -1,0 +1,88 @@
+"""The command line of the page, for `python -m seeupo_trl.view` and for programs that offer it among others."""
+
+import argparse
+import sys
+import webbrowser
+from pathlib import Path
+
+from .page import render
+from .run import DEFAULT_MAX_TRAJECTORIES, read_run
+from .watch import watch
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of [`run`] to a parser."""
+    parser.add_argument("run_dir", help="output_dir of the run, a directory inside its trajectories, or one file")
+    parser.add_argument("--output", help="page to write; RUN_DIR/trajectories.html by default")
+    parser.add_argument("--split", action="append", help="train, eval, eval_<dataset>; may be repeated")
+    parser.add_argument(
+        "--iteration", action="append", type=int, help="list episodes of this one only; may be repeated"
+    )
+    parser.add_argument(
+        "--max-trajectories",
+        type=_positive,
+        default=DEFAULT_MAX_TRAJECTORIES,
+        help="largest number of episodes in the list; the latest iterations are kept, and the curves show all "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--open", action="store_true", help="open the page in the default browser")
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="follow a run that is going on: serve the page to this machine alone, and reload it when files change",
+    )
+    parser.add_argument("--port", type=_port, help="port of --watch on 127.0.0.1; a free one by default")
+
+
+def run(args: argparse.Namespace) -> None:
+    """
+    Write the page, or serve it.
+
+    Args:
+        args (`argparse.Namespace`):
+            Options of [`add_arguments`].
+
+    Raises:
+        `SystemExit`:
+            When there is nothing to show, with a message that says why.
+    """
+    selection = {"splits": args.split, "iterations": args.iteration, "max_trajectories": args.max_trajectories}
+    try:
+        if args.watch:
+            if args.output is not None:
+                raise ValueError("--watch writes no page: give either --watch or --output.")
+            watch(Path(args.run_dir), port=args.port or 0, open_browser=args.open, **selection)
+        elif args.port is not None:
+            raise ValueError("--port is the port of --watch: add --watch, or leave it out.")
+        else:
+            _write(args, selection)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _write(args: argparse.Namespace, selection: dict) -> None:
+    run_dir = Path(args.run_dir)
+    shown = read_run(run_dir, **selection)
+    output = Path(args.output or (run_dir if run_dir.is_dir() else run_dir.parent) / "trajectories.html")
+    page = render(shown.rows.to_pylist(), shown.title, shown.note, shown.charts, shown.notices)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(output)
+    print(f"{output}: {len(page) / 1e6:.1f} MB" + (f"; {shown.note}" if shown.note else ""))
+    if args.open:
+        webbrowser.open(output.resolve().as_uri())
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
+    return value
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 65535; got {value}")
+    return value
