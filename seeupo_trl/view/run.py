@@ -142,7 +142,7 @@ def read_history(directory: Path) -> tuple[dict[str, dict[int, float]] | None, l
             break
     if best is None:
         notices.append(
-            f"Entropy and seconds are left out: there is no {_STATE} yet. The trainer writes it with every checkpoint."
+            f"Entropy and seconds are left out: there is no readable {_STATE}, which comes with checkpoints."
         )
         return None, notices
     return best[1], notices + best[2]
@@ -159,10 +159,13 @@ def _metrics(state: Any) -> tuple[dict[str, dict[int, float]], int]:
             num_broken += 1
             continue
         step = entry.get("step")
+        evaluated = [name.removesuffix("_runtime") for name in entry if name.endswith("_runtime")]
         for name in filter(_METRIC.fullmatch, entry):
             if _is_number(step) and step == int(step) and _is_number(entry[name]):
-                metrics.setdefault(name, {})[int(step)] = float(entry[name])
-            else:
+                # what GRPO measures in batches is called eval_ in the evaluation of every split
+                split_name = f"{evaluated[0]}_entropy" if name == "eval_entropy" and evaluated else name
+                metrics.setdefault(split_name, {})[int(step)] = float(entry[name])
+            elif entry[name] is not None:  # GRPO's word for "not measured"
                 num_broken += 1
     return metrics, num_broken
 

@@ -45,6 +45,13 @@ class OracleSettings:
     epsilon: float = 0.2
     epsilon_high: float | None = None
     delta: float | None = None
+    loss_type: str = "seeupo"
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_pos: float = 3.0
+    vespo_lambda_neg: float = 2.0
     num_iterations: int = 1
     minibatches: tuple[int, ...] | None = None
     max_grad_norm: float = 0.0
@@ -138,7 +145,7 @@ def seeupo_iteration(model, groups, settings: OracleSettings, ref_model=None, sa
                         log_ratio, new_logps = log_ratios(i)
                         ratio = log_ratio.mean().exp()
                         record.first_ratios.setdefault(i, ratio.item())
-                        objective = clipped_objective(ratio, advantages[i] * weights[i], settings)
+                        objective = objective_of(log_ratio, new_logps, advantages[i] * weights[i], settings)
                         if sampling_logps is not None:
                             policy = [logp.item() for t in turns_of[i] for logp in start_logps[i, t]]
                             sampler = [logp for t in turns_of[i] for logp in sampling_logps[i][t]]
@@ -232,6 +239,26 @@ def token_entropies(model, context: list[int], action: list[int], temperature: f
     """Entropy, in nats, of the distribution every action token was drawn from."""
     distributions = next_token_logps(model, context, action, temperature)
     return torch.stack([-(logps.exp() * logps).sum() for logps in distributions])
+
+
+def objective_of(
+    log_ratio: torch.Tensor, new_logps: torch.Tensor, weighted_advantage: float, settings: OracleSettings
+) -> torch.Tensor:
+    """What is maximised of one action, given the log-ratio and the log-probability of each of its tokens."""
+    ratio = log_ratio.mean().exp()
+    high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
+    if settings.loss_type == "cispo":
+        return min(ratio.item(), high) * weighted_advantage * new_logps.sum() / len(new_logps)
+    if settings.loss_type == "sapo":
+        tau = settings.sapo_temperature_pos if weighted_advantage > 0 else settings.sapo_temperature_neg
+        return weighted_advantage * 4 / tau / (1 + torch.exp(-tau * (ratio - 1)))
+    if settings.loss_type == "vespo":
+        w = math.exp(math.fsum(log_ratio.tolist()))
+        sign = "pos" if weighted_advantage >= 0 else "neg"
+        k, lam = getattr(settings, f"vespo_k_{sign}"), getattr(settings, f"vespo_lambda_{sign}")
+        return math.exp(lam) * w**k * math.exp(-lam * w) * weighted_advantage * new_logps.sum() / len(new_logps)
+    objective = clipped_objective(ratio, weighted_advantage, settings)
+    return len(new_logps) * objective if settings.loss_type == "luspo" else objective
 
 
 def clipped_objective(ratio: torch.Tensor, weighted_advantage: float, settings: OracleSettings) -> torch.Tensor:

@@ -5,6 +5,7 @@ import math
 
 import pyarrow.parquet as pq
 import pytest
+from evaluation_run import make_trainer, tasks
 from viewed_run import page_data, render, save, save_state
 
 from seeupo_trl.view.run import read_run
@@ -111,7 +112,7 @@ def test_entropy_and_seconds_come_from_the_state_that_reaches_farthest(tmp_path)
     history = [
         {"step": 1, "entropy": 0.5, **times, "reward": 7},
         {"step": 2, "entropy": 0.25, **times},
-        {"step": 2, "eval_doors_entropy": 0.75, "eval_loss": 1},
+        {"step": 2, "eval_entropy": 0.75, "eval_doors_loss": 1, "eval_doors_runtime": 2.0},
         {"step": 2, "train_runtime": 9.0},
     ]
     save_state(tmp_path / "checkpoint-1", history[:1])
@@ -154,7 +155,7 @@ def test_values_that_are_no_numbers_are_left_out_and_counted(tmp_path):
     ]}"""
     save_state(tmp_path, text.replace("LONG", "9" * 400))
     run = read_run(tmp_path)
-    assert "trainer_state.json: 13 values are no finite numbers of a step and left out." in run.notices
+    assert "trainer_state.json: 12 values are no finite numbers of a step and left out." in run.notices
     assert curves_of(tmp_path, "Entropy") == {"train": {11: 0.5}}
     assert curves_of(tmp_path, "Reward") == {"train": {1: 0.5}}
     json.dumps(page_data(render(tmp_path, tmp_path / "page.html").read_text()), allow_nan=False)
@@ -201,3 +202,31 @@ def test_a_file_of_something_else_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"iteration-000001\.parquet cannot be read as saved trajectories"):
         read_run(tmp_path)
+
+
+def test_curves_of_a_real_run_are_what_its_trainer_logged(tiny_dir, tmp_path):
+    options = {"save_trajectories": True, "max_steps": 3, "per_device_train_batch_size": 8, "num_generations": 4}
+    options |= {"learning_rate": 0.05, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
+    trainer = make_trainer(tiny_dir, tmp_path, {**options, "save_steps": 3}, eval_dataset={"x": tasks(3)})
+    trainer.train()
+    logged = {}
+    for entry in trainer.state.log_history:
+        for name, value in entry.items():
+            logged.setdefault(name, {})[entry["step"]] = value
+
+    def agree(curve, metric):
+        assert curve == {step: pytest.approx(value, rel=1e-3) for step, value in logged[metric].items()}
+        assert set(curve) <= {1, 2, 3}
+
+    agree(curves_of(tmp_path, "Reward")["train"], "reward")
+    agree(curves_of(tmp_path, "Reward")["eval_x"], "eval_x_reward/avg")
+    agree(curves_of(tmp_path, "Success")["eval_x"], "eval_x_success/avg@2")
+    agree(curves_of(tmp_path, "Turns")["train"], "turns/mean")
+    agree(curves_of(tmp_path, "Stop reasons, train")["completed"], "stop_reason/completed")
+    agree(curves_of(tmp_path, "Ratio by turn")["turn 1"], "turn_1/ratio_mean")
+    agree(curves_of(tmp_path, "M / A by turn")["turn 1"], "turn_1/weight_mean")
+    agree(curves_of(tmp_path, "Entropy")["train"], "entropy")
+    agree(curves_of(tmp_path, "Entropy")["eval_x"], "eval_entropy")
+    for name, metric in {"rollout": "rollout", "passes before the update": "old_pass", "update": "update"}.items():
+        agree(curves_of(tmp_path, "Seconds")[name], f"time/{metric}")
+    assert read_run(tmp_path).notices == []

@@ -1,0 +1,284 @@
+"""Scripts that extend or steer GRPOTrainer: what they change takes effect here too, or is refused by name."""
+
+import copy
+
+import pytest
+import torch
+from grpo_script import chat_dataset, config, logged, moved, parameters_of, small_tokens, text_dataset
+from tiny import ON_CPU, load_tiny_model
+from tool_calls import Counter, increment
+from transformers import Trainer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from seeupo_trl import SeeUPOConfig, SeeUPOTrainer
+from seeupo_trl.grpo_compatibility import (
+    CALLED_METHODS,
+    FIXED_ATTRIBUTES,
+    READ_ATTRIBUTES,
+    REFUSED_METHODS,
+    TOOL_LOOP_METHODS,
+    TRL_ATTRIBUTES,
+)
+
+
+# What GRPOTrainer has for the model card and for transformers' own loss.
+DECLARATIONS = {"loss_is_scaled_for_ga", "_tag_names", "_name", "_paper"}
+
+
+@pytest.fixture
+def make_of(tiny_dir, tmp_path):
+    """Build a trainer of a given class."""
+
+    def build(trainer_class, args=None, **kwargs):
+        given = {"model": tiny_dir, "reward_funcs": small_tokens, "train_dataset": text_dataset(), **kwargs}
+        return trainer_class(args=config(tmp_path, **(args or {})), **given)
+
+    return build
+
+
+class OnStep(TrainerCallback):
+    """Does something when the first iteration has ended."""
+
+    def __init__(self, action):
+        self.action = action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self.action()
+
+
+# ---- every name of GRPOTrainer is decided ----
+
+
+def test_every_method_of_grpo_trainer_is_decided():
+    methods = {name for name in vars(GRPOTrainer) if not name.startswith("__")} - DECLARATIONS
+    decided = REFUSED_METHODS.keys() | TOOL_LOOP_METHODS.keys() | CALLED_METHODS
+    assert methods <= decided, "TRL has new methods: decide in grpo_compatibility.py what becomes of an override"
+
+
+def test_every_public_attribute_of_grpo_trainer_is_decided(tiny_dir, tmp_path):
+    arguments = GRPOConfig(**ON_CPU, output_dir=str(tmp_path), num_generations=2, per_device_train_batch_size=2)
+    stock = GRPOTrainer(tiny_dir, reward_funcs=small_tokens, args=arguments, train_dataset=text_dataset())
+    general = Trainer(load_tiny_model(tiny_dir), args=copy.copy(arguments))
+    attributes = {name for name in vars(stock).keys() - vars(general).keys() if not name.startswith("_")}
+    decided = READ_ATTRIBUTES | FIXED_ATTRIBUTES | TRL_ATTRIBUTES
+    assert attributes <= decided, "TRL has new attributes: decide in grpo_compatibility.py what a change of them does"
+
+
+@pytest.mark.parametrize("name", REFUSED_METHODS)
+def test_an_override_that_would_never_be_called_is_refused(make_of, name):
+    extended = type("Extended", (SeeUPOTrainer,), {name: lambda self, *args, **kwargs: None})
+    with pytest.raises(TypeError, match=rf"Extended overrides `{name}`, which SeeUPOTrainer does not call"):
+        make_of(extended)
+
+
+@pytest.mark.parametrize("name", TOOL_LOOP_METHODS)
+def test_an_override_of_the_tool_loop_is_refused_where_it_does_not_run(make_of, tool_dir, name):
+    extended = type("Extended", (SeeUPOTrainer,), {name: getattr(GRPOTrainer, name)})
+    make_of(extended, model=tool_dir, train_dataset=chat_dataset(), tools=[increment])
+    with pytest.raises(TypeError, match=f"overrides `{name}`"):
+        make_of(extended, model=tool_dir, train_dataset=chat_dataset(), environment_factory=Counter)
+
+
+def test_an_override_by_a_mixin_is_refused_as_well(make_of):
+    class Mixin:
+        def compute_loss(self, *args, **kwargs):
+            return None
+
+    class Extended(Mixin, SeeUPOTrainer):
+        pass
+
+    with pytest.raises(TypeError, match=r"Mixin overrides `compute_loss`.*turn_surrogate"):
+        make_of(Extended)
+
+
+# ---- hooks ----
+
+
+def test_the_surrogate_of_a_turn_can_be_replaced(make_of):
+    calls = []
+
+    class Mean(SeeUPOTrainer):
+        def turn_surrogate(self, ratios, weights, actions, settings):
+            calls.append((ratios.shape, weights.shape, [len(logps) for logps in actions.new]))
+            return 0.0 * super().turn_surrogate(ratios, weights, actions, settings)
+
+    trainer = make_of(Mean)
+    before = parameters_of(trainer)
+    trainer.train()
+    assert calls and not moved(trainer, before)
+    for ratios, weights, lengths in calls:
+        assert ratios == weights == (len(lengths),) and min(lengths) >= 1
+
+
+def test_a_surrogate_of_another_shape_is_refused(make_of):
+    class Summed(SeeUPOTrainer):
+        def turn_surrogate(self, *args):
+            return super().turn_surrogate(*args).sum()
+
+    with pytest.raises(ValueError, match=r"one value for each of the \d+ actions"):
+        make_of(Summed).train()
+
+
+def test_episodes_can_be_left_out(make_of):
+    trained = []
+
+    class Filtered(SeeUPOTrainer):
+        def select_episodes(self, episodes):
+            episodes.is_left_out[0] = True
+            return episodes
+
+        def turn_surrogate(self, ratios, weights, actions, settings):
+            trained.append(len(weights))
+            return super().turn_surrogate(ratios, weights, actions, settings)
+
+    make_of(Filtered, {"max_steps": 1}).train()
+    assert sum(trained) == 3  # of four
+
+
+# ---- the batch ----
+
+
+def test_rows_that_a_subclass_replaces_are_trained_on(make_of):
+    replayed = []
+
+    class Replay(SeeUPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            batch = super()._generate_and_score_completions(inputs)
+            batch["completion_ids"][0], batch["completion_mask"][0] = 25, 0
+            batch["completion_mask"][0, :3] = 1
+            return batch
+
+        def turn_surrogate(self, ratios, weights, actions, settings):
+            replayed.extend(map(len, actions.new))
+            return super().turn_surrogate(ratios, weights, actions, settings)
+
+    trainer = make_of(Replay, {"max_steps": 1, "max_completion_length": 8, "generation_kwargs": {"min_new_tokens": 8}})
+    trainer.train()
+    assert trainer._batch.trajectories[0].turns[0].action_ids == [25] * 3
+    assert sorted(replayed) == [3, 8, 8, 8]
+
+
+def test_advantages_that_a_subclass_changes_take_effect(make_of):
+    class Nothing(SeeUPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            batch = super()._generate_and_score_completions(inputs)
+            batch["advantages"] = torch.zeros_like(batch["advantages"])
+            return batch
+
+    trainer = make_of(Nothing)
+    before = parameters_of(trainer)
+    trainer.train()
+    assert not moved(trainer, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda batch: batch | {"advantages": batch["advantages"][:, None].expand(-1, 6)}, r"shape \(4, 6\)"),
+        (lambda batch: batch | {"advantages": batch["advantages"][:2]}, "4 rows and 2 advantages for 4 episodes"),
+        (lambda batch: {name: value for name, value in batch.items() if name != "episodes"}, "without `episodes`"),
+    ],
+)
+def test_a_batch_that_does_not_fit_its_episodes_is_refused(make_of, change, message):
+    class Changed(SeeUPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            return change(super()._generate_and_score_completions(inputs))
+
+    with pytest.raises(ValueError, match=message):
+        make_of(Changed).train()
+
+
+# ---- values that a callback changes ----
+
+
+def test_beta_can_be_annealed(make):
+    trainer = make({"beta": 1.0, "max_steps": 2})
+    trainer.add_callback(OnStep(lambda: setattr(trainer, "beta", 0.0)))
+    trainer.train()
+    assert ["kl" in entry for entry in trainer.state.log_history if "entropy" in entry] == [True, False]
+
+
+def test_the_clipping_range_can_be_changed(make):
+    trainer = make({"num_iterations": 2, "epsilon": 0.99, "epsilon_high": 100.0, "max_steps": 2})
+
+    def tighten():
+        trainer.epsilon_low = trainer.epsilon_high = 1e-6
+
+    trainer.add_callback(OnStep(tighten))
+    trainer.train()
+    wide, tight = logged(trainer, "clip_ratio/region_mean")
+    assert wide == 0 and tight > 0
+
+
+def test_beta_without_a_reference_model_is_refused(make):
+    trainer = make()
+    trainer.add_callback(OnStep(lambda: setattr(trainer, "beta", 0.1)))
+    with pytest.raises(ValueError, match="no reference model"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [("", "num_iterations", 3), ("", "temperature", 0.5), ("config", "turn_weight_clip", None)],
+)
+def test_a_change_that_nothing_would_read_is_refused(make, owner, name, value):
+    trainer = make()
+    trainer.add_callback(OnStep(lambda: setattr(trainer.config if owner else trainer, name, value)))
+    with pytest.raises(ValueError, match=rf"`trainer\.{owner + '.' if owner else ''}{name}` was changed"):
+        trainer.train()
+
+
+# ---- what scripts read ----
+
+
+def test_groups_without_variance_are_counted_by_group(make):
+    trainer = make({"max_steps": 1}, reward_funcs=lambda completion_ids, **kwargs: [0.0, 1.0, 0.5, 0.5])
+    trainer.train()
+    assert logged(trainer, "frac_reward_zero_std") == [0.5]
+
+
+def test_the_arguments_that_are_saved_and_logged_are_those_that_were_given(make, tmp_path):
+    given = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_iterations": 3, "max_steps": 1}
+    trainer = make(given)
+    for name, value in given.items():
+        assert trainer.args.to_dict()[name] == value
+        assert copy.deepcopy(trainer.args).to_dict()[name] == value
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    saved = torch.load(tmp_path / "saved" / "training_args.bin", weights_only=False)
+    assert type(saved) is SeeUPOConfig
+    assert {name: getattr(saved, name) for name in given} == given
+
+
+def test_an_optimizer_with_two_modes_is_in_the_right_one(make, tiny_dir):
+    class ScheduleFree(torch.optim.SGD):
+        mode = "eval"
+
+        def train(self):
+            self.mode = "train"
+
+        def eval(self):
+            self.mode = "eval"
+
+        def step(self, *args, **kwargs):
+            assert self.mode == "train"
+            return super().step(*args, **kwargs)
+
+    model = load_tiny_model(tiny_dir)
+    optimizer = ScheduleFree(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    trainer = make(
+        {"eval_strategy": "steps", "eval_steps": 1},
+        model=model,
+        optimizers=(optimizer, schedule),
+        eval_dataset=text_dataset(),
+    )
+    before = parameters_of(trainer)
+    trainer.train()
+    assert moved(trainer, before)
+
+
+def test_a_trainer_that_was_never_constructed_has_its_defaults():
+    bare = object.__new__(SeeUPOTrainer)
+    assert bare._tool_rollout is None and bare._evaluation is None and not bare._is_idle
