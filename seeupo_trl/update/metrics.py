@@ -1,5 +1,5 @@
 """
-What one iteration logs about its updates. Every name is explained in the README ("Metrics").
+What one iteration logs about its updates. Every name is explained in `docs/metrics.md`.
 
 Values are collected by block of turns on each process and reduced over processes once, at the end.
 """
