@@ -243,14 +243,14 @@ def write_random_model(config: Qwen3Config, directory: str) -> None:
 
 def record_largest_batch(trainer: SeeUPOTrainer) -> list[MicroBatch]:
     """A list that holds the largest micro-batch that was laid out so far."""
-    micro_batches, largest = trainer._scorer.micro_batches, []
+    micro_batches, largest = trainer._scorers.policy.micro_batches, []
 
     def recorded(*args, **kwargs):
         batches = micro_batches(*args, **kwargs)
         largest[:] = sorted([*largest, *batches], key=lambda batch: -batch.num_tokens)[:1]
         return batches
 
-    trainer._scorer.micro_batches = recorded
+    trainer._scorers.policy.micro_batches = recorded
     return largest
 
 

@@ -33,14 +33,11 @@ from time import process_time
 import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
-from update_schedules import Engine, Recorder, Shape, make_buffer
+from update_schedules import Episodes, OneProcess, Recorder, Shape, make_episodes, updater_of
 
 from seeupo_trl import SeeUPOConfig
 from seeupo_trl.scoring.rows import RowBatch
 from seeupo_trl.scoring.trees import TreeScorer
-from seeupo_trl.trajectory import TurnBuffer
-from seeupo_trl.update.entropy_bonus import EntropyBonus
-from seeupo_trl.update.turn_updater import TurnUpdater
 
 
 @dataclass(frozen=True)
@@ -131,14 +128,13 @@ def scorer_for(max_tokens: int | None) -> TreeScorer:
         return TreeScorer(Qwen3ForCausalLM(config), 0, 0.9, max_tokens=max_tokens)
 
 
-def work_of(buffer: TurnBuffer, config: SeeUPOConfig, model: Model, scorer: TreeScorer) -> Work:
+def work_of(episodes: Episodes, config: SeeUPOConfig, model: Model, scorer: TreeScorer) -> Work:
     """Passes that the update phase makes of a rank's episodes."""
     packer = Packer(scorer)
-    engine = Engine(torch.nn.Linear(1, 1), "cpu")
-    updater = TurnUpdater(buffer, config, engine, packer, engine.model, 0, EntropyBonus(config, 0.0, float("inf")))
+    updater = updater_of(episodes, config, OneProcess(torch.nn.Linear(1, 1), "cpu"), packer)
     updater.run()
     flops = [(model.flops(batch, with_grad), with_grad) for batch, with_grad in packer.passes]
-    return Work(flops, len(updater.steps), sum(batch.num_tokens for batch, _ in packer.passes))
+    return Work(flops, updater.plan.num_steps, sum(batch.num_tokens for batch, _ in packer.passes))
 
 
 def update_config(max_tokens: int | None, completions: int, max_turn_updates: int | None) -> SeeUPOConfig:
@@ -202,8 +198,8 @@ def simulate(args: argparse.Namespace) -> list[dict]:
                 episodes = args.completions_per_gpu or max(args.episodes // gpus, 1)
                 if episodes not in known:
                     shape = Shape(args.prompt, args.action, args.observation, turns)
-                    buffer = episodes_of(shape, episodes)
-                    known[episodes] = work_of(buffer, update_config(args.max_tokens, episodes, updates), model, scorer)
+                    played = episodes_of(shape, episodes)
+                    known[episodes] = work_of(played, update_config(args.max_tokens, episodes, updates), model, scorer)
                 work = known[episodes]
                 seconds = update_seconds(work, model, gpus, hardware, args.overlap)
                 rows.append({"turns": turns, "updates": updates, "gpus": gpus, "episodes": episodes, **seconds})
@@ -211,10 +207,10 @@ def simulate(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def episodes_of(shape: Shape, count: int, vocabulary: int = 50000) -> TurnBuffer:
+def episodes_of(shape: Shape, count: int, vocabulary: int = 50000) -> Episodes:
     """A rank's episodes: whole groups of eight where it has that many, else a part of one."""
-    whole = make_buffer(Shape(**{**shape.__dict__, "groups": -(-count // 8)}), vocabulary)
-    return TurnBuffer(whole.trajectories[:count], whole.advantages[:count], count, weight_clip=0.2)
+    whole = make_episodes(Shape(**{**shape.__dict__, "groups": -(-count // 8)}), vocabulary)
+    return Episodes(whole.trajectories[:count], whole.advantages[:count])
 
 
 def bottleneck(row: dict) -> str:
@@ -283,7 +279,7 @@ def measure(output: str) -> None:
         # the first iteration warms up
         shape, updates, tokens = measured_shape(max(trainer.state.global_step - 1, 0))
         trainer.config.max_turn_updates = updates
-        trainer._scorer._max_tokens = tokens
+        trainer._scorers.policy._max_tokens = tokens
         trajectories = episodes_of(shape, len(prompts), vocabulary).trajectories
         return {
             "prompt_ids": [t.turns[0].context_ids for t in trajectories],

@@ -41,17 +41,18 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 from update_schedules import (
     SHAPES,
-    Engine,
+    OneProcess,
     Recorder,
     Shape,
     config_of,
-    make_buffer,
+    make_episodes,
     reference_passes,
     schedules_of,
     updater_of,
 )
 
-from seeupo_trl.scoring.rows import DUMMY_KEY, RowBatch
+from seeupo_trl.scoring.interface import DUMMY_KEY
+from seeupo_trl.scoring.rows import RowBatch
 from seeupo_trl.scoring.token_tree import tree_size
 from seeupo_trl.scoring.tree_attention import RUNS, use_attention
 from seeupo_trl.scoring.trees import TreeScorer
@@ -124,15 +125,17 @@ def count(shape: Shape, flop_count: FlopCount) -> dict[str, dict[str, float]]:
     """Tokens and FLOPs of every schedule, and the host's seconds for laying out its micro-batches."""
     results = {}
     for schedule in schedules_of(shape):
-        buffer = make_buffer(shape, vocabulary=50000)
+        episodes = make_episodes(shape, vocabulary=50000)
+        buffer = episodes.buffer
         host = 0.0
         if schedule == "reference":
-            passes = [one for turn in reference_passes(buffer) for one in turn]
+            passes = [one for turn in reference_passes(episodes.trajectories) for one in turn]
         else:
             recorder = Recorder(
                 TreeScorer(flop_count.scorers[0][1], 0, 0.9, packing=config_of(schedule, shape).packing)
             )
-            updater_of(schedule, shape, buffer, Engine(torch.nn.Linear(1, 1), "cpu"), recorder).run()
+            lock_step = OneProcess(torch.nn.Linear(1, 1), "cpu")
+            updater_of(episodes, config_of(schedule, shape), lock_step, recorder).run()
             passes, host = recorder.passes, recorder.seconds
         results[schedule] = {
             "train": sum(batch.num_tokens for batch, with_grad in passes if with_grad),
@@ -178,29 +181,29 @@ def measure(schedule: str, shape: Shape, args: argparse.Namespace) -> dict[str, 
     model = make_model(args.run_model, args.device, getattr(torch, args.dtype))
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    engine = Engine(model, args.device)
+    lock_step = OneProcess(model, args.device)
     scorer = TreeScorer(model, 0, 0.9, packing=config_of(schedule, shape).packing)
     result: dict[str, float] = {}
 
     def run():
-        buffer = make_buffer(shape, model.config.vocab_size)
+        episodes = make_episodes(shape, model.config.vocab_size)
         if schedule != "reference":
-            updater_of(schedule, shape, buffer, engine, scorer).run()
-            engine.step()
+            updater_of(episodes, config_of(schedule, shape), lock_step, scorer).run()
+            lock_step.step()
             return
-        for passes in reference_passes(buffer):
+        for passes in reference_passes(episodes.trajectories):
             for batch, with_grad in passes:
                 with torch.set_grad_enabled(with_grad):
                     scores, _ = scorer.score(model, batch)
                 if with_grad:
-                    engine.backward(sum(score.logps.sum() for score in scores.values()) * 0.0)
-            engine.step()
+                    lock_step.backward(sum(score.logps.sum() for score in scores.values()) * 0.0)
+            lock_step.step()
 
     if args.device == "cuda":
         run()  # compiles kernels
         torch.cuda.synchronize()
     else:
-        engine.backward(scorer.score(model, scorer.dummy_batch())[0][DUMMY_KEY].logps.sum())  # loads libraries
+        lock_step.backward(scorer.score(model, scorer.dummy_batch())[0][DUMMY_KEY].logps.sum())  # loads libraries
     with peak_memory(args.device, result):
         start = perf_counter()
         run()

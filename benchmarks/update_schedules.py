@@ -9,10 +9,12 @@ from time import perf_counter
 import torch
 
 from seeupo_trl import SeeUPOConfig
-from seeupo_trl.scoring.rows import Row, RowBatch, TurnScores
+from seeupo_trl.scoring.interface import TurnScores
+from seeupo_trl.scoring.rows import Row, RowBatch
 from seeupo_trl.scoring.tree_attention import flex_length, tree_block_mask
 from seeupo_trl.scoring.trees import TreeScorer
-from seeupo_trl.trajectory import Trajectory, Turn, TurnBuffer
+from seeupo_trl.scoring.turn_buffer import TurnBuffer
+from seeupo_trl.trajectory import Trajectory, Turn
 from seeupo_trl.update.entropy_bonus import EntropyBonus
 from seeupo_trl.update.turn_updater import TurnUpdater
 
@@ -48,7 +50,19 @@ SHAPES = {
 SCHEDULES = ("reference", "rows", "trees", "trees, 4 updates", "trees, 8 updates", "simultaneous")
 
 
-def make_buffer(shape: Shape, vocabulary: int) -> TurnBuffer:
+@dataclass(frozen=True)
+class Episodes:
+    """Trajectories and their advantages."""
+
+    trajectories: list[Trajectory]
+    advantages: list[float]
+
+    @property
+    def buffer(self) -> TurnBuffer:
+        return TurnBuffer(self.trajectories)
+
+
+def make_episodes(shape: Shape, vocabulary: int) -> Episodes:
     rng = random.Random(0)
 
     def tokens(length):
@@ -65,7 +79,7 @@ def make_buffer(shape: Shape, vocabulary: int) -> TurnBuffer:
                 context = context + action[shape.stripped :] + tokens(shape.observation)
             trajectories.append(Trajectory(turns))
             advantages.append(0.0 if group < shape.groups_without_variance else (-1.0) ** member)
-    return TurnBuffer(trajectories, advantages, len(trajectories), weight_clip=0.2)
+    return Episodes(trajectories, advantages)
 
 
 def schedules_of(shape: Shape) -> list[str]:
@@ -76,8 +90,8 @@ def schedules_of(shape: Shape) -> list[str]:
 # --- Schedules -------------------------------------------------------------------------------------------------------
 
 
-class Engine:
-    """Backward passes and optimizer steps in one process, as `UpdateEngine` makes them."""
+class OneProcess:
+    """Backward passes and optimizer steps in one process, as `LockStep` makes them."""
 
     num_processes = 1
 
@@ -163,17 +177,26 @@ def config_of(schedule: str, shape: Shape) -> SeeUPOConfig:
     )
 
 
-def updater_of(schedule: str, shape: Shape, buffer: TurnBuffer, engine: Engine, scorer) -> TurnUpdater:
-    config = config_of(schedule, shape)
-    return TurnUpdater(buffer, config, engine, scorer, engine.model, 0, EntropyBonus(config, 0.0, float("inf")))
+def updater_of(episodes: Episodes, config: SeeUPOConfig, lock_step: OneProcess, scorer) -> TurnUpdater:
+    return TurnUpdater(
+        episodes.buffer,
+        episodes.advantages,
+        len(episodes.trajectories),
+        config,
+        lock_step,
+        scorer,
+        lock_step.model,
+        iteration=0,
+        entropy_bonus=EntropyBonus(config, 0.0, float("inf")),
+    )
 
 
-def reference_passes(buffer: TurnBuffer) -> Iterator[list[tuple[RowBatch, bool]]]:
+def reference_passes(trajectories: list[Trajectory]) -> Iterator[list[tuple[RowBatch, bool]]]:
     """Passes of each turn of the authors' code, last turn first."""
-    longest = max(len(t.context_ids + t.action_ids) for trajectory in buffer.trajectories for t in trajectory.turns)
-    for number in range(buffer.num_turns, 0, -1):
+    longest = max(len(t.context_ids + t.action_ids) for trajectory in trajectories for t in trajectory.turns)
+    for number in range(max(len(t.turns) for t in trajectories), 0, -1):
         rows = []
-        for index, trajectory in enumerate(buffer.trajectories):
+        for index, trajectory in enumerate(trajectories):
             turn = trajectory.turns[min(number, len(trajectory.turns)) - 1]
             length = len(turn.context_ids) + len(turn.action_ids)
             ids = (turn.context_ids + turn.action_ids + [0] * longest)[:longest]

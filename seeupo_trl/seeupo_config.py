@@ -3,6 +3,7 @@
 import copy
 import warnings
 from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
 
 from trl import GRPOConfig
 
@@ -16,8 +17,16 @@ TURN_RATIOS = ("geometric", "product")
 PACKINGS = ("auto", "tree", "rows")
 SAMPLER_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
+LOSS_TYPES = ("seeupo", "luspo", "cispo", "sapo", "vespo")
 # Loss types of GRPO that only say how token losses are averaged: no surrogate of a whole turn depends on that.
 _AVERAGING_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+# what the Trainer runs with underneath differs from what the user gave in these
+_BATCH_FIELDS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+    "num_iterations",
+)
 
 
 @dataclass
@@ -133,8 +142,10 @@ class SeeUPOConfig(GRPOConfig):
         importance_sampling_level (`str`, *optional*, defaults to `"sequence"`):
             Only `"sequence"`: the ratio of SeeUPO is one number per turn. `"token"` warns and means `"sequence"`.
         loss_type (`str`, *optional*, defaults to `"seeupo"`):
-            The averaging schemes of GRPO (`"grpo"`, `"bnpo"`, `"dr_grpo"`, `"dapo"`) have no counterpart here and
-            warn; the other surrogates of GRPO raise an error.
+            Surrogate of a turn: `"seeupo"` (clipped, Eq. 6), `"luspo"` (the same times the number of tokens), or the
+            turn-level forms of `"cispo"`, `"sapo"` and `"vespo"` (see [`~seeupo_trl.update.loss.turn_surrogate`]). The
+            averaging schemes of GRPO (`"grpo"`, `"bnpo"`, `"dr_grpo"`, `"dapo"`) have no counterpart here: they warn
+            and mean `"seeupo"`.
         vllm_importance_sampling_mode (`str`, *optional*, defaults to `"sequence_mask"`):
             The modes are GRPO's, applied to each turn (each block of turns, where they are merged): a sequence is the
             tokens of one action, and a token-level correction enters as its mean over the action's tokens.
@@ -146,8 +157,7 @@ class SeeUPOConfig(GRPOConfig):
             `"normalize_then_sum"` normalises the advantages of each reward function over the batch before they are
             weighted and added.
 
-    An error is raised for `top_entropy_quantile < 1` (a token-level filter of a turn-level surrogate) and for a
-    `loss_type` that replaces the surrogate (`"cispo"`, `"sapo"`, `"luspo"`, `"vespo"`).
+    An error is raised for `top_entropy_quantile < 1` (a token-level filter of a turn-level surrogate).
     """
 
     update_order: str = field(
@@ -277,7 +287,8 @@ class SeeUPOConfig(GRPOConfig):
         default="sequence", metadata={"help": "Only 'sequence': the ratio of SeeUPO is one number per turn."}
     )
     loss_type: str = field(
-        default="seeupo", metadata={"help": "SeeUPO has one surrogate; the loss types of GRPO do not apply."}
+        default="seeupo",
+        metadata={"help": "Surrogate of a turn: 'seeupo', 'luspo', 'cispo', 'sapo' or 'vespo'."},
     )
     use_bias_correction_kl: bool = field(
         default=False, metadata={"help": "Whether to multiply the KL term by the turn's importance ratio."}
@@ -324,7 +335,8 @@ class SeeUPOConfig(GRPOConfig):
             [`SeeUPOConfig`]:
                 A copy. This configuration keeps what the user gave.
         """
-        args = copy.copy(self)
+        args = object.__new__(OneStepConfig)
+        args.__dict__.update(self.__dict__, _given={name: getattr(self, name) for name in _BATCH_FIELDS})
         args.per_device_train_batch_size = self.per_device_train_batch_size * self.steps_per_generation
         args.gradient_accumulation_steps = args.steps_per_generation = args.num_iterations = 1
         return args
@@ -338,6 +350,7 @@ class SeeUPOConfig(GRPOConfig):
             ("history", HISTORIES),
             ("scale_rewards", ("batch", "none", "group")),
             ("importance_sampling_level", ("sequence", "token")),
+            ("loss_type", LOSS_TYPES + _AVERAGING_LOSS_TYPES),
             ("vllm_importance_sampling_mode", SAMPLER_CORRECTIONS),
         ):
             if getattr(self, name) not in allowed:
@@ -360,8 +373,9 @@ class SeeUPOConfig(GRPOConfig):
             raise ValueError(
                 f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}) must divide "
                 f"`steps_per_generation` ({self.steps_per_generation}): each turn takes `steps_per_generation / "
-                "gradient_accumulation_steps` optimizer steps on one generation batch. Leave `steps_per_generation` "
-                "unset for one step a turn."
+                "gradient_accumulation_steps` optimizer steps on one generation batch, and turn t may only be updated "
+                "when turn t + 1 is done, so no step can accumulate over two batches as GRPO's would. Leave "
+                "`steps_per_generation` unset for one step a turn."
             )
         if self.top_entropy_quantile < 1.0:
             raise ValueError(
@@ -393,8 +407,46 @@ class SeeUPOConfig(GRPOConfig):
                 stacklevel=4,
             )
             self.loss_type = "seeupo"
-        if self.loss_type != "seeupo":
+        if self.delta is not None and self.loss_type not in ("seeupo", "luspo"):
             raise ValueError(
-                f"`loss_type={self.loss_type!r}` replaces the clipped sequence-level surrogate, which SeeUPO's update "
-                "is built on. Remove it, or train with `trl.GRPOTrainer`."
+                f"`delta={self.delta}` bounds the ratio of a clipped surrogate, and `loss_type={self.loss_type!r}` "
+                "has none. Leave `delta` unset."
             )
+        if self.loss_type == "vespo" and self.use_vllm and self.vllm_importance_sampling_correction:
+            if not self.vllm_importance_sampling_mode.startswith("token"):
+                raise ValueError(
+                    "`loss_type='vespo'` needs `vllm_importance_sampling_mode='token_truncate'` or `'token_mask'`; "
+                    f"got {self.vllm_importance_sampling_mode!r}."
+                )
+
+
+class OneStepConfig(SeeUPOConfig):
+    """
+    Arguments with which the Trainer runs underneath, see [`SeeUPOConfig.for_one_step_per_iteration`]. Whoever saves or
+    logs them gets the batch arguments that the user gave.
+    """
+
+    def as_given(self) -> SeeUPOConfig:
+        """These arguments with the batch arguments that the user gave."""
+        given = object.__new__(SeeUPOConfig)
+        given.__dict__.update(self.__dict__)
+        given.__dict__.update(given.__dict__.pop("_given"))
+        return given
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the user gave, for logs."""
+        return self.as_given().to_dict()
+
+    def __reduce__(self) -> tuple:
+        # `training_args.bin` holds what the user gave
+        return copy.copy, (self.as_given(),)
+
+    def __copy__(self) -> "OneStepConfig":
+        same = object.__new__(OneStepConfig)
+        same.__dict__.update(self.__dict__)
+        return same
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OneStepConfig":
+        same = object.__new__(OneStepConfig)
+        same.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return same

@@ -1,11 +1,91 @@
-"""What [`SeeUPOTrainer`] makes of the reward functions and the dataset that it is given."""
+"""What [`SeeUPOTrainer`] makes of what it is given: what plays the episodes, rewards, arguments, the dataset."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
 
-from .rollout.multi_turn import environment_reward
+from .rollout import MultiTurnRollout, environment_reward
+from .rollout.checks import checked_rollout
+from .rollout.trl_environments import ToolRollout, tool_rollout_for
 from .seeupo_config import SeeUPOConfig
+
+
+_BRINGS_ITS_OWN_TOOLS = (
+    "A `MultiTurnEnvironment` is driven by `MultiTurnRollout` and brings its own tools (in `Observation.tools`): pass "
+    "it without `rollout_func` and `tools`."
+)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """
+    What plays the episodes of a run.
+
+    Args:
+        rollout_func (`Callable`, *optional*), environment_factory (`Callable` or `dict`, *optional*):
+            What TRL's trainer is constructed with.
+        tool_rollout ([`~seeupo_trl.rollout.trl_environments.ToolRollout`], *optional*):
+            What plays TRL environments, in place of TRL's own loop.
+        brings_reward (`bool`, *optional*, defaults to `False`):
+            Whether the episodes have a reward of their environment, for [`~seeupo_trl.environment_reward`].
+    """
+
+    rollout_func: Callable | None = None
+    environment_factory: Callable | dict[str, Callable] | None = None
+    tool_rollout: ToolRollout | None = None
+    brings_reward: bool = False
+
+
+def choose_rollout(
+    environment_factory: Callable | dict[str, Callable] | None,
+    rollout_func: Callable | None,
+    tools: list[Callable] | None,
+) -> Rollout:
+    """
+    What plays the episodes, of what the trainer was given.
+
+    Args:
+        environment_factory (`Callable` or `dict[str, Callable]`, *optional*), rollout_func (`Callable`, *optional*):
+            Arguments of [`SeeUPOTrainer`].
+        tools (`list[Callable]`, *optional*):
+            The same.
+
+    Raises:
+        `ValueError`:
+            Where a [`MultiTurnEnvironment`] comes with a rollout function or tools.
+    """
+    tool_rollout = None if environment_factory is None else tool_rollout_for(environment_factory, tools or [])
+    plays_messages = environment_factory is not None and tool_rollout is None
+    if plays_messages and (rollout_func is not None or tools):
+        raise ValueError(_BRINGS_ITS_OWN_TOOLS)
+    if plays_messages:
+        rollout_func, environment_factory = MultiTurnRollout(environment_factory), None
+    if rollout_func is not None:
+        brings_reward = isinstance(rollout_func, MultiTurnRollout)
+        return Rollout(partial(checked_rollout, rollout_func), environment_factory, brings_reward=brings_reward)
+    if tool_rollout is not None:
+        return Rollout(environment_factory=tool_rollout.factory_for_trl, tool_rollout=tool_rollout)
+    return Rollout()
+
+
+def arguments_for_trl(args: SeeUPOConfig, uses_tools: bool) -> SeeUPOConfig:
+    """
+    The arguments with which TRL's trainer runs underneath, see [`SeeUPOConfig.for_one_step_per_iteration`].
+
+    Args:
+        args ([`SeeUPOConfig`]):
+            What the user gave; left as it is.
+        uses_tools (`bool`):
+            Whether the policy calls tools, whose rounds `max_turns` limits where TRL's own option does not.
+    """
+    trainer_args = args.for_one_step_per_iteration()
+    if uses_tools and args.max_tool_calling_iterations is None and args.max_turns is not None:
+        trainer_args.max_tool_calling_iterations = args.max_turns - 1
+    return trainer_args
 
 
 def with_environment_reward(reward_funcs: Any, args: SeeUPOConfig) -> list:
@@ -39,3 +119,14 @@ def check_dataset(dataset: Any, args: SeeUPOConfig) -> None:
             f"batch of {args.generation_batch_size} completions in groups of {args.num_generations}). Give more rows, "
             "or lower `per_device_train_batch_size`, `gradient_accumulation_steps` or `steps_per_generation`."
         )
+
+
+@contextmanager
+def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Give an object other attributes for a while."""
+    saved = {name: getattr(owner, name) for name in attributes}
+    vars(owner).update(attributes)
+    try:
+        yield
+    finally:
+        vars(owner).update(saved)

@@ -1,19 +1,14 @@
 """
-The turn-indexed buffer: what was sampled, kept as tokens, and the weights that travel through an iteration.
+What was sampled: turns and trajectories, kept as tokens.
 
-Ground truth is token ids exactly as they were sampled; nothing is ever tokenised again. Every per-trajectory quantity
-(the advantage, the turn weight `M`) is keyed by the trajectory, never by its position in some batch.
+Ground truth is token ids exactly as they were sampled; nothing is ever tokenised again.
 """
 
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-import numpy as np
-
 from .envs.base import ENVIRONMENT_FAULTS
-from .update.objective import fold_in_ratio
-from .update.schedule import Block
 
 
 @dataclass
@@ -108,106 +103,3 @@ def turns_from_mask(
             )
         start = end
     return turns
-
-
-class TurnBuffer:
-    """
-    The trajectories of one iteration on one process, with the turn weights `M` keyed by trajectory.
-
-    Args:
-        trajectories (`list[Trajectory]`):
-            This process's trajectories. A trajectory's index in this list is its key everywhere else.
-        advantages (`list[float]`):
-            Normalised advantage `A_i` of each trajectory (Eq. 9).
-        num_trajectories (`int`):
-            `N`, the number of trajectories over all processes.
-        weight_clip (`float`, *optional*):
-            Bound of the ratios and of their running product inside `M`, see
-            [`~seeupo_trl.update.objective.fold_in_ratio`].
-    """
-
-    def __init__(
-        self,
-        trajectories: list[Trajectory],
-        advantages: list[float],
-        num_trajectories: int,
-        weight_clip: float | None = None,
-    ):
-        if len(trajectories) != len(advantages):
-            raise ValueError(f"Got {len(trajectories)} trajectories but {len(advantages)} advantages; need one each.")
-        self.trajectories = trajectories
-        self.advantages = advantages
-        self.num_trajectories = num_trajectories
-        self.weight_clip = weight_clip
-        self._chains: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
-        self._weights = [1.0] * len(trajectories)  # M_i / A_i
-        self._unclipped_weights = [1.0] * len(trajectories)
-
-    def __len__(self) -> int:
-        return len(self.trajectories)
-
-    @property
-    def num_turns(self) -> int:
-        """Largest number of turns of a trajectory on this process."""
-        return max((len(trajectory.turns) for trajectory in self.trajectories), default=0)
-
-    def pool(self, block: Block) -> list[int]:
-        """Trajectories that play at least one turn of `block` (`D_t` for a block of the single turn t)."""
-        return [i for i, trajectory in enumerate(self.trajectories) if len(trajectory.turns) >= block.first]
-
-    def turns_in(self, index: int, block: Block) -> list[tuple[int, int]]:
-        """Keys `(trajectory, turn)` of the turns that trajectory `index` plays in `block`; turns count from 1."""
-        return [(index, turn) for turn in block.turns_of(len(self.trajectories[index].turns))]
-
-    def turn(self, key: tuple[int, int]) -> Turn:
-        """The turn behind a key `(trajectory, turn)`."""
-        index, number = key
-        return self.trajectories[index].turns[number - 1]
-
-    def sequence(self, key: tuple[int, int]) -> np.ndarray:
-        """Tokens of a turn's context and action, shape `(S,)`."""
-        return self._chain_and_sequence(key)[1]
-
-    def chain(self, key: tuple[int, int]) -> int:
-        """
-        Number of the chain that a turn belongs to. The turns of a chain extend one another: the shorter of two is a
-        prefix of the longer. A trajectory whose contexts are append-only has one chain.
-        """
-        return self._chain_and_sequence(key)[0]
-
-    def _chain_and_sequence(self, key: tuple[int, int]) -> tuple[int, np.ndarray]:
-        if key not in self._chains:
-            leaves: list[tuple[np.ndarray, bytes]] = []
-            turns = self.trajectories[key[0]].turns
-            for number in range(len(turns), 0, -1):
-                turn = turns[number - 1]
-                end = len(turn.context_ids) + len(turn.action_ids)
-                if number < len(turns) and turns[number].extends(turn):
-                    # the usual case, without a conversion
-                    chain, extended = self._chains[key[0], number + 1]
-                    self._chains[key[0], number] = chain, extended[:end]
-                else:
-                    tokens = np.array(turn.context_ids + turn.action_ids, dtype=np.int32)
-                    content = tokens.tobytes()
-                    chain = next((i for i, leaf in enumerate(leaves) if leaf[1].startswith(content)), len(leaves))
-                    if chain == len(leaves):
-                        leaves.append((tokens, content))
-                    self._chains[key[0], number] = chain, leaves[chain][0][:end]
-        return self._chains[key]
-
-    def weight(self, index: int) -> float:
-        """Turn weight `M` of trajectory `index`: its advantage times the ratios folded in so far (Eq. 7 and 8)."""
-        return self.advantages[index] * self._weights[index]
-
-    def relative_weight(self, index: int) -> float:
-        """`|M| / |A|` of trajectory `index`."""
-        return self._weights[index]
-
-    def unclipped_relative_weight(self, index: int) -> float:
-        """What [`relative_weight`] would be without `weight_clip`."""
-        return self._unclipped_weights[index]
-
-    def fold_in(self, index: int, log_ratio: float) -> None:
-        """Multiply the turn weight of trajectory `index` by the ratio of the block that was just updated (Eq. 8)."""
-        self._weights[index] = fold_in_ratio(self._weights[index], log_ratio, self.weight_clip)
-        self._unclipped_weights[index] = fold_in_ratio(self._unclipped_weights[index], log_ratio, None)

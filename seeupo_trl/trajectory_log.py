@@ -47,9 +47,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .evaluation.outcome import Outcome
-    from .scoring.rows import Key
+    from .scoring.turn_buffer import Key
     from .trajectory import Trajectory, Turn
-    from .update.turn_updater import TurnUpdate
+    from .update.metrics import TurnUpdate
 
 
 SCHEMA = pa.schema(

@@ -5,14 +5,19 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
+from torch import nn
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl.trainer.utils import RepeatSampler
+
+from .backends import check_first_engine
 
 
 logger = logging.get_logger(__name__)
@@ -162,3 +167,47 @@ def discard_state(checkpoint: str) -> None:
     """Take back the word that a checkpoint is whole, before its files are written again."""
     with suppress(FileNotFoundError):
         os.remove(os.path.join(checkpoint, TRAINER_STATE_FILE))
+
+
+class ExactResume:
+    """
+    What a [`~trl.GRPOTrainer`] does to resume exactly; a base class that stands before it.
+    """
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> ResumableRepeatSampler:
+        return ResumableRepeatSampler(
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+            state_of_run=lambda: self.state,
+        )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """
+        Main training entry point, see [`~transformers.Trainer.train`]. With `resume_from_checkpoint=True` it resumes
+        from the newest checkpoint that was written to its end. A checkpoint that was not, one without the state of
+        every process (`save_only_model=True`), and one of another number of processes are refused.
+        """
+        check_first_engine(self)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = agree_on_checkpoint(self.args.output_dir, self.accelerator)
+        if resume_from_checkpoint:
+            check_checkpoint(resume_from_checkpoint, self.accelerator)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            discard_state(
+                os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            )
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.use_adaptive_entropy and self.args.should_save:
+            save_entropy_state(output_dir, self.entropy_coef, self._last_world_entropy)
+        # the state file, which is written next, says that the checkpoint is whole: on every process
+        self.accelerator.wait_for_everyone()

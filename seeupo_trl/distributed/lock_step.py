@@ -16,7 +16,7 @@ from transformers import Trainer
 from trl.models.utils import disable_gradient_checkpointing
 
 
-class UpdateEngine:
+class LockStep:
     """
     Backward passes and optimizer steps on behalf of a [`~transformers.Trainer`].
 

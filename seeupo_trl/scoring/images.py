@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
-from ..distributed.lock_step import UpdateEngine
-from ..trajectory import TurnBuffer
-from .rows import DUMMY_KEY, Key, Row, RowBatch, TurnScores, group_rows
+from ..distributed.lock_step import LockStep
+from .interface import DUMMY_KEY, TurnScores
+from .rows import Row, RowBatch, group_rows
+from .turn_buffer import Key, TurnBuffer
 
 
 _FORWARD_FIELDS = (
@@ -68,7 +69,7 @@ class SampleScorer:
         self._entropy = entropy
         self._max_tokens = max_tokens
 
-    def check(self, buffer: TurnBuffer, keys: Iterable[Key], model: nn.Module, engine: UpdateEngine) -> None:
+    def check(self, buffer: TurnBuffer, keys: Iterable[Key], model: nn.Module, lock_step: LockStep) -> None:
         """Samples are computed in TRL's own layout."""
 
     def micro_batches(

@@ -11,7 +11,7 @@ log-softmax instead; so is everything on a CPU with trl 1.15, whose head needs a
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 import trl
@@ -19,21 +19,12 @@ from accelerate.utils import is_peft_model
 from packaging.version import Version
 from torch import nn
 
-from ..distributed.lock_step import UpdateEngine
-from ..trajectory import TurnBuffer
+from ..distributed.lock_step import LockStep
+from .interface import DUMMY_KEY, MicroBatch, TurnScores
+from .turn_buffer import Key, TurnBuffer
 
 
 _FUSED_HEAD_ON_CPU = Version(trl.__version__) >= Version("1.16.0")
-
-Key = tuple[int, int]  # (trajectory, turn counted from 1)
-DUMMY_KEY: Key = (-1, 0)
-
-
-class TurnScores(NamedTuple):
-    """Scores of one action: `logps` and `entropies`, each of shape `(|a|,)`."""
-
-    logps: torch.Tensor
-    entropies: torch.Tensor
 
 
 @dataclass
@@ -67,44 +58,12 @@ class RowBatch:
         return len(self.rows) * self.length**2
 
 
-class MicroBatch(Protocol):
-    """What one forward pass computes, in the layout of some scorer."""
-
-    @property
-    def num_tokens(self) -> int: ...
-
-
-class Scorer(Protocol):
-    """
-    A way to score turns.
-
-    `micro_batches` puts all turns of a trajectory that are asked for together into one micro-batch; with
-    `together=False` it may distribute them where they would not fit into one. `num_tokens` is what they would compute
-    in a micro-batch of their own. `attention` must be in force around the forward and the backward pass of a batch.
-    `check` is called on every process before anything is scored.
-    """
-
-    def check(self, buffer: TurnBuffer, keys: Iterable[Key], model: nn.Module, engine: UpdateEngine) -> None: ...
-
-    def micro_batches(
-        self, buffer: TurnBuffer, keys: Iterable[Key], max_rows: int, together: bool = True
-    ) -> Sequence[MicroBatch]: ...
-
-    def num_tokens(self, buffer: TurnBuffer, keys: Iterable[Key]) -> int: ...
-
-    def dummy_batch(self) -> MicroBatch: ...
-
-    def attention(self, batch: Any) -> AbstractContextManager: ...
-
-    def score(self, model: nn.Module, batch: Any) -> tuple[dict[Key, TurnScores], torch.Tensor | None]: ...
-
-
 def build_rows(buffer: TurnBuffer, keys: Iterable[Key]) -> list[Row]:
     """
     Lay the requested turns out in as few rows as their contexts allow.
 
     Args:
-        buffer ([`~seeupo_trl.trajectory.TurnBuffer`]):
+        buffer ([`~seeupo_trl.scoring.turn_buffer.TurnBuffer`]):
             Where the turns' tokens are.
         keys (`Iterable[tuple[int, int]]`):
             Turns to score, as `(trajectory, turn)`.
@@ -227,7 +186,7 @@ class RowScorer:
         self._max_tokens = max_tokens
         self._aux_loss = aux_loss
 
-    def check(self, buffer: TurnBuffer, keys: Iterable[Key], model: nn.Module, engine: UpdateEngine) -> None:
+    def check(self, buffer: TurnBuffer, keys: Iterable[Key], model: nn.Module, lock_step: LockStep) -> None:
         """Rows need no check: every causal language model computes them."""
 
     def micro_batches(
@@ -310,40 +269,3 @@ class RowScorer:
             # the reference model's head computes no entropies
             entropies = torch.zeros_like(logps) if outputs.entropy is None else outputs.entropy
         return logps, entropies, outputs.aux_loss if self._aux_loss else None
-
-
-def score_without_gradient(
-    buffer: TurnBuffer, keys: Iterable[Key], scorer: Scorer, model: nn.Module, engine: UpdateEngine, max_rows: int
-) -> tuple[dict[Key, TurnScores], int]:
-    """
-    Score turns in as many forward passes as the process with the most rows needs. Must be called on every process.
-
-    Args:
-        buffer ([`~seeupo_trl.trajectory.TurnBuffer`]):
-            Where the turns' tokens are.
-        keys (`Iterable[tuple[int, int]]`):
-            Turns to score on this process, possibly none.
-        scorer ([`Scorer`]):
-            Scorer of `model`.
-        model (`torch.nn.Module`):
-            Model without distributed wrapper.
-        engine ([`~seeupo_trl.distributed.lock_step.UpdateEngine`]):
-            Communication and mixed precision.
-        max_rows (`int`):
-            Largest number of rows of a forward pass.
-
-    Returns:
-        `tuple[dict[tuple[int, int], TurnScores], int]`:
-            Scores by turn, and the number of tokens computed on this process, padding included.
-    """
-    keys = list(keys)
-    scorer.check(buffer, keys, model, engine)
-    batches = scorer.micro_batches(buffer, keys, max_rows, together=False)
-    scores: dict[Key, TurnScores] = {}
-    tokens = 0
-    for number in range(engine.max_over_processes(len(batches))):
-        batch = batches[number] if number < len(batches) else scorer.dummy_batch()
-        with engine.inference(), scorer.attention(batch):
-            scores.update(scorer.score(model, batch)[0])
-        tokens += batch.num_tokens
-    return scores, tokens

@@ -19,9 +19,9 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import nn
 
-from ..distributed.lock_step import UpdateEngine
-from ..trajectory import TurnBuffer
-from .rows import Key, MicroBatch, RowBatch, RowScorer, TurnScores, build_rows, group_rows
+from ..distributed.lock_step import LockStep
+from .interface import MicroBatch, TurnScores
+from .rows import RowBatch, RowScorer, build_rows, group_rows
 from .token_tree import TokenTree, build_tree, partition, tree_size
 from .tree_attention import (
     FLEX,
@@ -32,6 +32,7 @@ from .tree_attention import (
     tree_implementation,
     use_attention,
 )
+from .turn_buffer import Key, TurnBuffer
 
 
 # "auto" takes trees where they save at least a tenth of the estimated cost: rows run in fewer, larger kernels
@@ -135,7 +136,7 @@ class TreeScorer(RowScorer):
         """Tokens computed for a tree of `num_tokens`."""
         return flex_length(num_tokens) if self._pads else num_tokens
 
-    def check(self, buffer: TurnBuffer, keys: Iterable[Key], model: nn.Module, engine: UpdateEngine) -> None:
+    def check(self, buffer: TurnBuffer, keys: Iterable[Key], model: nn.Module, lock_step: LockStep) -> None:
         """
         Compare a tree with rows, once in a run, on the first turns that make a branching tree. All processes run the
         same number of forward passes and come to the same decision.
@@ -143,7 +144,7 @@ class TreeScorer(RowScorer):
         if self._checked:
             return
         sample = self._branching_sample(buffer, keys)
-        if not engine.max_over_processes(int(bool(sample))):
+        if not lock_step.max_over_processes(int(bool(sample))):
             return
         tree = self._tree(buffer, sample) if sample else self.dummy_batch()
         rows = RowBatch(build_rows(buffer, sample)) if sample else self.dummy_batch()
@@ -151,13 +152,13 @@ class TreeScorer(RowScorer):
         model.eval()
         scores = []
         for batch in (tree, rows):
-            with engine.inference(), self.attention(batch):
+            with lock_step.inference(), self.attention(batch):
                 scores.append(self.score(model, batch)[0])
-                autocast = torch.is_autocast_enabled(engine.device.type)
+                autocast = torch.is_autocast_enabled(lock_step.device.type)
         model.train(was_training)
         differences = torch.cat([scores[0][key].logps - scores[1][key].logps for key in scores[0]]).abs()
-        difference = engine.gather(differences.double().mean().nan_to_num(nan=torch.inf)).max().item()
-        dtype = torch.get_autocast_dtype(engine.device.type) if autocast else self._causal_lm.dtype
+        difference = lock_step.gather(differences.double().mean().nan_to_num(nan=torch.inf)).max().item()
+        dtype = torch.get_autocast_dtype(lock_step.device.type) if autocast else self._causal_lm.dtype
         tolerance = _TOLERANCE.get(dtype, _LOW_PRECISION_TOLERANCE)
         self._checked = True
         if difference > tolerance:

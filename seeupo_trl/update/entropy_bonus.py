@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..distributed.lock_step import UpdateEngine
+from ..distributed.lock_step import LockStep
 from ..seeupo_config import SeeUPOConfig
 
 
@@ -38,11 +38,11 @@ class EntropyBonus:
             return 0.0
         return self.coef
 
-    def observe(self, entropy_sum: float, tokens: int, engine: UpdateEngine) -> None:
+    def observe(self, entropy_sum: float, tokens: int, lock_step: LockStep) -> None:
         """Move an adaptive coefficient, given the entropies of this process's tokens in one optimizer step."""
         if not self.config.use_adaptive_entropy:
             return
-        total, count = engine.gather(torch.tensor([entropy_sum, float(tokens)])).sum(0).tolist()
+        total, count = lock_step.gather(torch.tensor([entropy_sum, float(tokens)])).sum(0).tolist()
         self.last_entropy = total / max(count, 1.0)
         config = self.config
         if self.last_entropy <= config.entropy_target:

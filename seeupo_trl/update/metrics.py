@@ -1,69 +1,231 @@
 """
 What one iteration logs about its updates. Every name is explained in the README ("Metrics").
 
-Values are collected per block of turns on each process and reduced over processes once, at the end.
+Values are collected by block of turns on each process and reduced over processes once, at the end.
 """
 
 import math
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, field, fields
 
 import torch
 
-from ..distributed.lock_step import UpdateEngine
-from .schedule import Block
+from ..distributed.lock_step import LockStep
+from ..scoring.turn_buffer import Block
+from .loss import Actions, TurnLoss
+from .turn_weights import TurnWeights
 
 
-_SUMS = (
-    "loss",
-    "policy_loss",
-    "aux_loss",
-    "micro_batches",
-    "pool",
-    "scored",
-    "ratio",
-    "clip_low",
-    "clip_high",
-    "weight",
-    "tokens",
-    "entropy",
-    "kl",
-    "sampler_tokens",
-    "sampler_difference",
-    "sampler_weight",
-)
-_EXTREMES = ("ratio", "weight", "weight_unclipped", "clip_low", "clip_high", "sampler_weight", "sampler_difference")
-
-
-class IterationStatistics:
+@dataclass(frozen=True)
+class TurnUpdate:
     """
-    Sums and extremes by block of turns.
+    How one trajectory entered the last optimizer step on one of its turns: the ratio in the loss, whether it was
+    clipped there, the turn weight `M`, and `M / A`. The turns of a block share these numbers.
+    """
+
+    ratio: float
+    is_clipped: bool
+    weight: float
+    relative_weight: float
+
+
+@dataclass
+class Sums:
+    """Sums over the optimizer steps on a block: of trajectories, of tokens, of micro-batches."""
+
+    pool: float = 0.0
+    scored: float = 0.0
+    loss: float = 0.0
+    policy_loss: float = 0.0
+    ratio: float = 0.0
+    clip_low: float = 0.0
+    clip_high: float = 0.0
+    weight: float = 0.0
+    tokens: float = 0.0
+    entropy: float = 0.0
+    kl: float = 0.0
+    sampler_weight: float = 0.0
+    sampler_tokens: float = 0.0
+    sampler_difference: float = 0.0
+    micro_batches: float = 0.0
+    aux_loss: float = 0.0
+
+
+@dataclass
+class Extremes:
+    """Smallest or largest values of single trajectories."""
+
+    ratio: float
+    weight: float
+    weight_unclipped: float
+    clip_low: float
+    clip_high: float
+    sampler_weight: float
+    sampler_difference: float
+
+    @classmethod
+    def filled(cls, value: float) -> "Extremes":
+        """The same value everywhere."""
+        return cls(*[value] * len(fields(cls)))
+
+
+@dataclass
+class BlockMetrics:
+    """
+    What happened in the optimizer steps on one block (or on all of them).
 
     Args:
-        steps_of_block (`dict[Block, int]`):
+        steps (`int`):
+            Their number.
+    """
+
+    steps: int
+    sums: Sums = field(default_factory=Sums)
+    low: Extremes = field(default_factory=lambda: Extremes.filled(math.inf))
+    high: Extremes = field(default_factory=lambda: Extremes.filled(-math.inf))
+
+    def add(self, **values: float) -> None:
+        """Add to the sums."""
+        for name, value in values.items():
+            setattr(self.sums, name, getattr(self.sums, name) + value)
+
+    def observe(self, **values: float) -> None:
+        """Take values into the extremes."""
+        for name, value in values.items():
+            setattr(self.low, name, min(getattr(self.low, name), value))
+            setattr(self.high, name, max(getattr(self.high, name), value))
+
+    def as_row(self) -> list[float]:
+        """All numbers in a row that processes can exchange, see [`merged`]."""
+        return [*astuple(self.sums), *astuple(self.low), *astuple(self.high)]
+
+    @classmethod
+    def merged(cls, steps: int, rows: torch.Tensor) -> "BlockMetrics":
+        """The sums and extremes of several rows, shape `(R, columns)`."""
+        sizes = [len(fields(Sums)), len(fields(Extremes)), len(fields(Extremes))]
+        sums, low, high = rows.split(sizes, dim=-1)
+        return cls(
+            steps,
+            Sums(*sums.sum(0).tolist()),
+            Extremes(*low.amin(0).tolist()),
+            Extremes(*high.amax(0).tolist()),
+        )
+
+    def describe(self, optional: set[str]) -> dict[str, float]:
+        """Metrics by name, those of `optional` among them."""
+        sums, low, high = self.sums, self.low, self.high
+        scored, tokens = max(sums.scored, 1.0), max(sums.tokens, 1.0)
+        values = {
+            "loss": sums.loss / self.steps,
+            "pool": sums.pool,
+            "ratio_mean": sums.ratio / scored,
+            "ratio_min": low.ratio,
+            "ratio_max": high.ratio,
+            "clip_low": sums.clip_low / scored,
+            "clip_high": sums.clip_high / scored,
+            "weight_mean": sums.weight / scored,
+            "weight_min": low.weight,
+            "weight_max": high.weight,
+            "entropy": sums.entropy / tokens,
+        }
+        if "kl" in optional:
+            values["kl"] = sums.kl / tokens
+        if "entropy_bonus" in optional:
+            values["policy_loss"] = sums.policy_loss / self.steps
+        if "aux_loss" in optional:
+            values["aux_loss"] = sums.aux_loss / max(sums.micro_batches, 1.0)
+        if "sampler" in optional:
+            sampler_tokens = max(sums.sampler_tokens, 1.0)
+            values["sampling/sampling_logp_difference/mean"] = sums.sampler_difference / sampler_tokens
+            values["sampling/sampling_logp_difference/max"] = high.sampler_difference
+            values["sampling/importance_sampling_ratio/mean"] = sums.sampler_weight / scored
+            values["sampling/importance_sampling_ratio/min"] = low.sampler_weight
+            values["sampling/importance_sampling_ratio/max"] = high.sampler_weight
+        return values
+
+
+class UpdateMetrics:
+    """
+    Metrics of one iteration, by block of turns.
+
+    Args:
+        steps_of (`dict[Block, int]`):
             Blocks that are updated in this iteration, in update order, with their number of optimizer steps.
         optional (`set[str]`):
             Quantities that not every run has, among `"kl"`, `"sampler"`, `"entropy_bonus"` and `"aux_loss"`.
     """
 
-    def __init__(self, steps_of_block: dict[Block, int], optional: set[str]):
-        blocks = list(steps_of_block)
-        self._steps_of_block = steps_of_block
+    def __init__(self, steps_of: dict[Block, int], optional: set[str]):
         self._optional = optional
-        self._sums = {block: dict.fromkeys(_SUMS, 0.0) for block in blocks}
-        self._low = {block: dict.fromkeys(_EXTREMES, math.inf) for block in blocks}
-        self._high = {block: dict.fromkeys(_EXTREMES, -math.inf) for block in blocks}
+        self._blocks = {block: BlockMetrics(steps) for block, steps in steps_of.items()}
 
-    def add(self, block: Block, **values: float) -> None:
-        """Add to the sums of a block."""
-        for name, value in values.items():
-            self._sums[block][name] += value
+    def add_pool(self, block: Block, size: int) -> None:
+        """A block begins, with so many trajectories of this process in its pool."""
+        self._blocks[block].add(pool=size)
 
-    def observe(self, block: Block, **values: float) -> None:
-        """Take values into the extremes of a block."""
-        for name, value in values.items():
-            self._low[block][name] = min(self._low[block][name], value)
-            self._high[block][name] = max(self._high[block][name], value)
+    def add_aux_loss(self, block: Block, value: float) -> None:
+        """The load-balancing loss of a micro-batch."""
+        self._blocks[block].add(aux_loss=value, micro_batches=1)
 
-    def reduce(self, engine: UpdateEngine) -> dict[str, float]:
+    def add_micro_batch(
+        self,
+        block: Block,
+        indices: list[int],
+        actions: Actions,
+        loss: TurnLoss,
+        scale: float,
+        weights: TurnWeights,
+    ) -> tuple[dict[int, TurnUpdate], float, int]:
+        """
+        Take in what a micro-batch computed.
+
+        Args:
+            block (`Block`), indices (`list[int]`):
+                The block that is updated, and the trajectories of the micro-batch.
+            actions ([`~seeupo_trl.update.loss.Actions`]), loss ([`~seeupo_trl.update.loss.TurnLoss`]):
+                What went into the loss and came out of it, in the order of `indices`.
+            scale (`float`):
+                What the losses are multiplied by, 1 / N.
+            weights ([`~seeupo_trl.update.turn_weights.TurnWeights`]):
+                Turn weights as they were in the loss.
+
+        Returns:
+            `tuple[dict[int, TurnUpdate], float, int]`:
+                How each trajectory entered, and the sum of entropies of how many tokens.
+        """
+        columns = {
+            "loss": loss.losses * scale,
+            "policy_loss": loss.policy_losses * scale,
+            "ratio": loss.ratios,
+            "clip_low": loss.clipped_low,
+            "clip_high": loss.clipped_high,
+            "entropy": torch.stack([values.sum() for values in actions.entropies]),
+        }
+        if loss.kl is not None:
+            columns["kl"] = torch.stack([values.sum() for values in loss.kl])
+        differences: dict[str, torch.Tensor] = {}
+        if loss.sampler_weights is not None:
+            columns["sampler_weight"] = loss.sampler_weights
+            differences = _sampler_differences(actions)
+        metrics, updates, entropy, tokens = self._blocks[block], {}, 0.0, 0
+        rows = _rows(columns | differences)
+        for index, num_tokens, row in zip(indices, map(len, actions.new), rows, strict=True):
+            largest = row.pop("largest_difference", None)
+            unclipped, weight = weights.unclipped(index), weights.relative(index)
+            metrics.add(scored=1, tokens=num_tokens, weight=weight, **row)
+            extremes = {
+                name: row[name] for name in ("ratio", "clip_low", "clip_high", "sampler_weight") if name in row
+            }
+            metrics.observe(weight=weight, weight_unclipped=unclipped, **extremes)
+            if largest is not None and row["sampler_tokens"]:
+                metrics.observe(sampler_difference=largest)
+            is_clipped = bool(row["clip_low"] or row["clip_high"])
+            updates[index] = TurnUpdate(row["ratio"], is_clipped, weights[index], weight)
+            entropy += row["entropy"]
+            tokens += num_tokens
+        return updates, entropy, tokens
+
+    def reduce(self, lock_step: LockStep) -> dict[str, float]:
         """
         Metrics of the iteration over all processes. Must be called on every process.
 
@@ -71,72 +233,51 @@ class IterationStatistics:
             `dict[str, float]`:
                 Metric values by name.
         """
-        if not self._steps_of_block:
+        if not self._blocks:
             return {}
-        rows = [
-            [*self._sums[block].values(), *self._low[block].values(), *self._high[block].values()]
-            for block in self._steps_of_block
-        ]
-        stacked = engine.gather(torch.tensor(rows, dtype=torch.float32)).double().cpu()  # (P, blocks, columns)
-        sums, low, high = stacked.split([len(_SUMS), len(_EXTREMES), len(_EXTREMES)], dim=-1)
-        sums, low, high = sums.sum(0), low.amin(0), high.amax(0)  # (blocks, columns)
+        rows = torch.tensor([metrics.as_row() for metrics in self._blocks.values()], dtype=torch.float32)
+        rows = lock_step.gather(rows).double().cpu()  # (P, blocks, columns)
+        blocks = [BlockMetrics.merged(m.steps, rows[:, i]) for i, m in enumerate(self._blocks.values())]
+        total = BlockMetrics.merged(sum(m.steps for m in blocks), rows.flatten(0, 1))
 
         metrics: dict[str, float] = {}
-        for index, (block, steps) in enumerate(self._steps_of_block.items()):
-            values = self._describe(sums[index], low[index], high[index], steps)
-            metrics.update({f"turn_{block.label}/{name}": value for name, value in values.items()})
-        num_steps = sum(self._steps_of_block.values())
-        total = self._describe(sums.sum(0), low.amin(0), high.amax(0), num_steps)
-        metrics.update(
-            {
-                "ratio/mean": total["ratio_mean"],
-                "ratio/min": total["ratio_min"],
-                "ratio/max": total["ratio_max"],
-                "clip_ratio/low_mean": total["clip_low"],
-                "clip_ratio/high_mean": total["clip_high"],
-                "clip_ratio/region_mean": total["clip_low"] + total["clip_high"],
-                "clip_ratio/low_min": low[:, _EXTREMES.index("clip_low")].amin().item(),
-                "clip_ratio/high_max": high[:, _EXTREMES.index("clip_high")].amax().item(),
-                "turn_weight/mean": total["weight_mean"],
-                "turn_weight/min": total["weight_min"],
-                "turn_weight/max": total["weight_max"],
-                "turn_weight/unclipped_min": low[:, _EXTREMES.index("weight_unclipped")].amin().item(),
-                "turn_weight/unclipped_max": high[:, _EXTREMES.index("weight_unclipped")].amax().item(),
-                "entropy": total["entropy"],
-            }
-        )
-        names = [name for name in total if name in ("kl", "policy_loss", "aux_loss") or name.startswith("sampling/")]
-        return metrics | {name: total[name] for name in names}
-
-    def _describe(self, sums: torch.Tensor, low: torch.Tensor, high: torch.Tensor, steps: int) -> dict[str, float]:
-        total = dict(zip(_SUMS, sums.tolist(), strict=True))
-        lowest = dict(zip(_EXTREMES, low.tolist(), strict=True))
-        highest = dict(zip(_EXTREMES, high.tolist(), strict=True))
-        scored, tokens = max(total["scored"], 1.0), max(total["tokens"], 1.0)
-        values = {
-            "loss": total["loss"] / steps,
-            "pool": total["pool"],
-            "ratio_mean": total["ratio"] / scored,
-            "ratio_min": lowest["ratio"],
-            "ratio_max": highest["ratio"],
-            "clip_low": total["clip_low"] / scored,
-            "clip_high": total["clip_high"] / scored,
-            "weight_mean": total["weight"] / scored,
-            "weight_min": lowest["weight"],
-            "weight_max": highest["weight"],
-            "entropy": total["entropy"] / tokens,
+        for block, merged in zip(self._blocks, blocks, strict=True):
+            metrics |= {f"turn_{block.label}/{name}": value for name, value in merged.describe(self._optional).items()}
+        values = total.describe(self._optional)
+        metrics |= {
+            "ratio/mean": values["ratio_mean"],
+            "ratio/min": values["ratio_min"],
+            "ratio/max": values["ratio_max"],
+            "clip_ratio/low_mean": values["clip_low"],
+            "clip_ratio/high_mean": values["clip_high"],
+            "clip_ratio/region_mean": values["clip_low"] + values["clip_high"],
+            "clip_ratio/low_min": total.low.clip_low,
+            "clip_ratio/high_max": total.high.clip_high,
+            "turn_weight/mean": values["weight_mean"],
+            "turn_weight/min": values["weight_min"],
+            "turn_weight/max": values["weight_max"],
+            "turn_weight/unclipped_min": total.low.weight_unclipped,
+            "turn_weight/unclipped_max": total.high.weight_unclipped,
+            "entropy": values["entropy"],
         }
-        if "kl" in self._optional:
-            values["kl"] = total["kl"] / tokens
-        if "entropy_bonus" in self._optional:
-            values["policy_loss"] = total["policy_loss"] / steps
-        if "aux_loss" in self._optional:
-            values["aux_loss"] = total["aux_loss"] / max(total["micro_batches"], 1.0)
-        if "sampler" in self._optional:
-            sampler_tokens = max(total["sampler_tokens"], 1.0)
-            values["sampling/sampling_logp_difference/mean"] = total["sampler_difference"] / sampler_tokens
-            values["sampling/sampling_logp_difference/max"] = highest["sampler_difference"]
-            values["sampling/importance_sampling_ratio/mean"] = total["sampler_weight"] / scored
-            values["sampling/importance_sampling_ratio/min"] = lowest["sampler_weight"]
-            values["sampling/importance_sampling_ratio/max"] = highest["sampler_weight"]
-        return values
+        names = [name for name in values if name in ("kl", "policy_loss", "aux_loss") or name.startswith("sampling/")]
+        return metrics | {name: values[name] for name in names}
+
+
+def _sampler_differences(actions: Actions) -> dict[str, torch.Tensor]:
+    """Number, sum and maximum of `|log pi_theta_k - log pi_sampler|` over the tokens that the sampler reported."""
+    counts, sums, largest = [], [], []
+    for policy, sampler in zip(actions.start, actions.sampled, strict=True):
+        difference = torch.full_like(policy, torch.nan) if sampler is None else (policy - sampler).abs()
+        counts.append((~difference.isnan()).sum())
+        difference = difference.masked_fill(difference.isnan(), 0.0)
+        sums.append(difference.sum())
+        largest.append(difference.max())
+    columns = {"sampler_tokens": counts, "sampler_difference": sums, "largest_difference": largest}
+    return {name: torch.stack(values) for name, values in columns.items()}
+
+
+def _rows(columns: dict[str, torch.Tensor]) -> Iterable[dict[str, float]]:
+    """Columns of `n` values as `n` rows, with one transfer from the device."""
+    table = torch.stack([column.detach().double() for column in columns.values()], dim=1).tolist()
+    return [dict(zip(columns, row, strict=True)) for row in table]

@@ -11,6 +11,7 @@ import torch
 
 
 _MAX_LOG_RATIO = 20.0
+_LOWEST_VESPO_LOG_RATIO = math.log(1e-8)
 
 
 def center_by_group(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -59,6 +60,71 @@ def normalize_over_batch(advantages: torch.Tensor) -> torch.Tensor:
         # and so the update, of a group without variance
         mean = torch.zeros_like(mean)
     return (advantages - mean) / scored.std()
+
+
+def batch_advantages(
+    rewards_per_func: torch.Tensor,
+    weights: torch.Tensor,
+    group_size: int,
+    *,
+    normalize: bool = True,
+    per_function: bool = False,
+    clip: float | None = None,
+) -> torch.Tensor:
+    """
+    Advantages of an iteration (Eq. 9) from the rewards of several functions.
+
+    Args:
+        rewards_per_func (`torch.Tensor` of shape `(N, F)`):
+            Rewards by function, the trajectories of a group next to each other. NaN where a function gave none; a
+            trajectory that no function scored has no advantage.
+        weights (`torch.Tensor` of shape `(F,)`):
+            Weights of the functions.
+        group_size (`int`):
+            `G`, trajectories of one group.
+        normalize (`bool`, *optional*, defaults to `True`):
+            Whether to normalise over the batch.
+        per_function (`bool`, *optional*, defaults to `False`):
+            Whether the advantages of each function are normalised before they are weighted and added.
+        clip (`float`, *optional*):
+            Bound of the absolute value of the advantages.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`:
+            Advantages in float64; 0 for a trajectory that no function scored.
+    """
+
+    def normalized(advantages: torch.Tensor) -> torch.Tensor:
+        return normalize_over_batch(advantages) if normalize else advantages
+
+    rewards_per_func = rewards_per_func.double()
+    weights = weights.to(rewards_per_func)
+    unscored = rewards_per_func.isnan().all(dim=1)
+    if per_function:
+        objectives = [normalized(center_by_group(rewards, group_size)) for rewards in rewards_per_func.T]
+        advantages = (torch.stack(objectives, dim=1) * weights).nansum(dim=1).masked_fill(unscored, torch.nan)
+    else:
+        rewards = (rewards_per_func * weights).nansum(dim=1).masked_fill(unscored, torch.nan)
+        advantages = center_by_group(rewards, group_size)
+    advantages = normalized(advantages).nan_to_num(nan=0.0)
+    return advantages if clip is None else advantages.clamp(-clip, clip)
+
+
+def share_without_variance(rewards_per_func: torch.Tensor, weights: torch.Tensor, group_size: int) -> float:
+    """
+    Share of the trajectories whose group has no variance of rewards, so that nothing is learned from them.
+
+    Args:
+        rewards_per_func (`torch.Tensor` of shape `(N, F)`), weights (`torch.Tensor` of shape `(F,)`):
+            Rewards by function, NaN where a function gave none, and weights of the functions.
+        group_size (`int`):
+            `G`, trajectories of one group.
+    """
+    weights = weights.to(rewards_per_func)
+    unscored = rewards_per_func.isnan().all(dim=1)
+    rewards = (rewards_per_func * weights).nansum(dim=1).masked_fill(unscored, torch.nan)
+    advantages = center_by_group(rewards, group_size).nan_to_num(nan=0.0).view(-1, group_size)
+    return (advantages == 0).all(dim=1).double().mean().item()
 
 
 def sequence_log_ratio(new_logps: torch.Tensor, old_logps: torch.Tensor, ratio: str = "geometric") -> torch.Tensor:
@@ -110,6 +176,80 @@ def clipped_surrogate(
     return torch.minimum(ratio * weight, clipped * weight)
 
 
+def cispo_surrogate(
+    ratio: torch.Tensor, weight: torch.Tensor, mean_logps: torch.Tensor, epsilon_high: float
+) -> torch.Tensor:
+    """
+    Turn-level form of CISPO (MiniMax-M1, arXiv 2506.13585): `sg(min(r, eps_max)) M mean_j log pi(a_j)`. Its gradient
+    is the one of `r M` with a bounded ratio, so no action loses its gradient.
+
+    Args:
+        ratio (`torch.Tensor` of any shape), weight (`torch.Tensor` of the same shape):
+            Sequence ratios, and turn weights `M`.
+        mean_logps (`torch.Tensor` of the same shape):
+            Mean log-probability of the action's tokens, with gradient.
+        epsilon_high (`float`):
+            Largest ratio: as in TRL a bound of the ratio itself, not of its distance from 1.
+
+    Returns:
+        `torch.Tensor`:
+            Surrogates, to be maximised.
+    """
+    return ratio.clamp(max=epsilon_high).detach() * weight * mean_logps
+
+
+def sapo_surrogate(
+    ratio: torch.Tensor, weight: torch.Tensor, temperature_pos: float, temperature_neg: float
+) -> torch.Tensor:
+    """
+    Turn-level form of SAPO (arXiv 2511.20347): `4 / tau sigmoid(tau (r - 1)) M`, a soft gate in place of the clip.
+
+    Args:
+        ratio (`torch.Tensor` of any shape), weight (`torch.Tensor` of the same shape):
+            Sequence ratios, and turn weights `M`.
+        temperature_pos (`float`), temperature_neg (`float`):
+            `tau` where `M` is positive, and where it is not.
+
+    Returns:
+        `torch.Tensor`:
+            Surrogates, to be maximised.
+    """
+    tau = torch.where(weight > 0, temperature_pos, temperature_neg).to(ratio)
+    return 4 / tau * torch.sigmoid(tau * (ratio - 1)) * weight
+
+
+def vespo_surrogate(
+    log_ratio: torch.Tensor,
+    weight: torch.Tensor,
+    mean_logps: torch.Tensor,
+    k: tuple[float, float],
+    lam: tuple[float, float],
+) -> torch.Tensor:
+    """
+    Turn-level form of VESPO: `sg(phi(w)) M mean_j log pi(a_j)` with `phi(w) = e^lambda w^k e^(-lambda w)` of the
+    product ratio `w`, which fades out actions whose probability has changed much.
+
+    Args:
+        log_ratio (`torch.Tensor` of any shape):
+            Log of the product ratio `w` (of the sampler's correction, too, where there is one).
+        weight (`torch.Tensor` of the same shape):
+            Turn weights `M`.
+        mean_logps (`torch.Tensor` of the same shape):
+            Mean log-probability of the action's tokens, with gradient.
+        k (`tuple[float, float]`), lam (`tuple[float, float]`):
+            `k` and `lambda` where `M` is not negative, and where it is.
+
+    Returns:
+        `torch.Tensor`:
+            Surrogates, to be maximised.
+    """
+    log_w = log_ratio.detach().clamp(_LOWEST_VESPO_LOG_RATIO, _MAX_LOG_RATIO)
+    exponent = torch.where(weight >= 0, *k).to(log_w)
+    decay = torch.where(weight >= 0, *lam).to(log_w).clamp(min=1e-4)
+    phi = (decay + exponent * log_w - decay * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return phi * weight * mean_logps
+
+
 def k3_divergence(new_logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
     """
     Per-token estimate of KL(policy || reference) that is never negative (the "k3" estimator).
@@ -149,6 +289,27 @@ def fold_in_ratio(weight: float, log_ratio: float, clip: float | None) -> float:
     return min(max(weight * min(max(ratio, low), high), low), high)
 
 
+def sampler_ratios(
+    policy_logps: torch.Tensor,
+    sampling_logps: torch.Tensor,
+    mode: str,
+    clip_min: float | None,
+    clip_max: float | None,
+) -> torch.Tensor:
+    """
+    Ratios of the policy's and the sampler's probabilities within their bounds: of each token, shape `(|a|,)`, or of
+    the whole action, shape `()`, as the mode says. Arguments as in [`sampler_correction`].
+    """
+    log_ratio = (policy_logps - sampling_logps).nan_to_num(nan=0.0)
+    level, constraint = mode.split("_")
+    ratio = log_ratio.sum().exp() if level == "sequence" else log_ratio.exp()
+    if constraint == "truncate":
+        return ratio.clamp(min=clip_min, max=clip_max)
+    low = -torch.inf if clip_min is None else clip_min
+    high = torch.inf if clip_max is None else clip_max
+    return ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
+
+
 def sampler_correction(
     policy_logps: torch.Tensor,
     sampling_logps: torch.Tensor,
@@ -175,16 +336,7 @@ def sampler_correction(
     Returns:
         `torch.Tensor` of shape `()`
     """
-    log_ratio = (policy_logps - sampling_logps).nan_to_num(nan=0.0)
-    level, constraint = mode.split("_")
-    ratio = log_ratio.sum().exp() if level == "sequence" else log_ratio.exp()
-    if constraint == "truncate":
-        ratio = ratio.clamp(min=clip_min, max=clip_max)
-    else:
-        low = -torch.inf if clip_min is None else clip_min
-        high = torch.inf if clip_max is None else clip_max
-        ratio = ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
-    return ratio.mean()
+    return sampler_ratios(policy_logps, sampling_logps, mode, clip_min, clip_max).mean()
 
 
 def keep_on_policy(

@@ -6,32 +6,8 @@ every turn is a block of its own.
 """
 
 import random
-from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Block:
-    """
-    Consecutive turns that are updated together.
-
-    Args:
-        first (`int`):
-            First turn, counted from 1.
-        last (`int`):
-            Last turn, inclusive.
-    """
-
-    first: int
-    last: int
-
-    @property
-    def label(self) -> str:
-        """`"3"` for a single turn, `"3-5"` for several."""
-        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
-
-    def turns_of(self, num_turns: int) -> range:
-        """Turns (counted from 1) that an episode of `num_turns` turns plays in this block."""
-        return range(self.first, min(self.last, num_turns) + 1)
+from ..scoring.turn_buffer import Block
 
 
 def split_into_blocks(num_turns: int, max_turn_updates: int | None = None) -> list[Block]:

@@ -15,7 +15,7 @@ from oracle import OracleSettings, seeupo_iteration
 from tiny import save_tiny_model, tiny_config, tiny_tokenizer
 from unkind_rollouts import NUM_TRAJECTORIES, TURNS, groups
 
-from seeupo_trl.update.turn_updater import assign_minibatches
+from seeupo_trl.update.steps import assign_minibatches
 
 
 pytest.importorskip("deepspeed")

@@ -1,33 +1,22 @@
 """A run that was killed goes on from its last whole checkpoint as if nothing had happened."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from launching import HELPERS, run_command
 from safetensors.torch import load_file
 from tiny import save_tiny_model
 
 from seeupo_trl.distributed.checkpoints import check_checkpoint, last_complete_checkpoint
 
 
-SCRIPT = Path(__file__).parents[1] / "helpers" / "killable_run.py"
-
-
 def run(model: str, output: Path, *options: str) -> int:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    process = subprocess.run(
-        [sys.executable, str(SCRIPT), model, str(output), *options],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    process = run_command([sys.executable, str(HELPERS / "killable_run.py"), model, str(output), *options])
     assert process.returncode in (0, -signal.SIGKILL), process.stderr[-3000:]
     return process.returncode
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 from datasets import Dataset
-from tiny import VOCABULARY, load_tiny_model, save_tiny_model, tiny_tokenizer
+from tiny import ON_CPU, VOCABULARY, load_tiny_model, save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
@@ -436,12 +436,8 @@ def test_a_policy_is_trained_on_the_real_server(root, tmp_path):
             max_completion_length=6,
             generation_kwargs=END_AT_LAST_TOKEN,
             learning_rate=1e-2,
-            logging_steps=1,
-            use_cpu=True,
-            bf16=False,
-            save_strategy="no",
-            report_to="none",
             seed=1,
+            **ON_CPU,
         ),
         train_dataset=load_appworld("train", root=root),
         rollout_func=MultiTurnRollout(partial(SpokenAppWorld, servers)),

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from isolated_deeds import Deeds
-from test_multi_turn import make_trainer, row  # noqa: F401
+from scripted_trainer import make_scripted_trainer
+from talk import row
 
 from seeupo_trl import MultiTurnRollout
 from seeupo_trl.envs import IsolatedEnvironment
@@ -96,9 +97,9 @@ def test_wrong_arguments_are_refused():
         IsolatedEnvironment(Deeds, max_episodes=0)
 
 
-def test_a_rollout_goes_on_where_threads_would_stand_still(make_trainer):  # noqa: F811
+def test_a_rollout_goes_on_where_threads_would_stand_still(tmp_path):
     rows = [row(deed=deed, number=i) for i, deed in enumerate(["hold the lock", "die", None, None])]
-    trainer = make_trainer(rows, script=["Yes.<|im_end|>"] * 9)
+    trainer = make_scripted_trainer(tmp_path, rows, script=["Yes.<|im_end|>"] * 9)
     rollout = MultiTurnRollout(partial(IsolatedEnvironment, Deeds, timeout=5.0), tasks=rows, env_timeout=100.0)
     output = rollout([r["prompt"] for r in rows], trainer)
     rollout.close()
@@ -111,8 +112,6 @@ def test_no_process_is_left_when_ours_is_killed(tmp_path):
     script.write_text(
         textwrap.dedent(
             """
-            import sys
-            sys.path.insert(0, sys.argv[1])
             from isolated_deeds import Deeds
             from seeupo_trl.envs import IsolatedEnvironment
 
@@ -125,9 +124,7 @@ def test_no_process_is_left_when_ours_is_killed(tmp_path):
             """
         )
     )
-    ours = subprocess.Popen(
-        [sys.executable, str(script), str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True
-    )
+    ours = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     pid = int(ours.stdout.readline())
     assert is_running(pid)
     time.sleep(0.5)

@@ -1,39 +1,22 @@
 """Evaluations count each episode once, say how sure they are, and mean the same whatever the batches and processes."""
 
 import json
-import os
-import subprocess
-import sys
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
+from count_down import CountDown
 from datasets import Dataset, IterableDataset
 from evaluation_run import evaluate_and_train, make_trainer, tasks
+from launching import run_on_two_processes
 from tiny import save_tiny_model
 
 from seeupo_trl.envs import StopReason
 from seeupo_trl.evaluation.outcome import Outcome, describe_outcomes, task_of
 from seeupo_trl.evaluation.summary import Evaluation, attempts, bootstrap_interval, pass_at, pass_hat, summarize
 from seeupo_trl.trajectory_log import read_trajectories
-
-
-SCRIPT = Path(__file__).parents[1] / "helpers" / "evaluation_run.py"
-LAUNCHER = {
-    "compute_environment": "LOCAL_MACHINE",
-    "distributed_type": "MULTI_GPU",
-    "machine_rank": 0,
-    "main_training_function": "main",
-    "mixed_precision": "no",
-    "num_machines": 1,
-    "num_processes": 2,
-    "rdzv_backend": "static",
-    "same_network": True,
-    "use_cpu": False,
-}
 
 
 def outcome(group=0, success=None, reward=0.0, stop_reason=StopReason.completed, category=None, turns=1, **kwargs):
@@ -237,8 +220,6 @@ def test_the_best_model_may_be_chosen_by_success(tiny_dir, tmp_path):
 
 
 def test_threshold_gives_success_to_environments_that_report_none(tiny_dir, tmp_path):
-    from test_trainer import CountDown
-
     rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "w0"}]] * 2, "turns": [1, 2]})
     options = {"success_threshold": 0.5}
     trainer = make_trainer(tiny_dir, tmp_path, options, environment_factory=CountDown)
@@ -286,15 +267,7 @@ def test_two_processes_report_what_one_reports(tiny_dir, tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     one = evaluate_and_train(tiny_dir, tmp_path / "one")
-    launcher = tmp_path / "launcher.yaml"
-    launcher.write_text(yaml.safe_dump(LAUNCHER))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launcher)]
-    command += ["--main_process_port", "0", str(SCRIPT), tiny_dir, str(tmp_path / "two")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr[-4000:]
-    results = [json.loads(file.read_text()) for file in sorted((tmp_path / "two").glob("result-*.json"))]
-    assert len(results) == 2
+    results = run_on_two_processes("evaluation_run.py", tmp_path / "two", tiny_dir)
     for two in results:
         # sizes 1, 3 and 5 on batches of two groups, a stream of 3, and an iteration of training
         assert two["trajectories"] == one["trajectories"]

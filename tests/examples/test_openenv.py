@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import tiny_config, tiny_tokenizer
-from tokenizers import AddedToken
-from transformers import Qwen3ForCausalLM
+from tiny import ON_CPU
+from tool_calls import only, save_calling_model
 
 from seeupo_trl import SeeUPOConfig
 
@@ -22,26 +21,7 @@ CALLS = ['<tool_call> {"name": "guess", "arguments": {"number": ' + f"{n}}}}} </
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A tiny model whose vocabulary has each guess as one token, as a number and as a call."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in CALLS])
-    tokenizer.response_template = {
-        "defaults": {"role": "assistant"},
-        "start_anchor": "<|im_start|> assistant",
-        "fields": {
-            "tool_calls": {
-                "open": "<tool_call>",
-                "close_pattern": r"</tool_call>\s*",
-                "repeats": True,
-                "content": "json",
-                "transform": {"type": "function", "function": "{content}"},
-            },
-            "content": {"close_pattern": r"<\|im_end\|>\s*", "content": "text"},
-        },
-    }
-    directory = str(tmp_path_factory.mktemp("guesser"))
-    Qwen3ForCausalLM(tiny_config(vocab_size=len(tokenizer), initializer_range=0.02)).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return save_calling_model(tmp_path_factory.mktemp("guesser"), CALLS)
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +43,14 @@ def url(example):
 @pytest.fixture
 def args(model, tmp_path):
     def args(words, **overrides):
-        vocabulary = tiny_tokenizer().get_vocab() | {text: len(tiny_tokenizer()) + i for i, text in enumerate(CALLS)}
-        banned = [index for text, index in vocabulary.items() if text not in {*words, "<|im_end|>"}]
         settings = {
+            **ON_CPU,
             "output_dir": str(tmp_path),
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 1,
             "max_steps": 2,
             "per_device_train_batch_size": 8,
             "num_generations": 4,
             "max_completion_length": 100,
-            "generation_kwargs": {"suppress_tokens": banned},
+            "generation_kwargs": only(*words, calls=CALLS),
         }
         return SeeUPOConfig(**{**settings, **overrides})
 

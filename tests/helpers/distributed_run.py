@@ -21,20 +21,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from fixed_rollouts import outcome_reward
 from peft import LoraConfig
-from tiny import VOCABULARY
+from tiny import ON_CPU, VOCABULARY
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
-from unkind_rollouts import GROUP_SIZE, NUM_TRAJECTORIES, TURNS, FixedRollouts, outcome_reward
+from unkind_rollouts import GROUP_SIZE, NUM_TRAJECTORIES, TURNS, FixedRollouts
 
-from seeupo_trl import (
-    MultiTurnEnvironment,
-    MultiTurnRollout,
-    Observation,
-    SeeUPOConfig,
-    SeeUPOTrainer,
-    StepResult,
-)
+from seeupo_trl import MultiTurnEnvironment, MultiTurnRollout, Observation, SeeUPOConfig, SeeUPOTrainer, StepResult
 
 
 # Turns of the episodes of an iteration's four prompts. They go to the processes in order.
@@ -145,8 +139,8 @@ class Precision:
 
     def __init__(self, trainer: SeeUPOTrainer):
         self.is_bfloat16 = True
-        self._score = trainer._scorer.score
-        trainer._scorer.score = self.score
+        self._score = trainer._scorers.policy.score
+        trainer._scorers.policy.score = self.score
 
     def score(self, *args, **kwargs):
         scores, loss = self._score(*args, **kwargs)
@@ -175,6 +169,7 @@ def train(run: dict, num_processes: int) -> None:
     options.setdefault("gradient_accumulation_steps", rows // 2)
     args = SeeUPOConfig(
         **{
+            **ON_CPU,
             "output_dir": str(output),
             "per_device_train_batch_size": 2,
             "per_device_eval_batch_size": rows,
@@ -186,11 +181,6 @@ def train(run: dict, num_processes: int) -> None:
             "lr_scheduler_type": "constant",
             "max_grad_norm": 1.0,
             "gradient_checkpointing": False,
-            "bf16": False,
-            "use_cpu": True,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 1,
             "disable_tqdm": True,
             **options,
         }

@@ -1,7 +1,7 @@
 """
 One process of `test_evaluation.py`: evaluates sets of awkward sizes, trains one iteration and writes what it reports.
 
-`accelerate launch [--config_file CONFIG] evaluation_run.py MODEL OUTPUT`
+`accelerate launch [--config_file CONFIG] evaluation_run.py OUTPUT MODEL`
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from tiny import load_tiny_model, tiny_tokenizer
+from tiny import ON_CPU, load_tiny_model, tiny_tokenizer
 
 from seeupo_trl import MultiTurnEnvironment, MultiTurnRollout, Observation, SeeUPOConfig, SeeUPOTrainer, StepResult
 from seeupo_trl.trajectory_log import read_trajectories
@@ -71,6 +71,7 @@ def make_trainer(model_dir, output_dir, options, environment_factory=Scripted, *
     # any word may end a response: an untrained model hardly ever writes the one token that should
     model.generation_config.eos_token_id = list(range(40, 96))
     settings = {
+        **ON_CPU,
         "output_dir": str(output_dir),
         "per_device_train_batch_size": K,
         "per_device_eval_batch_size": 2 * K,
@@ -78,11 +79,6 @@ def make_trainer(model_dir, output_dir, options, environment_factory=Scripted, *
         "num_generations_eval": K,
         "max_completion_length": 16,
         "max_steps": 1,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
         **options,
     }
     is_scripted = environment_factory is Scripted
@@ -119,10 +115,10 @@ def evaluate_and_train(model_dir: str, output: Path) -> dict:
 
 def main() -> None:
     torch.set_num_threads(1)
-    output = Path(sys.argv[2])
-    result = evaluate_and_train(sys.argv[1], output)
+    output, model_dir = Path(sys.argv[1]), sys.argv[2]
+    result = evaluate_and_train(model_dir, output)
     state = PartialState()
-    (output / f"result-{state.process_index}.json").write_text(json.dumps(result))
+    (output / f"rank{state.process_index}.json").write_text(json.dumps(result))
     state.destroy_process_group()
 
 

@@ -1,7 +1,8 @@
 """
-One process of `test_generation.py`: in a rollout, generates with and without keys and values kept from turn to turn.
+One process of `test_cached_generation.py`: in a rollout, generates with and without keys and values kept from turn to
+turn.
 
-`accelerate launch --config_file CONFIG generation_run.py MODEL OUTPUT`
+`accelerate launch --config_file CONFIG generation_run.py OUTPUT MODEL`
 """
 
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 import deepspeed.ops
 import torch
 from datasets import Dataset
+from tiny import ON_CPU
 from trl import GRPOConfig, GRPOTrainer
 
 from seeupo_trl.rollout.cached_generation import CachedGeneration
@@ -49,7 +51,7 @@ def compare(prompts, trainer):
         supported = CachedGeneration.supports(trainer)
         kept = play(CachedGeneration(trainer).generate, episodes, rounds, eos)
         found[f"gathered={gathered}"] = {"supported": supported, "anew": anew, "kept": kept}
-    Path(sys.argv[2], f"rank{trainer.accelerator.process_index}.json").write_text(json.dumps(found))
+    Path(sys.argv[1], f"rank{trainer.accelerator.process_index}.json").write_text(json.dumps(found))
     return {"prompt_ids": [[30]] * len(prompts), "completion_ids": [[31, 32]] * len(prompts), "logprobs": None}
 
 
@@ -58,19 +60,16 @@ def main() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.set_num_threads(1)
     trainer = GRPOTrainer(
-        model=sys.argv[1],
+        model=sys.argv[2],
         args=GRPOConfig(
-            output_dir=sys.argv[2],
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
+            output_dir=sys.argv[1],
             max_steps=1,
-            save_strategy="no",
             num_generations=2,
             per_device_train_batch_size=2,
             max_completion_length=7,
             generation_kwargs={"do_sample": False},
             model_init_kwargs={"dtype": "float32"},
+            **ON_CPU,
         ),
         train_dataset=Dataset.from_dict({"prompt": ["w1"] * 4}),
         reward_funcs=lambda completions, **kwargs: [float(index) for index in range(len(completions))],

@@ -1,4 +1,4 @@
-"""Starting processes for the distributed tests: the launcher's configurations, and what a launch leaves behind."""
+"""Starting several processes: the launcher's configurations, and what a launch leaves behind."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 
-SCRIPT = Path(__file__).with_name("distributed_run.py")
+HELPERS = Path(__file__).parent
 TIMEOUT = 600  # seconds; a launch takes about 30
 
 LAUNCHER = {
@@ -98,6 +98,34 @@ class Finished:
         return [json.loads(path.read_text()) for path in sorted((self.output / run).glob("process_*.json"))]
 
 
+def accelerate_launch(output: Path, backend: str, num_processes: int) -> list[str]:
+    """The command that starts a script on several processes; its configuration is written to `output`."""
+    config: dict[str, Any] = {**LAUNCHER, "num_processes": num_processes}
+    if backend == "ddp":
+        config["distributed_type"] = "MULTI_GPU"
+    elif backend == "fsdp2":
+        config |= FSDP2
+    else:
+        path = output / "deepspeed.json"
+        path.write_text(json.dumps(DEEPSPEED[backend]))
+        config["distributed_type"] = "DEEPSPEED"
+        config["deepspeed_config"] = {
+            "deepspeed_config_file": str(path),
+            "zero3_init_flag": backend.startswith("zero3"),
+            "deepspeed_multinode_launcher": "standard",
+        }
+        del config["mixed_precision"]  # the launcher wants it in one place only
+    path = output / "launcher.yaml"
+    path.write_text(yaml.safe_dump(config))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    return [*launcher, "--config_file", str(path), "--main_process_port", "0"]
+
+
+def run_command(command: list[str], timeout: int = TIMEOUT) -> subprocess.CompletedProcess:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+
+
 def launch(output: Path, backend: str | None, num_processes: int, runs: list[dict[str, Any]]) -> Finished:
     """Start the processes, train the runs one after the other, and wait for the end, whatever it is."""
     output.mkdir(parents=True, exist_ok=True)
@@ -109,29 +137,23 @@ def launch(output: Path, backend: str | None, num_processes: int, runs: list[dic
         extra["deepspeed"] = str(output / "deepspeed.json")
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
     elif backend is not None:
-        config = {**LAUNCHER, "num_processes": num_processes}
-        if backend == "ddp":
-            config["distributed_type"] = "MULTI_GPU"
-        elif backend == "fsdp2":
-            config |= FSDP2
-        else:
-            path = output / "deepspeed.json"
-            path.write_text(json.dumps(DEEPSPEED[backend]))
-            config["distributed_type"] = "DEEPSPEED"
-            config["deepspeed_config"] = {
-                "deepspeed_config_file": str(path),
-                "zero3_init_flag": backend.startswith("zero3"),
-                "deepspeed_multinode_launcher": "standard",
-            }
-            del config["mixed_precision"]  # the launcher wants it in one place only
-        path = output / "launcher.yaml"
-        path.write_text(yaml.safe_dump(config))
-        command += ["-m", "accelerate.commands.launch", "--config_file", str(path), "--main_process_port", "0"]
+        command = accelerate_launch(output, backend, num_processes)
     job = output / "job.json"
     settings = {"num_processes": num_processes, "init_deepspeed": backend == "torchrun_zero3"}
     job.write_text(json.dumps({**settings, "runs": [{**run, **extra} for run in runs]}))
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    process = subprocess.run(
-        [*command, str(SCRIPT), str(job)], env=env, capture_output=True, text=True, timeout=TIMEOUT
-    )
+    process = run_command([*command, str(HELPERS / "distributed_run.py"), str(job)])
     return Finished(output, process.returncode, time.time(), process.stderr)
+
+
+def run_on_two_processes(
+    script: str, output: Path, *arguments: str, backend: str = "ddp", timeout: int = 300
+) -> list[dict[str, Any]]:
+    """
+    Run a script of this folder with `output` and further arguments, and return what each process wrote to
+    `rank0.json` and `rank1.json` there.
+    """
+    command = [*accelerate_launch(output, backend, 2), str(HELPERS / script), str(output), *arguments]
+    process = run_command(command, timeout)
+    files = [output / f"rank{rank}.json" for rank in range(2)]
+    assert all(file.exists() for file in files), process.stderr[-4000:]
+    return [json.loads(file.read_text()) for file in files]

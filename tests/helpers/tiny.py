@@ -29,6 +29,9 @@ CHAT_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}<|im_start|> assistant {% endif %}"""
 
+# Arguments of a short run: on the CPU, without autocast, logging every iteration and saving nothing.
+ON_CPU = {"use_cpu": True, "bf16": False, "report_to": "none", "logging_steps": 1, "save_strategy": "no"}
+
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer of about a hundred tokens (`w0` to `w59`, digits, roles, punctuation) with tools."""

@@ -82,7 +82,3 @@ class FixedRollouts:
         if self.strip:
             output["trajectories"] = [Trajectory([Turn(*turn) for turn in turns]) for _, _, _, turns in episodes]
         return output
-
-
-def outcome_reward(completions, outcome, **kwargs):
-    return outcome

@@ -17,6 +17,8 @@ import os
 import time
 from pathlib import Path
 
+from tool_calls import CALL, calling_tokenizer
+
 
 # vLLM reads them when it is imported
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -28,8 +30,7 @@ import torch
 import torch._dynamo
 import vllm.model_executor.layers.utils as linear_layers
 from safetensors.torch import load_file, save_file
-from tiny import DIGITS, VOCABULARY, WORDS, tiny_config, tiny_tokenizer
-from tokenizers import AddedToken
+from tiny import DIGITS, VOCABULARY, WORDS, tiny_config
 from transformers import Qwen3ForCausalLM
 from trl.generation import vllm_client
 from trl.generation.vllm_client import VLLMClient
@@ -129,7 +130,6 @@ def server_command(model: str, port: int, max_model_len: int) -> list[str]:
 
 # --- A model that talks ----------------------------------------------------------------------------------------------
 
-CALL = '<tool_call> {"name": "increment", "arguments": {"step": 2}} </tool_call>'
 TALK = ["<|im_end|>", CALL, *WORDS[:20], *DIGITS]
 
 
@@ -140,22 +140,7 @@ def save_talker(directory: str | Path, eos_bias: float = 3.0, call_bias: float =
     Its logits have a bias, written into the weights because Qwen3 has no place for one: the first hidden dimension is
     the same for every token, no layer writes to it, and the head reads it.
     """
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens([AddedToken(CALL, normalized=False, special=False)])
-    tokenizer.response_template = {
-        "defaults": {"role": "assistant"},
-        "start_anchor": "<|im_start|> assistant",
-        "fields": {
-            "tool_calls": {
-                "open": "<tool_call>",
-                "close_pattern": r"</tool_call>\s*",
-                "repeats": True,
-                "content": "json",
-                "transform": {"type": "function", "function": "{content}"},
-            },
-            "content": {"close_pattern": r"<\|im_end\|>\s*", "content": "text"},
-        },
-    }
+    tokenizer = calling_tokenizer([CALL])
     # vLLM's attention for CPUs has heads of 32 and more
     shape = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
     with torch.random.fork_rng(devices=[]):

@@ -8,6 +8,7 @@ import vllm
 import vllm_on_cpu  # noqa: F401  (changes vLLM before an engine is built)
 from datasets import Dataset
 from oracle import token_logps
+from tiny import ON_CPU
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from seeupo_trl import MultiTurnEnvironment, Observation, SeeUPOConfig, StepResult
@@ -42,19 +43,6 @@ class Lecture(MultiTurnEnvironment):
         return StepResult([{"role": "user", "content": "w8 " * 9}])
 
 
-def increment(step: int) -> int:
-    """
-    Adds to a counter.
-
-    Args:
-        step: What to add.
-
-    Returns:
-        What was added.
-    """
-    return step
-
-
 def digits(completion_ids, **kwargs):
     return [sum(96 <= token < 106 for token in ids) / 4 + len(ids) / 50 for ids in completion_ids]
 
@@ -80,12 +68,8 @@ def questions():
 def config(directory, **overrides):
     return SeeUPOConfig(
         **{
+            **ON_CPU,
             "output_dir": str(directory),
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 1,
             "disable_tqdm": True,
             "use_vllm": True,
             "vllm_max_model_length": 256,
@@ -128,7 +112,7 @@ class Watch:
 
         def watched_generate(prompts):
             output = generate(prompts)
-            self.rollouts.append([(turn, self.policy(turn)) for t in trainer._trajectories for turn in t.turns])
+            self.rollouts.append([(turn, self.policy(turn)) for t in trainer._batch.trajectories for turn in t.turns])
             return output
 
         trainer.vllm_generation._iter_named_params = watched_walk

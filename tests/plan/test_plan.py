@@ -24,7 +24,8 @@ from seeupo_trl.plan.memory import estimate
 from seeupo_trl.plan.run import GIB, Run, Strategy, model_shape
 from seeupo_trl.scoring.rows import Row, RowBatch
 from seeupo_trl.scoring.trees import TreeScorer
-from seeupo_trl.trajectory import Trajectory, Turn, TurnBuffer
+from seeupo_trl.scoring.turn_buffer import TurnBuffer
+from seeupo_trl.trajectory import Trajectory, Turn
 
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +81,7 @@ def episodes(prompt: int, action: int, observation: int, turns: int, count: int 
             turns_of_one.append(Turn(context, [2 + index] * action))
             context = context + [2 + index] * action + [7] * observation
         trajectories.append(Trajectory(turns_of_one))
-    return TurnBuffer(trajectories, [1.0] * count, count)
+    return TurnBuffer(trajectories)
 
 
 CONFIGS = {

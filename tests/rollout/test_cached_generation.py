@@ -1,20 +1,16 @@
 """Generation with keys and values kept from turn to turn: the tokens of encoding every turn anew, at a lower cost."""
 
 import gc
-import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from launching import run_on_two_processes
 from peft import LoraConfig
-from tiny import VOCABULARY, load_tiny_model, save_tiny_model, tiny_tokenizer
+from tiny import ON_CPU, VOCABULARY, load_tiny_model, save_tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
@@ -42,11 +38,8 @@ def make_trainer(tiny_path, tmp_path):
             model=model,
             args=GRPOConfig(
                 output_dir=str(tmp_path),
-                report_to=[],
-                use_cpu=True,
-                bf16=False,
                 generation_kwargs=generation,
-                **{**settings, **config},
+                **{**ON_CPU, **settings, **config},
             ),
             train_dataset=Dataset.from_dict({"prompt": ["w1"] * 2}),
             processing_class=tiny_tokenizer(),
@@ -329,32 +322,10 @@ def test_what_is_kept_has_no_padding_and_goes_with_its_episode(make_trainer):
 def test_processes_with_unequal_work_run_equally_many_forward_passes_under_zero3(tiny_path, tmp_path):
     """Without the parameters gathered for generation every forward pass is a collective operation, and hangs alone."""
     pytest.importorskip("deepspeed")
-    model, launcher = tmp_path / "model", tmp_path / "zero3.yaml"
+    model = tmp_path / "model"
     shutil.copytree(tiny_path, model)
     GenerationConfig(eos_token_id=ENDS, pad_token_id=VOCABULARY.index("<pad>")).save_pretrained(model)
-    launcher.write_text(
-        "{distributed_type: DEEPSPEED, num_processes: 2, num_machines: 1, machine_rank: 0, use_cpu: false,"
-        " mixed_precision: 'no', main_training_function: main, rdzv_backend: static, same_network: true,"
-        " deepspeed_config: {zero_stage: 3, zero3_init_flag: true, zero3_save_16bit_model: true,"
-        " offload_optimizer_device: none, offload_param_device: none, deepspeed_multinode_launcher: standard}}"
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        f"--config_file={launcher}",
-        "--main_process_port=0",
-    ]
-    command += [
-        str(Path(__file__).parents[1] / "helpers" / "generation_run.py"),
-        str(model),
-        str(tmp_path),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    files = [tmp_path / f"rank{rank}.json" for rank in range(2)]
-    assert all(file.exists() for file in files), done.stderr[-3000:]
-    first, second = (json.loads(file.read_text()) for file in files)
+    first, second = run_on_two_processes("generation_run.py", tmp_path, str(model), backend="zero3")
     for found in (first, second):
         for played in found.values():
             assert played["kept"] == played["anew"]

@@ -5,7 +5,8 @@ import random
 from types import SimpleNamespace
 
 import pytest
-from test_multi_turn import TEMPLATES, TOOLS, byte_tokenizer, result, user
+from byte_tokenizer import TEMPLATES, byte_tokenizer
+from talk import TOOLS, result, user
 from trl.chat_template_utils import parse_response
 
 from seeupo_trl.envs import Observation

@@ -6,22 +6,13 @@ from pathlib import Path
 
 import pytest
 import trl
+from byte_tokenizer import byte_tokenizer, forced_end, tiny_model
 from datasets import Dataset
-from test_multi_turn import (  # noqa: F401
-    TOOLS,
-    ScriptedTrainer,
-    Talk,
-    byte_tokenizer,
-    forced_end,
-    make_trainer,
-    result,
-    row,
-    tiny_model,
-    user,
-)
+from talk import TOOLS, Talk, result, row, user
+from tiny import ON_CPU
 
 from seeupo_trl import MultiTurnRollout, SeeUPOConfig, SeeUPOTrainer
-from seeupo_trl.trajectory import TurnBuffer
+from seeupo_trl.scoring.turn_buffer import TurnBuffer
 
 
 CALL = '<tool_call>\n{"name": "look", "arguments": {"thing": "a"}}\n</tool_call>'
@@ -33,7 +24,7 @@ def thought(text, content):
     return f"<think>\n{text}\n</think>\n\n{content}<|im_end|>"
 
 
-def play(make_trainer, replies, script, history, template="qwen3", chat_template_kwargs=None, **options):  # noqa: F811
+def play(make_trainer, replies, script, history, template="qwen3", chat_template_kwargs=None, **options):
     """One episode with scripted responses, and the trainer it was played with."""
     rows = [row(*replies, tools=json.dumps(TOOLS))]
     config = {} if chat_template_kwargs is None else {"chat_template_kwargs": chat_template_kwargs}
@@ -81,7 +72,7 @@ CONVERSATIONS = {
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_stripped_contexts_are_those_of_qwen3s_template(make_trainer, name):  # noqa: F811
+def test_stripped_contexts_are_those_of_qwen3s_template(make_trainer, name):
     replies, script = CONVERSATIONS[name]
     trajectory, trainer = play(make_trainer, replies, script, "strip_reasoning")
     assert len(trajectory.turns) == len(script)
@@ -89,7 +80,7 @@ def test_stripped_contexts_are_those_of_qwen3s_template(make_trainer, name):  # 
         assert turn.context_ids == rendered(trainer, trajectory, number), number
 
 
-def test_stripped_contexts_without_thinking_are_those_of_qwen3s_template(make_trainer):  # noqa: F811
+def test_stripped_contexts_without_thinking_are_those_of_qwen3s_template(make_trainer):
     replies = [[result("x")], [user("Next.")], [user("And?")]]
     script = [f"{CALL}<|im_end|>", "Plain.<|im_end|>", "B.<|im_end|>", "C.<|im_end|>"]
     trajectory, trainer = play(make_trainer, replies, script, "strip_reasoning", chat_template_kwargs=SILENT)
@@ -97,7 +88,7 @@ def test_stripped_contexts_without_thinking_are_those_of_qwen3s_template(make_tr
         assert turn.context_ids == rendered(trainer, trajectory, number, SILENT), number
 
 
-def test_what_is_kept_of_an_earlier_turn_keeps_its_tokens(make_trainer):  # noqa: F811
+def test_what_is_kept_of_an_earlier_turn_keeps_its_tokens(make_trainer):
     odd_json = '<tool_call>\n{"name":  "look","arguments":{"thing":"a"}}\n</tool_call>'
     script = [thought("musing", f"So:  {odd_json}"), thought("pondering", "A."), thought("", "B.")]
     trajectory, trainer = play(make_trainer, [[result("x")], [user("Next.")]], script, "strip_reasoning")
@@ -105,14 +96,14 @@ def test_what_is_kept_of_an_earlier_turn_keeps_its_tokens(make_trainer):  # noqa
     assert f"So:  {odd_json}<|im_end|>" in text and "musing" not in text and "pondering" not in text
 
 
-def test_reasoning_that_never_ends_is_kept(make_trainer):  # noqa: F811
+def test_reasoning_that_never_ends_is_kept(make_trainer):
     script = ["<think>\nand on and on<|im_end|>", thought("x", "B.")]
     trajectory, trainer = play(make_trainer, [[user("Next.")]], script, "strip_reasoning")
     assert "and on and on" in trainer.processing_class.decode(trajectory.turns[1].context_ids)
 
 
 @pytest.mark.parametrize("template", ["qwen3_5_think", "qwen3_8", "nemotron_3_nano"])
-def test_a_header_that_opens_the_reasoning_is_stripped_with_it(make_trainer, template):  # noqa: F811
+def test_a_header_that_opens_the_reasoning_is_stripped_with_it(make_trainer, template):
     """The generation prompt of these ends with `<think>`, so that the action begins inside the reasoning."""
     replies, script = (
         [[user("More.")], [user("And?")]],
@@ -130,7 +121,7 @@ def test_a_header_that_opens_the_reasoning_is_stripped_with_it(make_trainer, tem
         assert trajectory.turns[2].context_ids == rendered(trainer, trajectory, 2, template=template)
 
 
-def test_append_keeps_all_reasoning(make_trainer):  # noqa: F811
+def test_append_keeps_all_reasoning(make_trainer):
     replies, script = CONVERSATIONS["user turns"]
     trajectory, trainer = play(make_trainer, replies, script, "append")
     text = trainer.processing_class.decode(trajectory.turns[-1].context_ids)
@@ -138,7 +129,7 @@ def test_append_keeps_all_reasoning(make_trainer):  # noqa: F811
     assert all(later.extends(earlier) for earlier, later in zip(trajectory.turns, trajectory.turns[1:], strict=False))
 
 
-def test_a_function_decides_what_is_shown(make_trainer):  # noqa: F811
+def test_a_function_decides_what_is_shown(make_trainer):
     seen = []
 
     def last_exchange(messages):
@@ -155,19 +146,19 @@ def test_a_function_decides_what_is_shown(make_trainer):  # noqa: F811
     assert [m["content"] for m in trajectory.messages][1::2] == ["More.", "And?"], "the episode keeps everything"
 
 
-def test_a_function_that_changes_nothing_appends_tokens(make_trainer):  # noqa: F811
+def test_a_function_that_changes_nothing_appends_tokens(make_trainer):
     odd = "A.<think>x</think>  spaced<|im_end|>"
     trajectory, _ = play(make_trainer, [[user("More.")]], [odd, "B.<|im_end|>"], lambda messages: messages)
     assert trajectory.turns[1].extends(trajectory.turns[0])
 
 
 @pytest.mark.parametrize("returned", [None, [], ["text"]])
-def test_a_function_that_returns_no_messages_is_an_error(make_trainer, returned):  # noqa: F811
+def test_a_function_that_returns_no_messages_is_an_error(make_trainer, returned):
     with pytest.raises(RuntimeError, match="^history must return the list of messages to show"):
         play(make_trainer, [[user("More.")]], ["A.<|im_end|>"] * 2, lambda messages: returned)
 
 
-def test_unknown_histories_are_refused(make_trainer):  # noqa: F811
+def test_unknown_histories_are_refused(make_trainer):
     with pytest.raises(ValueError, match="history is 'forget'; it must be one of 'append', 'strip_reasoning'"):
         MultiTurnRollout(Talk, history="forget")
     with pytest.raises(ValueError, match="history"):
@@ -176,7 +167,7 @@ def test_unknown_histories_are_refused(make_trainer):  # noqa: F811
         play(make_trainer, [[user("More.")]], ["A.<|im_end|>"], "strip_reasoning", template="qwen2_5")
 
 
-def test_a_stock_trainer_cannot_train_on_rewritten_contexts(make_trainer):  # noqa: F811
+def test_a_stock_trainer_cannot_train_on_rewritten_contexts(make_trainer):
     rows = [row()]
     trainer = make_trainer(rows, "qwen3", script=["A.<|im_end|>"])
     with pytest.raises(ValueError, match="GRPO|ScriptedTrainer trains on an episode as one sequence"):
@@ -207,15 +198,13 @@ def test_the_tokens_that_are_trained_on_are_those_of_generation(tmp_path, histor
         model=tiny_model(tokenizer),
         args=SeeUPOConfig(
             str(tmp_path),
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
             max_steps=1,
             num_generations=4,
             per_device_train_batch_size=4,
             max_completion_length=100,
             packing="tree",
             generation_kwargs=forced_end(tokenizer),
+            **ON_CPU,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -226,7 +215,7 @@ def test_the_tokens_that_are_trained_on_are_those_of_generation(tmp_path, histor
         TurnBuffer, "sequence", lambda *args: [scored.add(tuple(sequence(*args).tolist())), sequence(*args)][1]
     )
     trainer.train()
-    turns = [turn for trajectory in trainer._trajectories for turn in trajectory.turns]
+    turns = [turn for trajectory in trainer._batch.trajectories for turn in trajectory.turns]
     assert len(turns) == 16 and sorted(trainer.shown) == sorted(tuple(turn.context_ids) for turn in turns)
     assert scored == {tuple(turn.context_ids + turn.action_ids) for turn in turns}
     assert trainer.state.log_history[0]["turn_updates"] == 4

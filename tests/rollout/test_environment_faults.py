@@ -5,17 +5,16 @@ import gc
 import math
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from test_multi_turn import Talk, byte_tokenizer, forced_end, make_trainer, row, tiny_model, user  # noqa: F401
-from tiny import load_tiny_model, tiny_tokenizer
+from launching import HELPERS
+from talk import Talk, row, user
+from tiny import ON_CPU, load_tiny_model, tiny_tokenizer
 
 from seeupo_trl import MultiTurnEnvironment, MultiTurnRollout, Observation, SeeUPOConfig, SeeUPOTrainer, StepResult
 
@@ -77,7 +76,7 @@ class Unshowable(Exception):
         raise RuntimeError("no text")
 
 
-def play(make_trainer, deeds, environment=Chaotic, script=("Yes.<|im_end|>",) * 9, replies=1, **options):  # noqa: F811
+def play(make_trainer, deeds, environment=Chaotic, script=("Yes.<|im_end|>",) * 9, replies=1, **options):
     rows = [row(*[[user("Go on.")]] * replies, deed=deed, number=i) for i, deed in enumerate(deeds)]
     trainer = make_trainer(rows, script=list(script), max_completion_length=20)
     options = {"env_timeout": LIMIT, "env_reset_retries": 0, **options}
@@ -108,14 +107,14 @@ def play(make_trainer, deeds, environment=Chaotic, script=("Yes.<|im_end|>",) * 
         ("tools of nonsense", "env_error", "TypeError: Observation.tools must be a list of JSON schemas; got str"),
     ],
 )
-def test_a_fault_costs_its_own_episode_only(make_trainer, deed, reason, error):  # noqa: F811
+def test_a_fault_costs_its_own_episode_only(make_trainer, deed, reason, error):
     output, _ = play(make_trainer, [deed, None])
     assert output["stop_reason"] == [reason, "completed"]
     assert output["environment_reward"] == [None, 1.25]
     assert error in output["trajectories"][0].info["error"]
 
 
-def test_an_environment_may_raise_a_time_out_of_its_own(make_trainer):  # noqa: F811
+def test_an_environment_may_raise_a_time_out_of_its_own(make_trainer):
     class Slow(Chaotic):
         def step(self, message):
             if self.deed:
@@ -152,7 +151,7 @@ def unreliable(failures, deed):
 
 
 @pytest.mark.parametrize("deed", ["raise", "hang"])
-def test_a_failed_reset_is_tried_again_with_another_environment(make_trainer, deed):  # noqa: F811
+def test_a_failed_reset_is_tried_again_with_another_environment(make_trainer, deed):
     environment, made = unreliable(2, deed)
     output, trainer = play(make_trainer, [None], environment, env_reset_retries=2)
     assert output["stop_reason"] == ["completed"] and len(made) == 3
@@ -160,14 +159,14 @@ def test_a_failed_reset_is_tried_again_with_another_environment(make_trainer, de
     assert [environment.closed for environment in made] == ([1, 1, 0] if deed == "raise" else [0, 0, 0])
 
 
-def test_retries_are_bounded(make_trainer):  # noqa: F811
+def test_retries_are_bounded(make_trainer):
     environment, made = unreliable(100, "raise")
     with pytest.raises(RuntimeError, match="OSError: not yet"):
         play(make_trainer, [None], environment, env_reset_retries=1)
     assert len(made) == 2
 
 
-def test_a_step_is_never_tried_again(make_trainer):  # noqa: F811
+def test_a_step_is_never_tried_again(make_trainer):
     calls = Counter()
 
     class Once(Talk):
@@ -182,7 +181,7 @@ def test_a_step_is_never_tried_again(make_trainer):  # noqa: F811
 
 
 @pytest.mark.parametrize(("failing", "allowed", "stops"), [(1, 0.25, False), (2, 0.25, True), (3, 0.8, False)])
-def test_the_run_stops_when_too_many_environments_fail(make_trainer, failing, allowed, stops):  # noqa: F811
+def test_the_run_stops_when_too_many_environments_fail(make_trainer, failing, allowed, stops):
     deeds = ["raise"] * failing + [None] * (4 - failing)
     if stops:
         with pytest.raises(RuntimeError, match=f"{failing} of 4 environments.*connection lost.*max_env_failure_rate"):
@@ -214,7 +213,7 @@ def test_the_configuration_and_the_rollout_have_the_same_defaults():
 # --- concurrency -----------------------------------------------------------------------------------------------------
 
 
-def test_no_more_environments_exist_at_once_than_allowed(make_trainer):  # noqa: F811
+def test_no_more_environments_exist_at_once_than_allowed(make_trainer):
     made = []
 
     class Counted(Chaotic):
@@ -231,7 +230,7 @@ def test_no_more_environments_exist_at_once_than_allowed(make_trainer):  # noqa:
     assert [len(batch) for batch in trainer.contexts] == [2, 2, 2, 2, 2, 2, 1]
 
 
-def test_a_slot_whose_environment_hangs_is_free_again(make_trainer):  # noqa: F811
+def test_a_slot_whose_environment_hangs_is_free_again(make_trainer):
     output, _ = play(make_trainer, ["hang", "hang in reset", None, None], max_concurrent_envs=1)
     assert output["stop_reason"] == ["env_timeout", "env_timeout", "completed", "completed"]
 
@@ -259,7 +258,7 @@ class Async(MultiTurnEnvironment):
         return StepResult([user("Go on.")], reward=0.5, terminated=self.steps == 2)
 
 
-def test_coroutines_run_on_one_loop(make_trainer):  # noqa: F811
+def test_coroutines_run_on_one_loop(make_trainer):
     Async.loops.clear()
     output, _ = play(make_trainer, [None] * 8, Async)
     assert output["stop_reason"] == ["completed"] * 8 and output["environment_reward"] == [1.0] * 8
@@ -267,12 +266,12 @@ def test_coroutines_run_on_one_loop(make_trainer):  # noqa: F811
 
 
 @pytest.mark.parametrize("deed", ["hang", "raise"])
-def test_a_fault_of_a_coroutine_costs_its_own_episode_only(make_trainer, deed):  # noqa: F811
+def test_a_fault_of_a_coroutine_costs_its_own_episode_only(make_trainer, deed):
     output, _ = play(make_trainer, [deed, None, None], Async)
     assert output["stop_reason"] == ["env_timeout" if deed == "hang" else "env_error", "completed", "completed"]
 
 
-def test_a_coroutine_that_blocks_the_loop_spoils_one_step_and_not_the_run(make_trainer):  # noqa: F811
+def test_a_coroutine_that_blocks_the_loop_spoils_one_step_and_not_the_run(make_trainer):
     rows = [row(deed=deed, number=i) for i, deed in enumerate(["block", None])]
     trainer = make_trainer(rows, script=["Yes.<|im_end|>"] * 9, max_completion_length=20)
     rollout = MultiTurnRollout(Async, tasks=rows, env_timeout=LIMIT, env_reset_retries=0)
@@ -304,7 +303,7 @@ def verbose(text):
     return type("Verbose", (Verbose,), {"text": text})
 
 
-def test_long_observations_are_cut(make_trainer):  # noqa: F811
+def test_long_observations_are_cut(make_trainer):
     output, trainer = play(make_trainer, [None], verbose("abc" * 100), max_observation_tokens=30)
     (trajectory,) = output["trajectories"]
     assert trajectory.messages[1]["content"] == "abc" * 10 + "\n[cut: 30 of 300 characters]"
@@ -313,18 +312,18 @@ def test_long_observations_are_cut(make_trainer):  # noqa: F811
 
 
 @pytest.mark.parametrize("limit", [299, 300, 301, math.inf])
-def test_observations_within_the_limit_are_left_alone(make_trainer, limit):  # noqa: F811
+def test_observations_within_the_limit_are_left_alone(make_trainer, limit):
     output, _ = play(make_trainer, [None], verbose("abc" * 100), max_observation_tokens=limit)
     text = output["trajectories"][0].messages[1]["content"]
     assert (text == "abc" * 100) == (limit >= 300)
 
 
-def test_a_cut_never_splits_a_character(make_trainer):  # noqa: F811
+def test_a_cut_never_splits_a_character(make_trainer):
     output, _ = play(make_trainer, [None], verbose("\N{PILE OF POO}" * 20), max_observation_tokens=6)
     assert output["trajectories"][0].messages[1]["content"] == "\N{PILE OF POO}\n[cut: 1 of 20 characters]"
 
 
-def test_fifty_megabytes_cost_little(make_trainer):  # noqa: F811
+def test_fifty_megabytes_cost_little(make_trainer):
     text = "lorem ipsum " * (50 * 2**20 // 12)
     start = time.process_time()
     output, _ = play(make_trainer, [None], verbose(text), max_observation_tokens=500, max_context_length=2000)
@@ -332,19 +331,19 @@ def test_fifty_megabytes_cost_little(make_trainer):  # noqa: F811
     assert time.process_time() - start < 30
 
 
-def test_an_endless_opening_is_an_overflow(make_trainer):  # noqa: F811
+def test_an_endless_opening_is_an_overflow(make_trainer):
     rows = [row(opening_text="yes"), row()]
     trainer = make_trainer(rows, script=["Yes.<|im_end|>"])
     output = MultiTurnRollout(verbose("word " * 10**7), tasks=rows)([r["prompt"] for r in rows], trainer)
     assert output["stop_reason"] == ["context_overflow", "completed"]
 
 
-def test_characters_without_utf8_form_are_replaced(make_trainer):  # noqa: F811
+def test_characters_without_utf8_form_are_replaced(make_trainer):
     output, _ = play(make_trainer, [None], verbose("a\ud83db\x00c"))
     assert output["trajectories"][0].messages[1]["content"] == "a?b\x00c"
 
 
-def test_an_environment_cannot_change_the_conversation_afterwards(make_trainer):  # noqa: F811
+def test_an_environment_cannot_change_the_conversation_afterwards(make_trainer):
     class Sly(Talk):
         def reset(self, **task):
             observation = super().reset(**task)
@@ -400,11 +399,6 @@ def test_a_run_through_a_storm_ends_with_the_right_counts_and_finite_parameters(
         model=load_tiny_model(tiny_dir),
         args=SeeUPOConfig(
             str(tmp_path),
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
-            logging_steps=1,
-            save_strategy="no",
             max_steps=3,
             num_generations=2,
             per_device_train_batch_size=16,
@@ -414,6 +408,7 @@ def test_a_run_through_a_storm_ends_with_the_right_counts_and_finite_parameters(
             env_timeout=2.0,
             generation_kwargs={"forced_eos_token_id": tiny_tokenizer().eos_token_id},
             learning_rate=1e-3,
+            **ON_CPU,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tiny_tokenizer(),
@@ -435,7 +430,7 @@ def test_a_run_through_a_storm_ends_with_the_right_counts_and_finite_parameters(
         file.close()
 
 
-def test_threads_are_used_again(make_trainer):  # noqa: F811
+def test_threads_are_used_again(make_trainer):
     rows = [row(*[[user("Go on.")]] * 3, number=i) for i in range(4)]
     trainer = make_trainer(rows, script=["Yes.<|im_end|>"] * 4)
     others = set(threading.enumerate())
@@ -457,33 +452,7 @@ def test_threads_are_used_again(make_trainer):  # noqa: F811
 
 @pytest.mark.slow
 def test_the_interpreter_exits_although_environments_hang(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        textwrap.dedent(
-            """
-            import sys, time
-            sys.path.insert(0, sys.argv[1])
-            from test_environment_faults import *
-
-            class Stuck(Chaotic):
-                def close(self):
-                    if self.deed == "hang":
-                        time.sleep(1000)
-
-            trainer = SeeUPOTrainer(
-                model=tiny_model(byte_tokenizer("qwen2_5")),
-                args=SeeUPOConfig(sys.argv[2], report_to=[], use_cpu=True, bf16=False, num_generations=2,
-                                  per_device_train_batch_size=2, max_completion_length=4,
-                                  generation_kwargs=forced_end()),
-                train_dataset=Dataset.from_list([row()]), processing_class=byte_tokenizer("qwen2_5"),
-                environment_factory=Stuck,
-            )
-            trainer.rollout_inputs = [row(deed="hang"), row(deed=None)]
-            print(MultiTurnRollout(Stuck, env_timeout=1)([None] * 2, trainer)["stop_reason"], flush=True)
-            """
-        )
-    )
-    arguments = [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path)]
+    arguments = [sys.executable, str(HELPERS / "stuck_run.py"), str(tmp_path)]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip().endswith("['env_timeout', 'completed']"), done.stderr[-2000:]
     assert done.returncode == 0

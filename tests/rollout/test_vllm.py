@@ -14,7 +14,7 @@ from transformers import Qwen3ForCausalLM
 from trl.generation import vllm_generation
 
 from seeupo_trl import MultiTurnRollout, SeeUPOTrainer
-from seeupo_trl.update.turn_updater import TurnUpdater
+from seeupo_trl.update.metrics import UpdateMetrics
 
 
 pytest.importorskip("vllm", reason="no vLLM here; .ci/run tests it in a virtual environment of its own")
@@ -96,7 +96,7 @@ def test_every_turn_has_the_log_probabilities_that_the_sampler_reported(run):
     for turn, policy in turns:
         assert len(turn.sampling_logps) == len(turn.action_ids)
         torch.testing.assert_close(torch.tensor(turn.sampling_logps), policy, rtol=0, atol=TOLERANCE)
-    longest = max(len({id(turn) for turn in t.turns}) for t in run.trainer._trajectories)
+    longest = max(len({id(turn) for turn in t.turns}) for t in run.trainer._batch.trajectories)
     assert longest == 1 if run.scenario == "single turns" else longest >= 2
 
 
@@ -154,15 +154,15 @@ def test_the_corrections_of_each_mode_follow_from_the_logps_of_the_turn(talker, 
     )
     trainer = SeeUPOTrainer(talker, args=args, train_dataset=chats(1, 3, 2, 3), environment_factory=Chat)
     watch, found = Watch(trainer), {mode: [] for mode in modes}
-    weigh = TurnUpdater._sampler_weights
+    add_micro_batch = UpdateMetrics.add_micro_batch
 
-    def watched(self, indices, block):
-        weights = weigh(self, indices, block)
-        for index, weight in zip(indices, weights.tolist(), strict=True):
-            found[self.config.vllm_importance_sampling_mode].append((self.buffer.turn((index, block.first)), weight))
-        return weights
+    def watched(self, block, indices, actions, loss, *args):
+        mode, trajectories = trainer.config.vllm_importance_sampling_mode, trainer._batch.trained
+        for index, weight in zip(indices, loss.sampler_weights.tolist(), strict=True):
+            found[mode].append((trajectories[index].turns[block.first - 1], weight))
+        return add_micro_batch(self, block, indices, actions, loss, *args)
 
-    monkeypatch.setattr(TurnUpdater, "_sampler_weights", watched)
+    monkeypatch.setattr(UpdateMetrics, "add_micro_batch", watched)
     step = trainer.training_step
 
     def in_the_next_mode(*args):
@@ -210,7 +210,7 @@ def test_episodes_end_where_the_engines_length_does(tmp_path, monkeypatch, given
     words = (1, limit - FRAME - 2, limit - FRAME - 1, limit - FRAME, limit - FRAME + 1, 40, 50, limit)
     trainer = SeeUPOTrainer(endless, args=args, train_dataset=lectures(*words), environment_factory=Lecture)
     trainer.train()
-    trajectories = trainer._trajectories
+    trajectories = trainer._batch.trajectories
     assert {trajectory.stop_reason for trajectory in trajectories} == {"context_overflow"}
     lengths = [len(t.turns[-1].context_ids) + len(t.turns[-1].action_ids) for t in trajectories if t.turns]
     assert max(lengths) == limit

@@ -12,10 +12,10 @@ import socket
 import subprocess
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
 import torch
+from launching import run_on_two_processes
 from transformers import Qwen3ForCausalLM
 
 from seeupo_trl import SeeUPOTrainer
@@ -25,13 +25,7 @@ pytest.importorskip("vllm", reason="no vLLM here; .ci/run tests it in a virtual 
 if torch.cuda.is_available():
     pytest.skip("these tests drive vLLM's CPU build", allow_module_level=True)
 
-from test_multi_turn import run_on_two_processes
-from vllm_on_cpu import (
-    WEIGHTS_DIR,
-    save_talker,
-    send_weights_through_files,
-    server_command,
-)
+from vllm_on_cpu import WEIGHTS_DIR, save_talker, send_weights_through_files, server_command
 from vllm_runs import FRAME, TOLERANCE, Chat, Lecture, Watch, chats, config, lectures
 
 
@@ -56,7 +50,6 @@ def server(talker, tmp_path_factory):
         (directory / "weights").mkdir()
         patch.setenv(WEIGHTS_DIR, str(directory / "weights"))
         patch.setenv("VLLM_SERVER_DEV_MODE", "1")
-        patch.setenv("PYTHONPATH", f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
         command = server_command(talker, port, SERVER_LENGTH)
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -121,7 +114,7 @@ def test_no_context_is_sent_that_the_server_would_refuse(server, talker, tmp_pat
     data = lectures(1, longest - FRAME, longest - FRAME + 1, SERVER_LENGTH)
     trainer = SeeUPOTrainer(talker, args=args, train_dataset=data, environment_factory=Lecture)
     trainer.train()
-    trajectories = trainer._trajectories
+    trajectories = trainer._batch.trajectories
     assert {trajectory.stop_reason for trajectory in trajectories} <= {"context_overflow", "response_truncated"}
     assert sum(not trajectory.turns for trajectory in trajectories) == 8
     contexts = [len(turn.context_ids) for trajectory in trajectories for turn in trajectory.turns]
@@ -137,61 +130,8 @@ def test_a_server_without_room_for_any_context_is_refused(server, talker, tmp_pa
         trainer.train()
 
 
-TWO_PROCESSES = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import pytest, torch
-from transformers import Qwen3ForCausalLM
-from trl.generation import vllm_generation
-from seeupo_trl import SeeUPOTrainer
-from vllm_on_cpu import send_weights_through_files
-from vllm_runs import Chat, Watch, chats, config, engine
-
-out, model, base_url = Path(sys.argv[2]), sys.argv[3], sys.argv[4]
-if base_url:
-    requests = send_weights_through_files(pytest.MonkeyPatch())
-    options = {"vllm_mode": "server", "vllm_server_base_url": base_url}
-else:
-    vllm_generation.LLM = engine()
-    options = {"vllm_tensor_parallel_size": int(sys.argv[5])}
-# The first process's episodes have one turn, the second's have three. With a KL term every iteration takes steps, also
-# one whose rewards happen to be all alike: a server draws tokens as it likes.
-trainer = SeeUPOTrainer(
-    model,
-    args=config(out, per_device_train_batch_size=4, shuffle_dataset=False, max_steps=2, beta=0.01, **options),
-    train_dataset=chats(1, 3, 1, 3),
-    environment_factory=Chat,
-)
-assert trainer.accelerator.num_processes == 2
-rank, calls, sampler = trainer.accelerator.process_index, [], trainer.vllm_generation
-generate = sampler.generate
-
-def watched_generate(prompts, **kwargs):
-    calls.append(prompts)
-    return generate(prompts=prompts, **kwargs)
-
-sampler.generate = watched_generate
-watch = Watch(trainer).train()
-differences = [
-    (torch.tensor(turn.sampling_logps) - policy).abs().max().item()
-    for rollout in watch.rollouts for turn, policy in rollout
-]
-names = sorted(name for name, _ in Qwen3ForCausalLM.from_pretrained(model).named_parameters())
-found = {
-    "events": watch.events,
-    "calls": calls,
-    "turn_count": len(differences),
-    "difference": max(differences),
-    "parameters": sum(p.double().abs().sum().item() for p in trainer.model.parameters()),
-    "names": sorted(watch.pushed[-1]) == names,
-}
-(out / f"rank{rank}.json").write_text(json.dumps(found))
-"""
-
-
 def in_two_processes(directory, talker, base_url="", tensor_parallel_size=1):
-    return run_on_two_processes(TWO_PROCESSES, directory, talker, base_url, str(tensor_parallel_size), timeout=280)
+    return run_on_two_processes("vllm_two_processes.py", directory, talker, base_url, str(tensor_parallel_size))
 
 
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])

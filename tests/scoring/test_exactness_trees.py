@@ -1,29 +1,23 @@
 """
 Whatever the layout of the forward passes, the trainer ends where the naive implementation ends (see oracle.py).
 
-Rollouts, training and comparison are those of test_exactness.py.
+Rollouts, training and comparison are those of `update/test_exactness.py`.
 """
-# ruff: noqa: F811 (a fixture is imported)
 
 import warnings
 
 import pytest
 import torch
-from test_exactness import (
-    NUM_TRAJECTORIES,
+from against_oracle import (
     TOLERANCE,
-    as_groups,
     assert_matches_oracle,
     load_model,
-    make_iteration,
-    oracle_on_ragged,  # noqa: F401
     parameters_of,
-    ragged_rollouts,
     relative_error,
-    rewrite_contexts,
     run_oracle,
     train,
 )
+from fixed_rollouts import NUM_TRAJECTORIES, as_groups, make_iteration, ragged_rollouts, rewrite_contexts
 from tiny import VOCABULARY, load_tiny_model
 from transformers import (
     Gemma3ForCausalLM,

@@ -5,8 +5,10 @@ import torch
 from tiny import load_tiny_model
 from trl.trainer.utils import add_fused_lm_head
 
-from seeupo_trl.scoring.rows import DUMMY_KEY, RowScorer, build_rows, group_rows
-from seeupo_trl.trajectory import Trajectory, Turn, TurnBuffer
+from seeupo_trl.scoring.interface import DUMMY_KEY
+from seeupo_trl.scoring.rows import RowScorer, build_rows, group_rows
+from seeupo_trl.scoring.turn_buffer import TurnBuffer
+from seeupo_trl.trajectory import Trajectory, Turn
 
 
 TEMPERATURE = 0.7
@@ -30,7 +32,7 @@ ALL_KEYS = [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2)]
 
 @pytest.fixture
 def buffer():
-    return TurnBuffer([APPEND_ONLY, REWRITTEN], [1.0, -1.0], 2)
+    return TurnBuffer([APPEND_ONLY, REWRITTEN])
 
 
 def test_contexts_that_extend_one_another_share_a_row(buffer):
@@ -53,7 +55,7 @@ def test_rows_of_a_trajectory_stay_in_one_micro_batch(buffer):
 def test_rows_of_similar_length_go_together():
     lengths = [3, 9, 4, 8]
     episodes = [Trajectory(turns=[Turn(context_ids=[1] * n, action_ids=[2])]) for n in lengths]
-    buffer = TurnBuffer(episodes, [1.0] * 4, 4)
+    buffer = TurnBuffer(episodes)
     batches = group_rows(build_rows(buffer, [(i, 1) for i in range(4)]), max_rows=2)
     assert [[len(row.input_ids) - 1 for row in batch.rows] for batch in batches] == [[9, 8], [4, 3]]
 

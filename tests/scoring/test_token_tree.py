@@ -15,7 +15,8 @@ from seeupo_trl.scoring.rows import RowBatch
 from seeupo_trl.scoring.token_tree import build_tree, common_prefix, partition, tree_size
 from seeupo_trl.scoring.tree_attention import FLEX, FLEX_BLOCK, flex_length, tree_block_mask
 from seeupo_trl.scoring.trees import TreeBatch, TreeScorer
-from seeupo_trl.trajectory import Trajectory, Turn, TurnBuffer
+from seeupo_trl.scoring.turn_buffer import TurnBuffer
+from seeupo_trl.trajectory import Trajectory, Turn
 
 
 TEMPERATURE = 0.8
@@ -33,7 +34,7 @@ def arrays(lists):
 
 def buffer_of(episodes) -> TurnBuffer:
     trajectories = [Trajectory([Turn(context, action) for context, action in turns]) for turns in episodes]
-    return TurnBuffer(trajectories, [1.0] * len(trajectories), len(trajectories))
+    return TurnBuffer(trajectories)
 
 
 def keys_of(buffer: TurnBuffer) -> list[tuple[int, int]]:

@@ -49,7 +49,8 @@ def test_defaults_warn_about_nothing():
         ({"turn_weight_clip": 1.0}, "`turn_weight_clip` must lie between 0 and 1"),
         ({"advantage_clip": 0.0}, "`advantage_clip` must be positive"),
         ({"top_entropy_quantile": 0.2}, "`top_entropy_quantile=0.2` selects single tokens"),
-        ({"loss_type": "cispo"}, "`loss_type='cispo'` replaces the clipped sequence-level surrogate"),
+        ({"loss_type": "gspo"}, "`loss_type='gspo'` is not one of 'seeupo', 'luspo', 'cispo', 'sapo', 'vespo'"),
+        ({"loss_type": "cispo", "delta": 4.0}, "`delta=4.0` bounds the ratio of a clipped surrogate"),
         ({"scale_rewards": "median"}, "`scale_rewards='median'` is not one of"),
         ({"num_generations": 1}, "at least 2 generations"),
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 6}, "must divide `steps_per_generation`"),
@@ -90,8 +91,8 @@ def test_plain_grpo_config_is_upgraded_and_left_as_it_is():
 
 
 def test_upgrade_refuses_what_was_asked_for_and_cannot_work():
-    grpo = GRPOConfig("unused", use_cpu=True, bf16=False, report_to="none", loss_type="cispo")
-    with pytest.raises(ValueError, match="loss_type='cispo'"):
+    grpo = GRPOConfig("unused", use_cpu=True, bf16=False, report_to="none", top_entropy_quantile=0.2)
+    with pytest.raises(ValueError, match="top_entropy_quantile=0.2"):
         SeeUPOConfig.from_grpo_config(grpo)
 
 

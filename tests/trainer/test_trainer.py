@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from count_down import CountDown
 from datasets import Dataset
-from tiny import load_tiny_model, tiny_tokenizer
+from tiny import ON_CPU, load_tiny_model, tiny_tokenizer
 
-from seeupo_trl import MultiTurnEnvironment, MultiTurnRollout, Observation, SeeUPOConfig, SeeUPOTrainer, StepResult
+from seeupo_trl import MultiTurnRollout, SeeUPOConfig, SeeUPOTrainer, StepResult
 from seeupo_trl.envs import StopReason
 
 
@@ -18,22 +19,6 @@ GRPO_METRICS = (
     r"(eval_)?(reward|reward_std|frac_reward_zero_std|num_tokens|step_time|rewards/.*|completions/.*|tools/.*)"
 )
 TRAINER_METRICS = r"loss|grad_norm|learning_rate|epoch|step|train_.*|total_flos|eval_(loss|runtime|.*_per_second)"
-
-
-class CountDown(MultiTurnEnvironment):
-    """Talks for as many turns as the task says; pays one point for each response, more for longer ones."""
-
-    def reset(self, turns: int = 2, prompt=None, **task) -> Observation:
-        self.left = turns
-        return Observation(messages=[{"role": "user", "content": f"w{turns}"}])
-
-    def step(self, message) -> StepResult:
-        self.left -= 1
-        return StepResult(
-            messages=[{"role": "user", "content": "w1"}],
-            reward=1 + len(message["content"]) / 100,
-            terminated=self.left == 0,
-        )
 
 
 class Fragile(CountDown):
@@ -49,6 +34,7 @@ class Fragile(CountDown):
 def make_trainer(tiny_dir, tmp_path):
     def make(turns=(1, 2, 3, 2), **kwargs):
         options = {
+            **ON_CPU,
             "output_dir": str(tmp_path),
             "per_device_train_batch_size": 4,
             "gradient_accumulation_steps": 2,
@@ -56,11 +42,6 @@ def make_trainer(tiny_dir, tmp_path):
             "max_completion_length": 4,
             "max_steps": 2,
             "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "bf16": False,
-            "use_cpu": True,
-            "report_to": "none",
         }
         model = load_tiny_model(tiny_dir)
         # any word may end a response: an untrained model hardly ever writes the one token that should
@@ -125,8 +106,8 @@ def test_failed_episode_has_no_reward_whatever_the_reward_functions_say(make_tra
 
     def training_step(*args, **kwargs):
         loss = update(*args, **kwargs)
-        failed = [t.stop_reason == StopReason.env_error for t in trainer._trajectories]
-        seen.extend(zip(failed, trainer._rewards_per_func.isnan().all(dim=1).tolist(), strict=True))
+        failed = [t.stop_reason == StopReason.env_error for t in trainer._batch.trajectories]
+        seen.extend(zip(failed, trainer._batch.rewards_per_func.isnan().all(dim=1).tolist(), strict=True))
         return loss
 
     trainer.training_step = training_step

@@ -9,11 +9,11 @@ import pytest
 import torch
 from datasets import load_dataset
 from evaluation_run import make_trainer, tasks
+from saved_trajectories import WORDS, make_log, outcome
 from tiny import tiny_tokenizer
 
 from seeupo_trl import Trajectory, Turn
 from seeupo_trl.envs import StopReason
-from seeupo_trl.evaluation.outcome import Outcome
 from seeupo_trl.trajectory_log import (
     SCHEMA,
     TrajectoryLog,
@@ -23,35 +23,16 @@ from seeupo_trl.trajectory_log import (
     restore_turns,
     to_json,
 )
-
-
-WORDS = tiny_tokenizer().convert_tokens_to_ids([f"w{i}" for i in range(60)])
-
-
-def outcome(index=0, **kwargs):
-    settings = {"task": "t", "category": None, "turns": 0, "stop_reason": "completed", "success": None, "reward": 1.0}
-    return Outcome(index=index, group=index, **{**settings, **kwargs})
-
-
-def make_log(output_dir, num_trajectories, num_turns, prompt=tuple(WORDS)):
-    """Append-only episodes in which every turn adds the same number of tokens."""
-    log = TrajectoryLog(output_dir, tiny_tokenizer())
-    trajectories = []
-    for index in range(num_trajectories):
-        turns, context = [], list(prompt)
-        for number in range(num_turns):
-            action = [WORDS[(index + number + k) % 60] for k in range(10)]
-            turns.append(Turn(context, action))
-            context = context + action + WORDS[:5]
-        trajectories.append(Trajectory(turns))
-    log.add([outcome(i, turns=num_turns) for i in range(num_trajectories)], trajectories)
-    return log.write("train", 1)
+from seeupo_trl.update.turn_updater import TurnUpdater
 
 
 @pytest.mark.parametrize("history", ["append", "rewritten", "unrelated"])
 def test_turns_are_restored_exactly_and_stored_once(history, tmp_path):
     rng = np.random.default_rng(0)
-    draw = lambda n: rng.choice(WORDS, n).tolist()  # noqa: E731
+
+    def draw(count):
+        return rng.choice(WORDS, count).tolist()
+
     prompt, turns = draw(200), []
     context = list(prompt)
     for _ in range(12):
@@ -174,18 +155,18 @@ def test_missing_trajectories_are_an_error_that_helps(tmp_path):
         read_trajectories(tmp_path)
 
 
-def test_trainer_saves_what_it_trained_on(tiny_dir, tmp_path):
+def test_trainer_saves_what_it_trained_on(tiny_dir, tmp_path, monkeypatch):
     options = {"save_trajectories": True, "max_steps": 2, "per_device_train_batch_size": 8, "num_generations": 4}
     options |= {"num_generations_eval": 2, "learning_rate": 0.05, "eval_strategy": "steps", "eval_steps": 1}
     trainer = make_trainer(tiny_dir, tmp_path, options, eval_dataset={"x": tasks(3)})
     played = []
-    update = trainer._log_update
+    logs = TurnUpdater.logs
 
-    def log_update(updater):
-        played.append((trainer._trajectories, updater))
-        update(updater)
+    def watched(updater):
+        played.append((trainer._batch.trajectories, updater))
+        return logs(updater)
 
-    trainer._log_update = log_update
+    monkeypatch.setattr(TurnUpdater, "logs", watched)
     trainer.train()
 
     table = read_trajectories(tmp_path)
@@ -194,22 +175,21 @@ def test_trainer_saves_what_it_trained_on(tiny_dir, tmp_path):
     assert {(row["split"], row["iteration"]) for row in rows} == {(s, i) for s in ("train", "eval_x") for i in (1, 2)}
     for iteration, (trajectories, updater) in enumerate(played, start=1):
         saved = [row for row in rows if (row["split"], row["iteration"]) == ("train", iteration)]
-        buffer = updater.buffer
         for index, trajectory in enumerate(trajectories):
             mine = [row for row in saved if row["trajectory"] == index]
             assert restore_turns(mine) == trajectory.turns
             assert len({row["reward"] for row in mine}) == 1
             for row in mine:
                 assert row["group"] == index // 4
-                assert row["advantage"] == buffer.advantages[index]
+                assert row["advantage"] == updater.weights.advantages[index]
                 assert row["success"] == trajectory.info["success"]
-                update = updater.turn_updates.get((index, row["turn"]))
+                update = updater.record.turns.get((index, row["turn"]))
                 assert (row["ratio"] is None) == (update is None) == (row["advantage"] == 0)
                 if update is not None:
                     assert row["turn_weight"] == pytest.approx(row["advantage"] * row["relative_turn_weight"])
         trained = [row for row in saved if row["ratio"] is not None]
         assert trained
-        for block in updater.blocks:
+        for block in updater.plan.blocks:
             last = [row for row in trained if row["turn"] == block.first]
             logged = trainer.state.log_history
             log = next(entry for entry in logged if entry["step"] == iteration and f"turn_{block.label}/pool" in entry)

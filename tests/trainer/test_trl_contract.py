@@ -63,7 +63,7 @@ SIGNATURES = [
     (
         GRPOTrainer._generate_single_turn,
         "self prompt_ids images multimodal_fields num_generations has_tool_images",
-        "rollout.py generates with it",
+        "multi_turn.py generates with it",
     ),
     (
         GRPOTrainer._calculate_rewards,
@@ -81,32 +81,32 @@ SIGNATURES = [
         "self model input_ids attention_mask logits_to_keep batch_size compute_entropy compute_aux_loss pixel_values "
         "image_grid_thw num_images pixel_attention_mask spatial_shapes num_tiles image_sizes token_type_ids "
         "mm_token_type_ids image_position_ids",
-        "multimodal.py scores samples with images through it; a new image field belongs in its list",
+        "images.py scores samples with images through it; a new image field belongs in its list",
     ),
-    (add_fused_lm_head, "model temperature cast_lm_head_to_fp32 outputs", "scoring.py calls the head it installs"),
+    (add_fused_lm_head, "model temperature cast_lm_head_to_fp32 outputs", "rows.py calls the head it installs"),
     (
         RepeatSampler.__init__,
         "self data_source mini_repeat_count batch_size repeat_count shuffle seed",
-        "resume.py extends it",
+        "checkpoints.py extends it",
     ),
     (use_adapter, "model adapter_name", "seeupo_trainer.py: the reference policy of an adapter"),
-    (disable_gradient_checkpointing, "model gradient_checkpointing_kwargs", "engine.py: passes without gradient"),
+    (disable_gradient_checkpointing, "model gradient_checkpointing_kwargs", "lock_step.py: passes without gradient"),
     (get_config_model_id, "config", "seeupo_trainer.py: the default output directory"),
     (is_conversational, "example", "seeupo_trainer.py: whether completions are messages"),
-    (split_pixel_values_by_grid, "batch", "multimodal.py takes samples out of a batch"),
-    (unsplit_pixel_values_by_grid, "batch", "multimodal.py puts a batch together"),
+    (split_pixel_values_by_grid, "batch", "images.py takes samples out of a batch"),
+    (unsplit_pixel_values_by_grid, "batch", "images.py puts a batch together"),
     (parse_response, f"tokenizer ids prefix{' tools' * PARSES_WITH_TOOLS}", "chat_format.py reads responses"),
     (supports_tool_calling, "processing_class", "chat_format.py checks the chat template"),
     (add_response_schema, "processing_class", "chat_format.py teaches the tokenizer to parse"),
     (get_training_chat_template, "processing_class tokenizer", "chat_format.py: templates that only grow"),
     (start_event_loop_in_daemon, "name", "envs/tools.py: coroutines of environments"),
-    (Trainer._clip_grad_norm, "self model", "seeupo_trainer.py and engine.py clip inner optimizer steps with it"),
-    (Trainer._get_grad_norm, "self model grad_norm", "seeupo_trainer.py and engine.py report inner gradient norms"),
+    (Trainer._clip_grad_norm, "self model", "seeupo_trainer.py and lock_step.py clip inner optimizer steps with it"),
+    (Trainer._get_grad_norm, "self model grad_norm", "seeupo_trainer.py and lock_step.py report inner gradient norms"),
     (GRPOTrainer._save_checkpoint, "self model trial", "seeupo_trainer.py: no stale word that a checkpoint is whole"),
     (Trainer._save_rng_state, "self output_dir", "seeupo_trainer.py: processes wait for one another after it"),
     (Trainer._get_output_dir, "self trial", "seeupo_trainer.py: where the next checkpoint goes"),
-    (CallbackHandler.on_pre_optimizer_step, "self args state control kwargs", "engine.py: inner optimizer steps"),
-    (CallbackHandler.on_optimizer_step, "self args state control kwargs", "engine.py: inner optimizer steps"),
+    (CallbackHandler.on_pre_optimizer_step, "self args state control kwargs", "lock_step.py: inner optimizer steps"),
+    (CallbackHandler.on_optimizer_step, "self args state control kwargs", "lock_step.py: inner optimizer steps"),
 ]
 
 
@@ -176,12 +176,12 @@ def test_what_generation_returns(trainer):
 
 def test_what_one_call_of_the_sampler_returns(trainer):
     completion_ids, logprobs = trainer._generate_single_turn([[20, 21], [20, 21, 22]], None, {}, 1)
-    assert logprobs is None, f"transformers generation now reports log-probabilities {VERSIONS}: see rollout.py."
+    assert logprobs is None, f"transformers generation now reports log-probabilities {VERSIONS}: see multi_turn.py."
     assert [len(ids) <= 4 for ids in completion_ids] == [True, True]
 
 
 def test_the_sampler_calls_the_models_generate_once(trainer, monkeypatch):
-    """generation.py takes the place of that call, inside of all that TRL wraps around it."""
+    """cached_generation.py takes the place of that call, inside of all that TRL wraps around it."""
     model, calls = trainer.accelerator.unwrap_model(trainer.model_wrapped), []
     generate = model.generate
 
@@ -210,7 +210,7 @@ def test_what_a_scored_batch_holds(trainer):
     batch = trainer._generate_and_score_completions([{"prompt": "w1 w2"}] * 2)
     expected = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages"}
     missing = expected - batch.keys()
-    assert not missing, f"A generation batch lacks {missing} {VERSIONS}: see multimodal.py."
+    assert not missing, f"A generation batch lacks {missing} {VERSIONS}: see images.py."
     assert "old_per_token_logps" not in batch, f"TRL scores the sampler's policy {VERSIONS}: a wasted pass."
     assert len(trainer._logs["advantages"]) == 2, f"SeeUPOTrainer replaces the logged advantages, one each {VERSIONS}."
 
@@ -255,7 +255,7 @@ def test_an_environment_is_probed_for_its_methods(tiny_dir, tmp_path):
         reward_funcs=one_point_each,
         environment_factory=Probed,
     )
-    message = f"TRL sets environments up differently {VERSIONS}: see SeeUPOTrainer._play_by and tool_rollout.py."
+    message = f"TRL sets environments up differently {VERSIONS}: see SeeUPOTrainer._play_by and trl_environments.py."
     assert trainer._environment_pool == {None: made} and len(made) == 1, message
     assert trainer.reward_func_names == ["one_point_each", "Probed"], message
     assert trainer.reward_funcs[1](environments=[*made, None]) == [2.0, None], message
@@ -263,17 +263,17 @@ def test_an_environment_is_probed_for_its_methods(tiny_dir, tmp_path):
 
 def test_rewards_are_gathered_with_one_column_a_function(trainer):
     rewards = trainer._calculate_rewards([{"prompt": "w1"}] * 2, ["w1", "w1"], ["w2", "w3"], [[22], [23]])
-    assert rewards.shape == (2, 1), f"Rewards have another shape {VERSIONS}: see _group_relative_advantages."
+    assert rewards.shape == (2, 1), f"Rewards have another shape {VERSIONS}: see batch_advantages."
 
 
 def test_the_sampler_repeats_prompts_and_exposes_its_state():
     sampler = RepeatSampler(range(4), mini_repeat_count=2, batch_size=2, shuffle=True, seed=7)
     assert len(list(sampler)) == len(sampler) == 8
     for name in ("shuffle", "generator", "seed", "num_samples", "batch_size"):
-        assert hasattr(sampler, name), f"RepeatSampler has no `{name}` {VERSIONS}: see resume.py."
+        assert hasattr(sampler, name), f"RepeatSampler has no `{name}` {VERSIONS}: see checkpoints.py."
     order = torch.randperm(4, generator=torch.Generator().manual_seed(7)).tolist()
     sampler = RepeatSampler(range(4), mini_repeat_count=1, batch_size=1, shuffle=True, seed=7)
-    assert list(sampler) == order, f"RepeatSampler draws its order differently {VERSIONS}: see resume.py."
+    assert list(sampler) == order, f"RepeatSampler draws its order differently {VERSIONS}: see checkpoints.py."
 
 
 @pytest.mark.skipif(trl.__version__.startswith("1.15"), reason="the fused head of trl 1.15 needs a GPU")
@@ -284,7 +284,7 @@ def test_the_fused_head_scores_shifted_labels(tiny_dir):
     add_fused_lm_head(model, temperature=0.5, outputs=("log_probs", "entropy"))
     labels = torch.tensor([[21, 22, -100, 24]])
     output = model(input_ids=ids, shift_labels=labels, fused_lm_head=True)
-    message = f"The fused head changed {VERSIONS}: see RowScorer in scoring.py."
+    message = f"The fused head changed {VERSIONS}: see RowScorer in rows.py."
     chosen = expected.gather(-1, labels.clamp(min=0)[..., None])[..., 0].masked_fill(labels == -100, 0.0)
     torch.testing.assert_close(output.log_probs, chosen, msg=message)
     entropy = -(expected.exp() * expected).sum(-1).masked_fill(labels == -100, 0.0)
@@ -305,7 +305,7 @@ def test_the_fused_head_takes_the_hidden_states_that_a_hook_left(tiny_dir):
     whole = model(input_ids=ids, shift_labels=torch.tensor([[-100, -100, 23, 24]]), fused_lm_head=True).log_probs
     model.base_model.register_forward_hook(keep_the_last_two)
     some = model(input_ids=ids, shift_labels=labels, fused_lm_head=True).log_probs
-    message = f"The fused head does not run on what a hook left of the backbone's output {VERSIONS}: see scoring.py."
+    message = f"The fused head does not run on what a hook left of the backbone's output {VERSIONS}: see rows.py."
     torch.testing.assert_close(some, whole[:, 2:], msg=message)
 
 
@@ -313,7 +313,7 @@ def test_the_trainer_puts_the_fused_head_on_policy_and_reference():
     source = inspect.getsource(GRPOTrainer.__init__)
     assert source.count("add_fused_lm_head(") == 2, (
         f"GRPOTrainer.__init__ no longer installs the fused head on the policy and on the reference model {VERSIONS}: "
-        "scoring.py calls both models with `fused_lm_head=True`."
+        "rows.py calls both models with `fused_lm_head=True`."
     )
 
 
@@ -332,7 +332,7 @@ def test_the_state_file_is_written_after_everything_else_of_a_checkpoint():
     positions = [source.find(call) for call in calls]
     assert -1 not in positions and positions == sorted(positions), (
         f"Trainer._save_checkpoint no longer writes the state file after the states of the random generators, or "
-        f"removes older checkpoints before {VERSIONS}: see SeeUPOTrainer._save_rng_state and resume.py."
+        f"removes older checkpoints before {VERSIONS}: see SeeUPOTrainer._save_rng_state and checkpoints.py."
     )
 
 
@@ -354,20 +354,22 @@ def test_without_synchronised_gradients_accelerate_makes_no_step():
         optimizer.step()
     finally:
         accelerator.gradient_state._set_sync_gradients(True)
-    message = f"accelerate {accelerate.__version__} steps all the same: see SeeUPOTrainer.training_step and engine.py."
+    message = (
+        f"accelerate {accelerate.__version__} steps all the same: see SeeUPOTrainer.training_step and lock_step.py."
+    )
     assert torch.equal(layer.weight, before), message
 
 
 def test_message_level_rollouts_read_these_settings():
     fields = SeeUPOConfig.__dataclass_fields__
     for name in ("use_vllm", "vllm_max_model_length", "max_completion_length", "max_turns", "max_context_length"):
-        assert name in fields, f"The configuration has no `{name}` {VERSIONS}: see rollout.py."
+        assert name in fields, f"The configuration has no `{name}` {VERSIONS}: see settings.py."
 
 
 def test_what_is_used_of_the_vllm_backend():
     backend, client = inspect.getsource(VLLMGeneration), inspect.getsource(VLLMClient)
     for name in ("mode", "llm", "vllm_client", "enable_sleep_mode", "max_completion_length", "generation_kwargs"):
-        assert f"self.{name} = " in backend, f"VLLMGeneration sets no `{name}` {VERSIONS}: see vllm_sampler.py."
+        assert f"self.{name} = " in backend, f"VLLMGeneration sets no `{name}` {VERSIONS}: see vllm.py."
     for use in ("self.llm.sleep(level=2)", "self._llm_weights_sleeping = True", 'wake_up(tags=["kv_cache"])'):
         assert use in backend, f"VLLMGeneration handles sleep mode differently {VERSIONS}: see kept_awake."
     for use in ("self.session = ", "self.base_url = ", "/v1/models"):

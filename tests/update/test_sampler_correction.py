@@ -1,29 +1,18 @@
 """
 Corrections for a sampler that is not quite the policy, without vLLM: a stand-in for its engine takes the weights.
 
-The trainer ends where a naive implementation with the same corrections ends (see oracle.py and test_exactness.py).
+The trainer ends where a naive implementation with the same corrections ends (see oracle.py and against_oracle.py).
 """
 
 import random
 
 import pytest
 import torch
+from against_oracle import LEARNING_RATE, TEMPERATURE, load_model, parameters_of, relative_error
 from datasets import Dataset
+from fixed_rollouts import GROUP_SIZE, NUM_GROUPS, NUM_TRAJECTORIES, as_groups, make_iteration, outcome_reward
 from oracle import OracleSettings, seeupo_iteration, token_logps
-from test_exactness import (
-    GROUP_SIZE,
-    LEARNING_RATE,
-    NUM_GROUPS,
-    NUM_TRAJECTORIES,
-    TEMPERATURE,
-    as_groups,
-    load_model,
-    make_iteration,
-    outcome_reward,
-    parameters_of,
-    relative_error,
-)
-from tiny import tiny_tokenizer
+from tiny import ON_CPU, tiny_tokenizer
 from trl.trainer import grpo_trainer
 
 from seeupo_trl import SeeUPOConfig, SeeUPOTrainer
@@ -91,6 +80,7 @@ def train(tiny_dir, tmp_path, monkeypatch, episodes, sampling_logps):
             reward_funcs=outcome_reward,
             args=SeeUPOConfig(
                 **{
+                    **ON_CPU,
                     "output_dir": str(tmp_path),
                     "per_device_train_batch_size": 2,
                     "gradient_accumulation_steps": NUM_TRAJECTORIES // 2,
@@ -99,11 +89,6 @@ def train(tiny_dir, tmp_path, monkeypatch, episodes, sampling_logps):
                     "temperature": TEMPERATURE,
                     "max_grad_norm": 0.0,
                     "gradient_checkpointing": False,
-                    "bf16": False,
-                    "use_cpu": True,
-                    "report_to": "none",
-                    "save_strategy": "no",
-                    "logging_steps": 1,
                     "use_vllm": True,
                     "model_init_kwargs": {"dtype": torch.float64},
                     **options,

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 from browser import CHROMIUM, Browser
-from test_trajectory_log import WORDS, make_log
+from saved_trajectories import WORDS, make_log
 from tiny import tiny_tokenizer
 
 from seeupo_trl import Trajectory, Turn
 from seeupo_trl.evaluation.outcome import Outcome
 from seeupo_trl.trajectory_log import TrajectoryLog
-from seeupo_trl.update.turn_updater import TurnUpdate
+from seeupo_trl.update.metrics import TurnUpdate
 from seeupo_trl.view.__main__ import main
 
 

@@ -1,0 +1,160 @@
+"""One generation batch on its way through the trainer: played, scored by reward functions, ready for the update."""
+
+from dataclasses import dataclass, field
+from itertools import compress
+from typing import Any
+
+import torch
+
+from .evaluation.outcome import Outcome
+from .trajectory import Trajectory, turns_from_mask
+
+
+@dataclass
+class EpisodeBatch:
+    """
+    The `n` episodes of this process in one generation batch.
+
+    Args:
+        rows (`list[dict]`):
+            Dataset rows, one an episode.
+        trajectories (`list[Trajectory]`):
+            The episodes as they were played.
+        rewards_per_func (`torch.Tensor` of shape `(n, F)`):
+            Reward by reward function; NaN where a function gave none.
+        num_trajectories (`int`):
+            `N`, the number of trajectories over all processes.
+        is_left_out (`list[bool]`):
+            Whether the trainer leaves an episode out of training (`mask_truncated_completions`).
+        outcomes (`list[Outcome]`):
+            What became of the episodes.
+        tokens (`list[tuple[list[int], list[int]]]`):
+            Prompt and completion of each row of TRL's batch, see [`follow`].
+    """
+
+    rows: list[dict[str, Any]]
+    trajectories: list[Trajectory] = field(default_factory=list)
+    rewards_per_func: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    num_trajectories: int = 0
+    is_left_out: list[bool] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
+    tokens: list[tuple[list[int], list[int]]] = field(default_factory=list)
+
+    @property
+    def trained(self) -> list[Trajectory]:
+        """The trajectories with the turns that are trained on: none of an episode that is left out or quarantined."""
+        return [
+            Trajectory(turns=[]) if left_out or trajectory.is_quarantined else trajectory
+            for trajectory, left_out in zip(self.trajectories, self.is_left_out, strict=True)
+        ]
+
+    def remember(self, batch: dict[str, Any]) -> None:
+        """Keep what TRL's batch says of the episodes, and who is left out of it."""
+        self.tokens = _tokens(batch)
+        # TRL empties the mask of a completion that `mask_truncated_completions` leaves out
+        self.is_left_out = [not completion for _, completion in self.tokens]
+
+    def follow(self, batch: dict[str, Any]) -> None:
+        """
+        Take in what a subclass changed in the batch of `_generate_and_score_completions`: rows with other tokens
+        (replay) have the turns that those say, as [`~seeupo_trl.trajectory.turns_from_mask`] cuts them.
+
+        Raises:
+            `ValueError`:
+                Where the batch has another number of rows, or advantages that are not one number a row.
+        """
+        advantages, tokens = batch["advantages"], _tokens(batch)
+        if advantages.dim() != 1:
+            raise ValueError(
+                f"`advantages` have shape {tuple(advantages.shape)}, but an action is one sequence with one weight: "
+                "give one number for each episode, shape (n,). To weigh tokens, override `turn_surrogate`."
+            )
+        if not len(tokens) == len(advantages) == len(self.trajectories):
+            raise ValueError(
+                f"The batch has {len(tokens)} rows and {len(advantages)} advantages for {len(self.trajectories)} "
+                "episodes; groups must stay whole. To leave an episode out, override `select_episodes`."
+            )
+        masks, logps = batch.get("tool_mask"), batch.get("sampling_per_token_logps")
+        for i, (before, now) in enumerate(zip(self.tokens, tokens, strict=True)):
+            if now != before:
+                length = len(now[1])
+                mask = None if masks is None else masks[i, :length].tolist()
+                sampled = None if logps is None else logps[i, :length].tolist()
+                self.trajectories[i] = Trajectory(turns=turns_from_mask(*now, mask, sampled))
+                self.is_left_out[i] = not length
+
+
+def checked_batch(batch: dict[str, Any]) -> EpisodeBatch:
+    """
+    The episodes of a batch that `_generate_and_score_completions` returned, as it is now.
+
+    Raises:
+        `ValueError`:
+            Where the batch does not come from [`SeeUPOTrainer`], or does not fit its episodes.
+    """
+    if "episodes" not in batch:
+        raise ValueError(
+            "`_generate_and_score_completions` returned a batch without `episodes`: the update needs the turns of "
+            "each episode. Call `super()._generate_and_score_completions(inputs)` and change what it returns, or "
+            "override `select_episodes`."
+        )
+    episodes: EpisodeBatch = batch["episodes"]
+    episodes.follow(batch)
+    return episodes
+
+
+def _tokens(batch: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
+    """Prompt and completion of each row, without padding."""
+    columns = []
+    for side in ("prompt", "completion"):
+        rows = zip(batch[f"{side}_ids"].tolist(), batch[f"{side}_mask"].tolist(), strict=True)
+        columns.append([list(compress(ids, mask)) for ids, mask in rows])
+    return list(zip(*columns, strict=True))
+
+
+def trajectories_from_masks(
+    prompt_ids: list[list[int]],
+    completion_ids: list[list[int]],
+    masks: list[list[int]] | None,
+    logps: list[list[float]] | None,
+    completions: list[Any],
+) -> list[Trajectory]:
+    """
+    Trajectories of a rollout that says no more than TRL asks for, see [`~seeupo_trl.trajectory.turns_from_mask`].
+
+    Args:
+        prompt_ids (`list[list[int]]`), completion_ids (`list[list[int]]`):
+            Tokens of each sample.
+        masks (`list[list[int]]`, *optional*):
+            1 for tokens of the model; `None` where all are.
+        logps (`list[list[float]]`, *optional*):
+            Log-probabilities of the completions' tokens under the sampler.
+        completions (`list`):
+            Completions as TRL hands them to reward functions; those that are conversations are kept as messages.
+    """
+    masks = masks or [None] * len(prompt_ids)
+    logps = logps or [None] * len(prompt_ids)
+    return [
+        Trajectory(turns=turns_from_mask(*sample), messages=messages if isinstance(messages, list) else [])
+        for *sample, messages in zip(prompt_ids, completion_ids, masks, logps, completions, strict=True)
+    ]
+
+
+def check_finite(rewards_per_func: torch.Tensor, names: list[str]) -> None:
+    """
+    Refuse infinite rewards.
+
+    Args:
+        rewards_per_func (`torch.Tensor` of shape `(N, F)`), names (`list[str]`):
+            Rewards and the names of the functions.
+
+    Raises:
+        `ValueError`:
+            With the name of the first function that returned one.
+    """
+    infinite = rewards_per_func.isinf().any(dim=0)
+    if infinite.any():
+        raise ValueError(
+            f"The reward function '{names[infinite.nonzero()[0].item()]}' returned an infinite reward. Rewards must "
+            "be finite numbers, or `None` for a completion that cannot be scored."
+        )

@@ -1,0 +1,208 @@
+"""
+What of [`~trl.GRPOTrainer`] a script may override or change, decided name by name (written against trl 1.15 and 1.16).
+
+A script either does here what it did there, or stops with a sentence that says why. `tests/trainer/test_extending.py`
+fails when a new TRL adds a method or an attribute that nobody has decided on.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from trl import GRPOTrainer
+
+from .update.loss import LossSettings
+
+
+_SURROGATE_HOOK = "`turn_surrogate(ratios, weights, actions, settings)` returns what is maximised of each action"
+
+# Methods that the update never calls, with what to override in their place.
+REFUSED_METHODS = {
+    "_compute_loss": f"The update makes its loss turn by turn. Override `turn_surrogate`: {_SURROGATE_HOOK}.",
+    "compute_loss": f"The update makes its loss turn by turn. Override `turn_surrogate`: {_SURROGATE_HOOK}.",
+    "_get_per_token_logps_and_entropies": (
+        "The update scores turns on trees of tokens. To change the loss of their log-probabilities, override "
+        f"`turn_surrogate`: {_SURROGATE_HOOK}, and `actions.new` holds the log-probabilities of its tokens."
+    ),
+    "get_high_entropy_mask": "A surrogate of whole turns has no mask of tokens.",
+    "get_off_policy_mask": f"Override `turn_surrogate`: {_SURROGATE_HOOK}; return 0 for an action to leave out.",
+    "get_gamma_weights": f"Override `turn_surrogate`: {_SURROGATE_HOOK}.",
+}
+
+# Methods that only TRL's own loop over tool calls uses. Here it does not play environments of `environment_factory`.
+TOOL_LOOP_METHODS = dict.fromkeys(
+    ("_tokenize_prompts", "_get_tool_suffix_ids", "_tool_call_loop"),
+    "The environments of `environment_factory` are played by SeeUPO's own rollout. Pass `tools=` without an "
+    "`environment_factory`, or a `rollout_func`, to play episodes in another way.",
+)
+
+# Methods that are called as in GRPO.
+CALLED_METHODS = {
+    "_set_signature_columns_if_needed",
+    "get_train_dataloader",
+    "_get_train_sampler",
+    "_get_eval_sampler",
+    "get_eval_dataloader",
+    "training_step",
+    "_prepare_inputs",
+    "_log_completion_extra",
+    "_log_metric",
+    "_calculate_rewards",
+    "_generate_single_turn",
+    "_generate",
+    "_generate_and_score_completions",
+    "prediction_step",
+    "log",
+    "_save_checkpoint",
+    "_load_optimizer_and_scheduler",
+}
+
+# Attributes of the loss and of the batch that are read anew in every iteration, so that a callback may change them.
+READ_ATTRIBUTES = {
+    "beta",
+    "epsilon_low",
+    "epsilon_high",
+    "entropy_coef",
+    "loss_type",
+    "max_completion_length",
+    "multi_objective_aggregation",
+    "num_generations",
+    "num_generations_eval",
+    "off_policy_mask_threshold",
+    "reward_weights",
+    "router_aux_loss_coef",
+    "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
+    "vllm_importance_sampling_correction",
+    "vllm_importance_sampling_mode",
+}
+
+# Attributes that are read when the trainer is made: changing one in a run raises.
+FIXED_ATTRIBUTES = {
+    "aux_loss_enabled",
+    "importance_sampling_level",
+    "num_iterations",
+    "pad_to_multiple_of",
+    "ref_model",
+    "rollout_func",
+    "scale_rewards",
+    "shuffle_dataset",
+    "temperature",
+    "top_entropy_quantile",
+    "use_adaptive_entropy",
+}
+
+# Attributes of generation, tools, rewards and logs, and TRL's own state: used by TRL's code alone, as in GRPO.
+TRL_ATTRIBUTES = {
+    "chat_template",
+    "chat_template_kwargs",
+    "continuous_batching_config",
+    "environment_factories",
+    "environments",
+    "eos_token_ids",
+    "generation_config",
+    "generation_kwargs",
+    "log_completions",
+    "log_multimodal",
+    "log_unique_prompts",
+    "mask_truncated_completions",
+    "max_tool_calling_iterations",
+    "min_p",
+    "num_completions_to_print",
+    "repetition_penalty",
+    "reward_func_names",
+    "reward_funcs",
+    "reward_processing_classes",
+    "tools",
+    "top_k",
+    "top_p",
+    "use_transformers_continuous_batching",
+    "use_vllm",
+    "vllm_gpu_memory_utilization",
+    "vllm_mode",
+    "vllm_tensor_parallel_size",
+}
+
+
+def check_overrides(trainer_class: type, base: type, plays_tools: bool) -> None:
+    """
+    Refuse a subclass whose overridden methods would never be called.
+
+    Args:
+        trainer_class (`type`), base (`type`):
+            Class of the trainer, and the [`SeeUPOTrainer`] that it is or extends.
+        plays_tools (`bool`):
+            Whether SeeUPO's own rollout plays TRL environments, in place of TRL's loop.
+
+    Raises:
+        `TypeError`:
+            With the name of the method and what to do instead.
+    """
+    refused = REFUSED_METHODS | (TOOL_LOOP_METHODS if plays_tools else {})
+    for owner in trainer_class.__mro__:
+        if owner in base.__mro__:
+            continue
+        for name in refused.keys() & vars(owner).keys():
+            raise TypeError(
+                f"{owner.__name__} overrides `{name}`, which SeeUPOTrainer does not call in training. {refused[name]}"
+            )
+
+
+class FixedValues:
+    """
+    Values that a run may not change, because nothing would read them again.
+
+    Args:
+        read (`Callable[[], dict[str, Any]]`):
+            Returns the present values by the names under which they are set.
+    """
+
+    def __init__(self, read: Callable[[], dict[str, Any]]):
+        self._read = read
+        self._values = read()
+
+    def check(self) -> None:
+        """
+        Raises:
+            `ValueError`:
+                Where one has changed since the trainer was made.
+        """
+        for name, value in self._read().items():
+            before = self._values[name]
+            if value is not before and not _equal(value, before):
+                raise ValueError(
+                    f"`{name}` was changed from {before!r} to {value!r} after the trainer was made, which has no "
+                    "effect: it is read only once. Give it in the configuration."
+                )
+
+
+def fixed_values(trainer: GRPOTrainer) -> FixedValues:
+    """The values of a [`SeeUPOTrainer`] that it reads only once: some attributes, and `trainer.config`."""
+
+    def read() -> dict[str, Any]:
+        values = {f"trainer.{name}": getattr(trainer, name) for name in FIXED_ATTRIBUTES if hasattr(trainer, name)}
+        return values | {f"trainer.config.{name}": value for name, value in vars(trainer.config).items()}
+
+    return FixedValues(read)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except Exception:
+        return False
+
+
+def loss_settings(trainer: GRPOTrainer) -> LossSettings:
+    """The numbers in the loss as a [`SeeUPOTrainer`] has them now: in its attributes where GRPO has them there."""
+    bounds = trainer.vllm_importance_sampling_clip_min, trainer.vllm_importance_sampling_clip_max
+    corrects = trainer.use_vllm and trainer.vllm_importance_sampling_correction
+    return replace(
+        LossSettings.of(trainer.args),
+        epsilon_low=trainer.epsilon_low,
+        epsilon_high=trainer.epsilon_high,
+        beta=trainer.beta,
+        loss_type=trainer.loss_type,
+        off_policy_mask_threshold=trainer.off_policy_mask_threshold,
+        sampler_correction=(trainer.vllm_importance_sampling_mode, *bounds) if corrects else None,
+    )

@@ -1,0 +1,265 @@
+"""The loss of a micro-batch: `-J_t` and what regularises it, as pure functions."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..seeupo_config import SeeUPOConfig
+from .objective import (
+    cispo_surrogate,
+    clipped_surrogate,
+    k3_divergence,
+    keep_on_policy,
+    sampler_correction,
+    sampler_ratios,
+    sapo_surrogate,
+    sequence_log_ratio,
+    vespo_surrogate,
+)
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """
+    The numbers in the loss.
+
+    Args:
+        epsilon_low (`float`), epsilon_high (`float`), delta (`float`, *optional*):
+            Clipping range, see [`~seeupo_trl.update.objective.clipped_surrogate`].
+        beta (`float`, *optional*, defaults to `0.0`):
+            Weight of the KL term.
+        use_bias_correction_kl (`bool`, *optional*, defaults to `False`):
+            Whether the KL term is multiplied by the ratio.
+        entropy_weight (`float`, *optional*):
+            Weight of the entropy bonus; `None` where there is none in this run.
+        off_policy_mask_threshold (`float`, *optional*):
+            See [`~seeupo_trl.update.objective.keep_on_policy`].
+        sampler_correction (`tuple[str, float | None, float | None]`, *optional*):
+            Mode and bounds of the correction for the sampler, see
+            [`~seeupo_trl.update.objective.sampler_correction`].
+        loss_type (`str`, *optional*, defaults to `"seeupo"`):
+            Which surrogate, see [`turn_surrogate`].
+        sapo_temperatures (`tuple[float, float]`, *optional*, defaults to `(1.0, 1.05)`):
+            Where the turn weight is positive, and where it is not.
+        vespo_k (`tuple[float, float]`, *optional*, defaults to `(2.0, 3.0)`):
+            The same of the exponent `k`.
+        vespo_lambda (`tuple[float, float]`, *optional*, defaults to `(3.0, 2.0)`):
+            The same of the decay `lambda`.
+    """
+
+    epsilon_low: float
+    epsilon_high: float
+    delta: float | None = None
+    beta: float = 0.0
+    use_bias_correction_kl: bool = False
+    entropy_weight: float | None = None
+    off_policy_mask_threshold: float | None = None
+    sampler_correction: tuple[str, float | None, float | None] | None = None
+    loss_type: str = "seeupo"
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05)
+    vespo_k: tuple[float, float] = (2.0, 3.0)
+    vespo_lambda: tuple[float, float] = (3.0, 2.0)
+
+    @classmethod
+    def of(cls, config: SeeUPOConfig) -> "LossSettings":
+        """The settings that a configuration asks for."""
+        bounds = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
+        corrects = config.use_vllm and config.vllm_importance_sampling_correction
+        return cls(
+            epsilon_low=config.epsilon,
+            epsilon_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,
+            delta=config.delta,
+            beta=config.beta,
+            use_bias_correction_kl=config.use_bias_correction_kl,
+            off_policy_mask_threshold=config.off_policy_mask_threshold,
+            sampler_correction=(config.vllm_importance_sampling_mode, *bounds) if corrects else None,
+            loss_type=config.loss_type,
+            sapo_temperatures=(config.sapo_temperature_pos, config.sapo_temperature_neg),
+            vespo_k=(config.vespo_k_pos, config.vespo_k_neg),
+            vespo_lambda=(config.vespo_lambda_pos, config.vespo_lambda_neg),
+        )
+
+
+@dataclass(frozen=True)
+class Actions:
+    """
+    The actions that `n` trajectories take in the turn (or block of turns) that is updated. Each list has one tensor of
+    shape `(|a|,)` a trajectory.
+
+    Args:
+        new (`list[torch.Tensor]`), entropies (`list[torch.Tensor]`):
+            Log-probabilities and entropies under the parameters that are trained, with gradient.
+        old (`list[torch.Tensor]`):
+            Log-probabilities in the denominator of the ratio.
+        start (`list[torch.Tensor]`, *optional*):
+            Log-probabilities under `theta_k`, for the sampler's correction.
+        sampled (`list[torch.Tensor | None]`):
+            Log-probabilities that the sampler reported; `None` where it reported none, NaN for single tokens.
+        reference (`list[torch.Tensor]`, *optional*):
+            Log-probabilities under the reference policy, for the KL term.
+    """
+
+    new: list[torch.Tensor]
+    old: list[torch.Tensor]
+    entropies: list[torch.Tensor]
+    sampled: list[torch.Tensor | None]
+    start: list[torch.Tensor] | None = None
+    reference: list[torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class TurnLoss:
+    """
+    The loss of `n` trajectories and what it is made of.
+
+    Args:
+        losses (`torch.Tensor` of shape `(n,)`):
+            `-J_t` and its regularisers, before the division by N.
+        policy_losses (`torch.Tensor` of shape `(n,)`):
+            The same without the entropy bonus.
+        ratios (`torch.Tensor` of shape `(n,)`):
+            Sequence ratios.
+        clipped_low (`torch.Tensor` of shape `(n,)`), clipped_high (`torch.Tensor` of shape `(n,)`):
+            Whether the ratio is below or above the clipping range on the side where the surrogate is flat.
+        kl (`list[torch.Tensor]`, *optional*):
+            KL estimate of each token.
+        sampler_weights (`torch.Tensor` of shape `(n,)`, *optional*):
+            Correction for the sampler.
+    """
+
+    losses: torch.Tensor
+    policy_losses: torch.Tensor
+    ratios: torch.Tensor
+    clipped_low: torch.Tensor
+    clipped_high: torch.Tensor
+    kl: list[torch.Tensor] | None = None
+    sampler_weights: torch.Tensor | None = None
+
+
+def turn_surrogate(
+    ratios: torch.Tensor, weights: torch.Tensor, actions: Actions, settings: LossSettings
+) -> torch.Tensor:
+    """
+    What is maximised of each action, before it is corrected for the sampler and regularised.
+
+    Args:
+        ratios (`torch.Tensor` of shape `(n,)`):
+            Sequence ratios of Eq. 6, with gradient.
+        weights (`torch.Tensor` of shape `(n,)`):
+            Turn weights `M` of the continuation, constants.
+        actions ([`Actions`]):
+            The actions behind them, token by token.
+        settings ([`LossSettings`]):
+            The numbers in the loss.
+
+    Returns:
+        `torch.Tensor` of shape `(n,)`:
+            With `loss_type="seeupo"` the clipped surrogate of `J_t`; with `"luspo"` the same times the number of
+            tokens; with `"cispo"`, `"sapo"` and `"vespo"` their turn-level forms in
+            [`~seeupo_trl.update.objective`].
+    """
+    if settings.loss_type == "cispo":
+        return cispo_surrogate(ratios, weights, _mean_logps(actions), settings.epsilon_high)
+    if settings.loss_type == "sapo":
+        return sapo_surrogate(ratios, weights, *settings.sapo_temperatures)
+    if settings.loss_type == "vespo":
+        log_ratios = _product_log_ratios(actions, settings)
+        return vespo_surrogate(log_ratios, weights, _mean_logps(actions), settings.vespo_k, settings.vespo_lambda)
+    surrogates = clipped_surrogate(ratios, weights, settings.epsilon_low, settings.epsilon_high, settings.delta)
+    if settings.loss_type == "luspo":
+        surrogates = surrogates * torch.tensor(list(map(len, actions.new))).to(surrogates)
+    return surrogates
+
+
+Surrogate = Callable[[torch.Tensor, torch.Tensor, Actions, LossSettings], torch.Tensor]
+
+
+def turn_loss(
+    actions: Actions, weights: torch.Tensor, settings: LossSettings, surrogate: Surrogate = turn_surrogate
+) -> TurnLoss:
+    """
+    `-J_t` of each trajectory of a micro-batch, plus what regularises it.
+
+    Args:
+        actions ([`Actions`]):
+            The actions of the turn that is updated.
+        weights (`torch.Tensor` of shape `(n,)`):
+            Turn weights `M` of the continuation, constants.
+        settings ([`LossSettings`]):
+            The numbers in the loss.
+        surrogate (`Callable`, *optional*, defaults to [`turn_surrogate`]):
+            What is maximised.
+
+    Returns:
+        [`TurnLoss`]
+    """
+    ratios = torch.stack(list(map(sequence_log_ratio, actions.new, actions.old))).exp()  # (n,)
+    surrogates = surrogate(ratios, weights, actions, settings)
+    if surrogates.shape != ratios.shape:
+        raise ValueError(
+            f"The surrogate has shape {tuple(surrogates.shape)}; it must return one value for each of the "
+            f"{len(ratios)} actions, shape {tuple(ratios.shape)}."
+        )
+    sampler_weights = None
+    if settings.sampler_correction is not None:
+        sampler_weights = _sampler_weights(actions, *settings.sampler_correction)
+        if settings.loss_type != "vespo":  # which has it in its ratio
+            surrogates = surrogates * sampler_weights
+    if settings.off_policy_mask_threshold is not None:
+        surrogates = surrogates * _on_policy_mask(actions, weights, settings.off_policy_mask_threshold)
+    losses = -surrogates
+    kl = None
+    if actions.reference is not None:
+        kl = list(map(k3_divergence, actions.new, actions.reference))
+        mean_kl = torch.stack([values.mean() for values in kl])  # (n,)
+        losses = losses + settings.beta * (mean_kl * ratios if settings.use_bias_correction_kl else mean_kl)
+    policy_losses = losses
+    if settings.entropy_weight is not None:
+        mean_entropies = torch.stack([values.mean() for values in actions.entropies])  # (n,)
+        losses = losses - settings.entropy_weight * mean_entropies
+    return TurnLoss(
+        losses,
+        policy_losses,
+        ratios,
+        clipped_low=(ratios < 1 - settings.epsilon_low) & (weights < 0),
+        clipped_high=(ratios > 1 + settings.epsilon_high) & (weights > 0),
+        kl=kl,
+        sampler_weights=sampler_weights,
+    )
+
+
+def _mean_logps(actions: Actions) -> torch.Tensor:
+    return torch.stack([logps.mean() for logps in actions.new])  # (n,)
+
+
+def _product_log_ratios(actions: Actions, settings: LossSettings) -> torch.Tensor:
+    """Log of the product ratios, of the sampler's correction too where there is one, shape `(n,)`."""
+    pairs = zip(actions.new, actions.old, strict=True)
+    log_ratios = [sequence_log_ratio(*pair, ratio="product") for pair in pairs]
+    if settings.sampler_correction is not None:
+        corrections = zip(actions.start, actions.sampled, strict=True)
+        for i, (policy, sampler) in enumerate(corrections):
+            if sampler is not None:
+                ratios = sampler_ratios(policy, sampler, *settings.sampler_correction)
+                log_ratios[i] = log_ratios[i] + ratios.log().clamp(min=math.log(1e-8), max=20.0).sum()
+    return torch.stack(log_ratios)
+
+
+def _sampler_weights(actions: Actions, mode: str, clip_min: float | None, clip_max: float | None) -> torch.Tensor:
+    """Correction of each action for a sampler that is not exactly `theta_k`, shape `(n,)`; 1 where unknown."""
+    return torch.stack(
+        [
+            policy.new_ones(()) if sampler is None else sampler_correction(policy, sampler, mode, clip_min, clip_max)
+            for policy, sampler in zip(actions.start, actions.sampled, strict=True)
+        ]
+    )
+
+
+def _on_policy_mask(actions: Actions, weights: torch.Tensor, threshold: float) -> torch.Tensor:
+    """1 for the actions that off-policy masking keeps, 0 for those it drops, shape `(n,)`."""
+    behaviour = [old if logps is None else logps for logps, old in zip(actions.sampled, actions.old, strict=True)]
+    return torch.stack(
+        [keep_on_policy(*args, threshold) for args in zip(weights, actions.new, behaviour, strict=True)]
+    )

@@ -1,0 +1,67 @@
+"""Rows of the dataset: how a rollout finds the task of a prompt, and what an environment is given of it."""
+
+import pytest
+from byte_tokenizer import forced_end
+from datasets import Dataset
+from talk import Talk, row, user
+
+from seeupo_trl.rollout import MultiTurnRollout
+
+
+def test_reset_receives_every_column(make_trainer):
+    rows = [row(number=7, label="x")]
+    trainer = make_trainer(rows, generation_kwargs=forced_end())
+    environments = []
+
+    class Keep(Talk):
+        def __init__(self):
+            super().__init__()
+            environments.append(self)
+
+    MultiTurnRollout(Keep, tasks=Dataset.from_list(rows))([rows[0]["prompt"]], trainer)
+    assert environments[0].task == {"prompt": rows[0]["prompt"], "number": 7, "label": "x"}
+
+
+def test_rows_of_the_trainer_come_before_a_look_up(make_trainer):
+    trainer = make_trainer([row()], generation_kwargs=forced_end())
+    trainer.rollout_inputs = [row([user("Go on.")])]
+    output = MultiTurnRollout(Talk)(["any prompt"], trainer)
+    assert len(output["trajectories"][0].turns) == 2
+
+
+def test_an_environment_cannot_change_the_dataset(make_trainer):
+    class Greedy(Talk):
+        def reset(self, replies, **task):
+            observation = super().reset(replies, **task)
+            replies.clear()
+            return observation
+
+    rows = [row([user("Go on.")])]
+    trainer = make_trainer(rows, generation_kwargs=forced_end())
+    MultiTurnRollout(Greedy, tasks=rows)([rows[0]["prompt"]], trainer)
+    assert len(rows[0]["replies"]) == 1
+
+
+def test_a_stock_trainer_needs_tasks(make_trainer):
+    trainer = make_trainer([row()], generation_kwargs=forced_end())
+    with pytest.raises(ValueError, match="tasks=dataset"):
+        MultiTurnRollout(Talk)([row()["prompt"]], trainer)
+
+
+def test_a_prompt_without_row_is_an_error(make_trainer):
+    trainer = make_trainer([row()], generation_kwargs=forced_end())
+    with pytest.raises(ValueError, match="No row of `tasks` has this prompt.*unheard"):
+        MultiTurnRollout(Talk, tasks=[row()])([[user("unheard")]], trainer)
+
+
+def test_one_prompt_for_different_rows_is_an_error():
+    rows = [{"prompt": [user("Same.")], "answer": answer} for answer in (1, 2)]
+    with pytest.raises(ValueError, match="Different rows of `tasks` have the same prompt"):
+        MultiTurnRollout(Talk, tasks=rows)
+    MultiTurnRollout(Talk, tasks=[rows[0], dict(rows[0])])
+
+
+@pytest.mark.parametrize("option", ["max_turns", "max_context_length"])
+def test_limits_below_one_are_refused(option):
+    with pytest.raises(ValueError, match=f"{option} is 0"):
+        MultiTurnRollout(Talk, **{option: 0})

@@ -1,0 +1,151 @@
+"""TRL environments: time limits, quarantine and waves, which TRL's own loop has not, and what is refused early."""
+
+import threading
+from functools import partial
+
+import pytest
+from scripted_tools import COUNTING, END, SCRIPTS, ScriptedSeeUPO, call, make_tool_trainer, play, row
+from tool_environments import Counter, Database, Unreliable
+
+from seeupo_trl import MultiTurnEnvironment
+
+
+@pytest.fixture
+def make(tmp_path):
+    return partial(make_tool_trainer, tmp_path)
+
+
+@pytest.fixture
+def play_unreliable(make):
+    def play_unreliable(*faults, response=None, **config):
+        config = {"env_timeout": 2.0, "env_reset_retries": 0, "max_env_failure_rate": 0.9, **config}
+        script = {"Task": [(response or call("increment", step=2)) + END, f"So.{END}"]}
+        trainer = make(ScriptedSeeUPO, type("Fresh", (Unreliable,), {"made": 0}), script, **config)
+        play(trainer, [row("a", fault=fault) for fault in faults])
+        return trainer
+
+    return play_unreliable
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("reset", "env_error"),
+        ("reward", "env_error"),
+        ("reset hangs", "env_timeout"),
+        ("tool hangs", "env_timeout"),
+    ],
+)
+def test_a_fault_costs_its_own_episode_only(play_unreliable, fault, reason):
+    trainer = play_unreliable(None, fault)
+    assert [trajectory.stop_reason for trajectory in trainer._batch.trajectories] == ["completed"] * 2 + [reason] * 2
+    assert trainer._batch.rewards_per_func.isnan().tolist() == [[False] * 2] * 2 + [[True] * 2] * 2
+    # a reward function may look at every environment, and at every last message
+    assert [type(environment).__name__ for environment in trainer.environments] == ["Fresh"] * 4
+    assert all(completion[-1]["role"] == "assistant" for completion in trainer.seen[0][1])
+
+
+def test_a_coroutine_that_hangs_times_out(play_unreliable):
+    with pytest.raises(RuntimeError, match="All 2 environments of the batch failed. The first error: TimeoutError"):
+        play_unreliable(None, response=call("wait"))
+
+
+def test_a_reset_that_failed_is_tried_with_another_instance(play_unreliable):
+    trainer = play_unreliable("first reset", env_reset_retries=2)
+    assert [trajectory.stop_reason for trajectory in trainer._batch.trajectories] == ["completed"] * 2
+    assert [environment.value for environment in trainer.environments] == [2, 2]
+
+
+def test_an_instance_that_failed_is_not_used_again(play_unreliable):
+    trainer = play_unreliable(None, "reset")
+    failed = trainer.environments[2:]
+    play(trainer, [row("a", fault=None)] * 2)
+    assert not any(environment in failed for environment in trainer.environments)
+
+
+@pytest.mark.parametrize("waves", [None, 1, 3])
+def test_instances_are_made_once_and_keep_their_state_until_they_are_scored(make, waves):
+    made = []
+
+    class Made(Counter):
+        def __init__(self):
+            made.append(self)
+
+    trainer = make(ScriptedSeeUPO, Made, SCRIPTS, max_concurrent_envs=waves)
+    for _ in range(2):
+        play(trainer, COUNTING)
+        assert len(made) == 2 * len(COUNTING) == len(set(trainer.environments))
+        assert [environment.value for environment in trainer.environments[::2]] == [2, 2, 2, 5, 5]
+    before = trainer.environments
+    play(trainer, COUNTING[:1])
+    assert trainer.environments == before[:2]
+
+
+@pytest.mark.parametrize("factory", [Database, lambda: Database()], ids=["class", "function"])
+def test_an_environment_lives_in_one_thread(make, factory):
+    script = {"Task": [f"{call('write', text='a')}{END}", f"{call('write', text='b')}{END}", f"So.{END}"]}
+    trainer = make(ScriptedSeeUPO, factory, script)
+    for _ in range(2):
+        seen = play(trainer, [row("a")] * 4)
+        assert seen["metrics"]["tools/failure_frequency"] == [0.0]
+        assert seen["metrics"]["rewards/Database/mean"] == [2.0]
+
+
+def test_environments_of_a_batch_run_at_the_same_time(make):
+    barrier = threading.Barrier(4, timeout=30)
+
+    class Together(Counter):
+        def increment(self, step: int) -> int:
+            """
+            Waits for the others.
+
+            Args:
+                step: Anything.
+            """
+            return barrier.wait() * 0
+
+    trainer = make(ScriptedSeeUPO, Together, SCRIPTS)
+    assert play(trainer, [row("one")] * 2)["metrics"]["tools/failure_frequency"] == [0.0]
+
+
+def test_an_image_needs_a_model_that_sees(make):
+    class Camera:
+        def reset(self, **row):
+            return None
+
+        def look(self) -> list:
+            """Looks."""
+            return [{"type": "image", "image": "a picture"}]
+
+    trainer = make(ScriptedSeeUPO, Camera, {"": [f"{call('look')}{END}"]})
+    with pytest.raises(RuntimeError, match="returned an image, but the policy reads text only"):
+        play(trainer, [row("a")])
+
+
+def test_an_undocumented_tool_is_an_early_error(make):
+    class Undocumented(Counter):
+        def decrement(self, step: int):
+            pass
+
+    with pytest.raises(Exception, match="no docstring"):
+        make(ScriptedSeeUPO, Undocumented, SCRIPTS)
+
+
+def test_a_prompt_that_is_no_conversation_is_an_error(make):
+    trainer = make(ScriptedSeeUPO, Counter, SCRIPTS, env_reset_retries=0)
+    with pytest.raises(RuntimeError, match="Give a list of messages"):
+        play(trainer, [{"prompt": "Task one."}])
+
+
+def test_an_unknown_kind_of_environment_is_an_error(make):
+    trainer = make(ScriptedSeeUPO, {"counter": Counter}, SCRIPTS)
+    with pytest.raises(ValueError, match="`environment='count'`, which is not among .*: 'counter'"):
+        play(trainer, [row("one", environment="count")])
+
+
+def test_a_dict_takes_no_environments_of_messages(make):
+    class Talk(MultiTurnEnvironment):
+        pass
+
+    with pytest.raises(ValueError, match=r"environment_factory\['talk'\].*makes a MultiTurnEnvironment"):
+        make(ScriptedSeeUPO, {"counter": Counter, "talk": Talk}, SCRIPTS)

@@ -1,0 +1,18 @@
+"""What the tests of the trainer share."""
+
+import pytest
+from grpo_script import config, small_tokens, text_dataset
+from trl import GRPOConfig
+
+from seeupo_trl import SeeUPOTrainer
+
+
+@pytest.fixture
+def make(tiny_dir, tmp_path):
+    """Build a trainer with settings like those of a short GRPO script; keywords of the config are given in `args`."""
+
+    def build(args=None, **kwargs):
+        given = {"model": tiny_dir, "reward_funcs": small_tokens, "train_dataset": text_dataset(), **kwargs}
+        return SeeUPOTrainer(args=args if isinstance(args, GRPOConfig) else config(tmp_path, **(args or {})), **given)
+
+    return build

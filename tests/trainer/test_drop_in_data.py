@@ -1,0 +1,109 @@
+"""Datasets and evaluation of a script for TRL's `GRPOTrainer` go on working."""
+
+import pytest
+from datasets import IterableDataset
+from grpo_script import PROMPTS, logged, moved, parameters_of, small_tokens, text_dataset
+
+
+class TestEvaluation:
+    def test_evaluate_reports_rewards_and_leaves_the_model_alone(self, make):
+        trainer = make(eval_dataset=text_dataset())
+        before = parameters_of(trainer)
+        metrics = trainer.evaluate()
+        assert {"eval_loss", "eval_reward", "eval_rewards/small_tokens/mean", "eval_entropy"} <= metrics.keys()
+        assert metrics["eval_reward"] < 0
+        assert not moved(trainer, before)
+
+    def test_evaluation_during_training_happens_when_asked(self, make):
+        args = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "per_device_eval_batch_size": 4}
+        trainer = make(args, eval_dataset=text_dataset())
+        trainer.train()
+        steps = [entry["step"] for entry in trainer.state.log_history if "eval_reward" in entry]
+        assert steps == [2, 4]
+
+    def test_training_is_the_same_with_evaluation_on_start_as_far_as_data_goes(self, make):
+        seen = {}
+
+        def watching(prompts, completion_ids, run, **kwargs):
+            seen.setdefault(run[0], []).extend(prompts)
+            return small_tokens(completion_ids)
+
+        train = text_dataset(run=["train"] * 8)
+        make(reward_funcs=watching, train_dataset=train).train()
+        expected, seen["train"] = seen["train"], []
+        args = {"eval_strategy": "epoch", "eval_on_start": True}
+        make(args, reward_funcs=watching, train_dataset=train, eval_dataset=text_dataset(run=["eval"] * 8)).train()
+        assert seen["train"] == expected
+        assert sorted(set(seen["eval"])) == PROMPTS
+
+    def test_num_generations_eval_sets_the_completions_of_a_prompt(self, make):
+        seen = []
+
+        def watching(prompts, completion_ids, **kwargs):
+            seen.extend(prompts)
+            return small_tokens(completion_ids)
+
+        args = {"num_generations_eval": 4, "per_device_eval_batch_size": 8}
+        make(args, reward_funcs=watching, eval_dataset=text_dataset()).evaluate()
+        assert {prompt: seen.count(prompt) for prompt in PROMPTS} == dict.fromkeys(PROMPTS, 4)
+
+    def test_one_generation_a_prompt_is_enough_to_evaluate(self, make):
+        trainer = make({"num_generations_eval": 1}, eval_dataset=text_dataset())
+        assert trainer.evaluate()["eval_reward"] < 0
+
+    def test_several_evaluation_datasets_are_reported_by_name(self, make):
+        datasets = {"easy": text_dataset().select(range(4)), "hard": text_dataset().select(range(4, 8))}
+        trainer = make({"eval_strategy": "steps", "eval_steps": 2}, eval_dataset=datasets)
+        trainer.train()
+        assert len(logged(trainer, "eval_easy_loss")) == len(logged(trainer, "eval_hard_loss")) == 1
+        assert len(logged(trainer, "eval_reward")) == 2  # TRL's own metrics do not carry the name
+
+    def test_evaluation_has_the_kl_term_too(self, make):
+        trainer = make({"beta": 0.1}, eval_dataset=text_dataset())
+        assert trainer.evaluate()["eval_kl"] == pytest.approx(0.0, abs=1e-6)
+
+    def test_the_best_model_is_kept(self, make):
+        args = {
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "save_strategy": "best",
+            "metric_for_best_model": "eval_reward",
+            "load_best_model_at_end": True,
+        }
+        trainer = make(args, eval_dataset=text_dataset())
+        trainer.train()
+        assert trainer.state.best_metric == pytest.approx(max(logged(trainer, "eval_reward")))
+
+
+class TestDatasets:
+    @pytest.mark.parametrize("split", ["train", "eval"])
+    def test_a_stream_is_a_dataset(self, make, split):
+        def rows():
+            yield from ({"prompt": prompt} for prompt in PROMPTS)
+
+        datasets = {"train_dataset": text_dataset(), "eval_dataset": text_dataset()}
+        datasets[f"{split}_dataset"] = IterableDataset.from_generator(rows)
+        trainer = make({"max_steps": 3, "eval_strategy": "steps", "eval_steps": 3}, **datasets)
+        trainer.train()
+        assert trainer.state.global_step == 3
+        assert len(logged(trainer, "eval_reward")) == 1
+
+    def test_a_stream_comes_in_groups(self, make):
+        seen = []
+
+        def watching(prompts, completion_ids, **kwargs):
+            seen.append(prompts)
+            return small_tokens(completion_ids)
+
+        stream = text_dataset().to_iterable_dataset()
+        make({"shuffle_dataset": False}, reward_funcs=watching, train_dataset=stream).train()
+        assert seen == [["w0 w1"] * 2 + ["w1 w2"] * 2, ["w2 w3"] * 2 + ["w3 w4"] * 2]
+
+    def test_data_loader_workers_feed_the_run(self, make):
+        trainer = make({"dataloader_num_workers": 1})
+        trainer.train()
+        assert trainer.state.global_step == 2
+
+    def test_too_few_prompts_for_a_batch_are_refused(self, make):
+        with pytest.raises(ValueError, match="rows"):
+            make(train_dataset=text_dataset().select(range(1)))

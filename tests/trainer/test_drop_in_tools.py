@@ -1,0 +1,158 @@
+"""Tools and environments of a script for TRL's `GRPOTrainer`: each response between their results is a turn."""
+
+import pandas as pd
+import pytest
+from datasets import Dataset
+from grpo_script import chat_dataset, logged, moved, parameters_of, small_tokens
+from tool_calls import BARE_CALL, CALL, MALFORMED, TEXT_CALL, WRONG_NAME, Counter, increment, only
+
+
+def look() -> str:
+    """Looks around."""
+    return "w1"
+
+
+async def increment_later(step: int) -> int:
+    return step
+
+
+increment_later.__name__, increment_later.__doc__ = increment.__name__, increment.__doc__
+
+
+class Silent:
+    """An environment without tools."""
+
+    def reset(self, **kwargs):
+        return "w3"
+
+    def get_reward(self) -> float:
+        return 0.0
+
+
+def responses(completion):
+    return sum(message["role"] == "assistant" for message in completion)
+
+
+def calls_and_tokens(completions, completion_ids, **kwargs):
+    """Differs between completions, with or without calls."""
+    return [responses(c) + 0.01 * r for c, r in zip(completions, small_tokens(completion_ids), strict=True)]
+
+
+class TestToolsAndEnvironments:
+    @pytest.fixture
+    def make_agent(self, make, tool_dir):
+        def build(args=None, **kwargs):
+            args = {"max_completion_length": 60, "generation_kwargs": only(CALL, "w1"), **(args or {})}
+            given = {"model": tool_dir, "train_dataset": chat_dataset(), "reward_funcs": calls_and_tokens}
+            return make(args, **{**given, **kwargs})
+
+        return build
+
+    @pytest.mark.parametrize("tool", [increment, increment_later], ids=["sync", "async"])
+    def test_each_response_between_tool_results_is_a_turn(self, make_agent, tool):
+        seen = []
+
+        def watching(completions, completion_ids, **kwargs):
+            seen.append([responses(completion) for completion in completions])
+            results = [m["content"] for completion in completions for m in completion if m["role"] == "tool"]
+            assert set(results) <= {"2"}
+            return calls_and_tokens(completions, completion_ids)
+
+        trainer = make_agent({"max_steps": 3, "max_completion_length": 400}, tools=[tool], reward_funcs=watching)
+        before = parameters_of(trainer)
+        trainer.train()
+        assert moved(trainer, before) == set(before)
+        assert logged(trainer, "turns/mean") == pytest.approx([sum(counts) / len(counts) for counts in seen])
+        assert logged(trainer, "turns/max") == [max(counts) for counts in seen]
+        assert max(map(max, seen)) > 1
+        assert max(logged(trainer, "tools/call_frequency")) > 0
+        assert set(logged(trainer, "tools/failure_frequency")) == {0.0}
+
+    def test_every_turn_of_an_episode_gets_its_own_update(self, make_agent):
+        args = {"max_turns": 3, "generation_kwargs": {**only(CALL), "min_new_tokens": 1}, "max_completion_length": 400}
+        trainer = make_agent(args, tools=[increment])
+        trainer.train()
+        for entry in trainer.state.log_history[:2]:
+            assert entry["turns/min"] == entry["turns/max"] == 3
+            assert entry["turn_updates"] == entry["optimizer_steps"] == 3
+            assert [entry[f"turn_{turn}/pool"] for turn in (1, 2, 3)] == [4, 4, 4]
+
+    @pytest.mark.parametrize("max_turns", [2, None])
+    def test_an_episode_ends_at_max_turns_or_with_the_completion_length(self, make_agent, max_turns):
+        args = {"max_turns": max_turns, "generation_kwargs": {**only(CALL), "min_new_tokens": 1}}
+        trainer = make_agent(args, tools=[increment])
+        trainer.train()
+        turns = max(logged(trainer, "turns/max"))
+        assert turns == 2 if max_turns else turns > 2
+        assert max(logged(trainer, "completions/max_length")) <= 60
+
+    def test_an_explicit_limit_of_tool_calls_is_kept(self, make_agent):
+        trainer = make_agent({"max_tool_calling_iterations": 1}, tools=[increment])
+        trainer.train()
+        assert trainer.max_tool_calling_iterations == 1
+        assert max(logged(trainer, "turns/max")) <= 2
+
+    def test_failed_and_malformed_calls_are_the_models_own_fault(self, make_agent):
+        args = {"generation_kwargs": only(WRONG_NAME, MALFORMED), "max_steps": 3}
+        trainer = make_agent(args, tools=[increment])
+        trainer.train()
+        assert trainer.state.global_step == 3
+        assert max(logged(trainer, "tools/failure_frequency")) == 1.0
+
+    def test_a_tool_result_that_does_not_fit_ends_the_episode(self, make_agent):
+        trainer = make_agent({"max_completion_length": 6, "generation_kwargs": only(CALL)}, tools=[increment])
+        before = parameters_of(trainer)
+        trainer.train()
+        assert moved(trainer, before) == set(before)
+        assert max(logged(trainer, "completions/max_length")) <= 6
+
+    def test_an_environment_of_tools_owns_data_and_reward(self, make_agent):
+        trainer = make_agent(
+            {"max_completion_length": 100}, train_dataset=None, reward_funcs=None, environment_factory=Counter
+        )
+        before = parameters_of(trainer)
+        trainer.train()
+        assert trainer.reward_func_names == ["Counter"]
+        assert max(logged(trainer, "rewards/Counter/mean")) > 0
+        assert moved(trainer, before) == set(before)
+        assert [environment.value for environment in trainer.environments][0] % 2 == 0
+
+    def test_an_environment_is_reset_with_the_row(self, make_agent):
+        starts = []
+
+        def watching(environments, completions, completion_ids, **kwargs):
+            starts.extend(environment.value for environment in environments)
+            return calls_and_tokens(completions, completion_ids)
+
+        make_agent(
+            {"generation_kwargs": only("w1"), "shuffle_dataset": False},
+            train_dataset=chat_dataset(start=list(range(8))),
+            reward_funcs=watching,
+            environment_factory=Counter,
+        ).train()
+        assert starts == [0, 0, 1, 1, 2, 2, 3, 3]
+
+    def test_rows_choose_among_several_environments(self, make_agent):
+        trainer = make_agent(
+            {"shuffle_dataset": False, "max_completion_length": 100},
+            train_dataset=Dataset.from_dict({"environment": ["counter", "silent"] * 4}),
+            reward_funcs=None,
+            environment_factory={"counter": Counter, "silent": Silent},
+        )
+        trainer.train()
+        assert [type(environment) for environment in trainer.environments] == [Counter, Counter, Silent, Silent]
+        assert set(logged(trainer, "rewards/Silent/mean")) == {0.0}
+
+    @pytest.mark.parametrize("calls", [(BARE_CALL,), (CALL, TEXT_CALL)], ids=["no arguments", "mixed types"])
+    def test_completions_with_any_arguments_are_logged(self, make_agent, tmp_path, calls):
+        sampling = {**only(*calls), "min_new_tokens": 1}
+        args = {"log_completions": True, "max_turns": 2, "max_steps": 1, "generation_kwargs": sampling}
+        make_agent({**args, "max_completion_length": 100}, tools=[increment, look]).train()
+        table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
+        assert all(completion[0]["tool_calls"][0]["function"]["arguments"] for completion in table["completion"])
+
+    def test_tools_work_in_evaluation(self, make_agent):
+        trainer = make_agent({"max_completion_length": 400}, tools=[increment], eval_dataset=chat_dataset())
+        metrics = trainer.evaluate()
+        assert metrics["eval_turns/max"] > 1
+        assert metrics["eval_tools/call_frequency"] > 0
