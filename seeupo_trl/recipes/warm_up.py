@@ -15,7 +15,8 @@ from trl.chat_template_utils import get_training_chat_template
 from trl.trainer.utils import add_fused_lm_head
 
 from ..scoring.rows import RowScorer
-from ..trajectory import Trajectory, TurnBuffer, turns_from_mask
+from ..scoring.turn_buffer import TurnBuffer
+from ..trajectory import Trajectory, turns_from_mask
 
 
 def tokenize_conversation(tokenizer: Any, messages: list[dict], tools: list[dict] | None) -> Trajectory:
@@ -65,7 +66,7 @@ def warm_up(
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     scorer = RowScorer(model, tokenizer.pad_token_id, temperature=1.0)
     trajectories = [tokenize_conversation(tokenizer, *conversation) for conversation in conversations]
-    buffer = TurnBuffer(trajectories, [1.0] * len(trajectories), len(trajectories))
+    buffer = TurnBuffer(trajectories)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     rng = random.Random(seed)
     order: list[int] = []
