@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from command import ROOT, seeupo_trl
 
+from seeupo_trl import SeeUPOConfig
 from seeupo_trl.recipes.mistakes import UsageError, is_mistake, nearest, reported
 from seeupo_trl.recipes.parsing import parse, run
 
@@ -92,13 +93,14 @@ def test_bugs_pass(kind, configs):
         run(main, [Options], configs, arguments=[])
 
 
-def test_a_value_that_the_package_refuses_is_a_mistake(configs, capsys):
-    from seeupo_trl.plan.__main__ import parse_bytes
+def test_a_value_that_the_package_refuses_is_a_mistake(configs, tmp_path, capsys):
+    def main(options):
+        SeeUPOConfig(output_dir=str(tmp_path), max_turns=-1, use_cpu=True, bf16=False)
 
     with pytest.raises(SystemExit) as end:
-        run(lambda options: parse_bytes(options.category), [Options], configs, arguments=["--category", "80 of them"])
+        run(main, [Options], configs, arguments=[])
     assert end.value.code == 2
-    assert "error: '80 of them' is not a size" in capsys.readouterr().err
+    assert "error: `max_turns` must be at least 1" in capsys.readouterr().err
 
 
 def test_what_python_refuses_inside_the_package_is_a_bug():
