@@ -11,7 +11,7 @@ needs a copy and a tree computes exactly its distinct tokens.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from math import inf
 
 import numpy as np
@@ -127,6 +127,8 @@ def build_tree(sequences: Sequence[np.ndarray]) -> TokenTree:
 
 def tree_size(sequences: Sequence[np.ndarray]) -> int:
     """Number of tokens of the tree of some sequences."""
+    if len(sequences) == 1:
+        return len(sequences[0])
     ordered = sorted(sequences, key=sort_key)
     return sum(map(len, ordered)) - sum(common_prefix(one, two) for one, two in pairwise(ordered))
 
@@ -135,7 +137,7 @@ def partition(
     units: list[list[np.ndarray]],
     max_units: float = inf,
     max_tokens: float = inf,
-    padded: Callable[[int], int] = lambda tokens: tokens,
+    padded: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> list[list[int]]:
     """
     Distribute units over trees: as few tokens as possible, then as few trees as possible, then trees of similar size.
@@ -151,41 +153,53 @@ def partition(
         max_tokens (`float`, *optional*):
             Largest number of tokens of a tree. A unit that exceeds it gets a tree of its own.
         padded (`Callable`, *optional*):
-            Tokens that are computed for a tree of a given number of tokens.
+            Tokens that are computed for trees of given numbers of tokens, an array; by default no more than those.
 
     Returns:
         `list[list[int]]`:
             Indices of the units of each tree, largest tree first.
     """
     order = sorted(range(len(units)), key=lambda index: min(map(sort_key, units[index])))
-    own = [tree_size(units[index]) for index in order]
+    own = np.array([tree_size(units[index]) for index in order], dtype=np.int64)
     # tokens that a unit adds to a tree that holds its predecessor; an upper bound where a unit has several sequences
-    added = [tree_size(units[one] + units[two]) - size for (one, two), size in zip(pairwise(order), own, strict=False)]
-    added_before = [0, *accumulate(added)]
+    added = [tokens_added(units[one], units[two]) for one, two in pairwise(order)]
+    added_before = np.concatenate([[0], np.cumsum(added, dtype=np.int64)])
 
-    def tokens_of(start: int, end: int) -> int:
-        """Tokens of the tree of a stretch of the order."""
-        return own[start] + added_before[end - 1] - added_before[start]
+    def tokens_of(start: np.ndarray | int, end: int) -> np.ndarray:
+        """Tokens of the trees of some stretches of the order, which end at the same unit."""
+        tokens = own[start] + added_before[end - 1] - added_before[start]
+        return tokens if padded is None else padded(tokens)
 
-    best: list[tuple[float, int, float]] = [(0, 0, 0)]  # (tokens, trees, sum of squared sizes) of the first units
+    if order and padded is None and len(order) <= max_units and tokens_of(0, len(order)) <= max_tokens:
+        return [order]  # a cut only loses what the units on its sides share
+
+    best = np.zeros((len(order) + 1, 3))  # tokens, trees and sum of squared sizes of the first units
     start_of_last: list[int] = []  # where the last of those trees starts
+    first = 0
     for end in range(1, len(order) + 1):
-        options = []
-        for start in range(end - 1, -1, -1):
-            size = padded(tokens_of(start, end))
-            # a longer stretch is no smaller
-            if start < end - 1 and (end - start > max_units or size > max_tokens):
-                break
-            tokens, trees, squares = best[start]
-            options.append(((tokens + size, trees + 1, squares + size**2), start))
-        cost, start = min(options)
-        best.append(cost)
-        start_of_last.append(start)
+        # a longer stretch is no smaller, so what was too large for the last unit is too large for this one
+        while first < end - 1 and (end - first > max_units or tokens_of(first, end) > max_tokens):
+            first += 1
+        starts = np.arange(first, end)
+        sizes = tokens_of(starts, end)
+        costs = best[starts] + np.stack([sizes, np.ones(len(starts)), sizes.astype(float) ** 2], axis=1)
+        for criterion in range(3):
+            least = costs[:, criterion] == costs[:, criterion].min()
+            starts, costs = starts[least], costs[least]
+        best[end] = costs[0]
+        start_of_last.append(int(starts[0]))
 
     stretches: list[tuple[int, int]] = []
     end = len(order)
     while end > 0:
         stretches.append((start_of_last[end - 1], end))
         end = start_of_last[end - 1]
-    stretches.sort(key=lambda stretch: padded(tokens_of(*stretch)), reverse=True)
+    stretches.sort(key=lambda stretch: tokens_of(*stretch), reverse=True)
     return [order[start:end] for start, end in stretches]
+
+
+def tokens_added(unit: list[np.ndarray], following: list[np.ndarray]) -> int:
+    """How many tokens the tree of a unit gains from another unit."""
+    if len(unit) == len(following) == 1:
+        return len(following[0]) - common_prefix(unit[0], following[0])
+    return tree_size(unit + following) - tree_size(unit)

@@ -81,13 +81,15 @@ def attend_along_paths(
 AttentionInterface.register(BRANCHES, attend_along_paths)
 
 
-def flex_length(num_tokens: int) -> int:
+def flex_length(num_tokens: int | np.ndarray) -> int | np.ndarray:
     """
-    Length to which a tree is padded for `flex_attention`: a multiple of the block size, and one of at most 32 lengths
-    from any power of two to the next, so that few shapes are compiled and at most about 3% is padding.
+    Length to which a tree is padded for `flex_attention`, or trees are: a multiple of the block size, and one of at
+    most 32 lengths from any power of two to the next, so that few shapes are compiled and about 3% at most is padding.
     """
-    step = max(FLEX_BLOCK, 1 << max(num_tokens.bit_length() - 6, 0))
-    return -(-num_tokens // step) * step
+    bit_length = np.frexp(num_tokens)[1]
+    step = np.maximum(FLEX_BLOCK, 1 << np.maximum(bit_length - 6, 0))
+    lengths = -(-num_tokens // step) * step
+    return lengths if isinstance(num_tokens, np.ndarray) else int(lengths)
 
 
 def tree_block_mask(subtree_ends: np.ndarray, length: int, device: torch.device) -> BlockMask:

@@ -37,6 +37,8 @@ from .turn_buffer import Key, TurnBuffer
 
 # "auto" takes trees where they save at least a tenth of the estimated cost: rows run in fewer, larger kernels
 _WORTHWHILE = 0.9
+# What else could be computed in the time that it takes to call attention for a branch: about 0.1 ms of a CPU's core.
+_OPERATIONS_OF_A_CALL = 2e6
 # Largest mean difference of log-probabilities that counts as rounding.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _LOW_PRECISION_TOLERANCE = 0.05
@@ -236,7 +238,7 @@ class TreeScorer(RowScorer):
         else:
             longest = max((len(leaf) for unit in leaves for leaf in unit), default=0)
             max_units, max_tokens = max_rows, max_rows * self._computed(longest)
-        parts = partition(leaves, max_units, max_tokens, self._computed)
+        parts = partition(leaves, max_units, max_tokens, flex_length if self._pads else None)
         return [self._tree(buffer, [key for unit in part for key in units[unit]]) for part in parts]
 
     def _split(self, buffer: TurnBuffer, keys: list[Key]) -> list[list[Key]]:
@@ -273,7 +275,11 @@ class TreeScorer(RowScorer):
         Estimate of the computation, in units of `4 x hidden size` operations a layer: a transformer layer has about
         `12 x hidden size ** 2` weights, and a query-key pair takes `4 x hidden size` operations.
         """
-        return 6 * self._causal_lm.config.hidden_size * batch.num_tokens + batch.num_pairs
+        hidden_size = self._causal_lm.config.hidden_size
+        cost = 6 * hidden_size * batch.num_tokens + batch.num_pairs
+        if isinstance(batch, TreeBatch) and not batch.padded:
+            cost += len(batch.tree.branches) * _OPERATIONS_OF_A_CALL / (4 * hidden_size)
+        return cost
 
 
 def _leaves(buffer: TurnBuffer, keys: Iterable[Key]) -> list[np.ndarray]:

@@ -15,7 +15,8 @@ from .objective import (
     sampler_correction,
     sampler_ratios,
     sapo_surrogate,
-    sequence_log_ratio,
+    segment_sums,
+    sequence_log_ratios,
     vespo_surrogate,
 )
 
@@ -85,28 +86,44 @@ class LossSettings:
 @dataclass(frozen=True)
 class Actions:
     """
-    The actions that `n` trajectories take in the turn (or block of turns) that is updated. Each list has one tensor of
-    shape `(|a|,)` a trajectory.
+    The actions that `n` trajectories take in the turn (or block of turns) that is updated, one after another: `S`
+    tokens in all.
 
     Args:
-        new (`list[torch.Tensor]`), entropies (`list[torch.Tensor]`):
+        lengths (`torch.Tensor` of shape `(n,)`):
+            Number of tokens of each action.
+        new (`torch.Tensor` of shape `(S,)`), entropies (`torch.Tensor` of shape `(S,)`):
             Log-probabilities and entropies under the parameters that are trained, with gradient.
-        old (`list[torch.Tensor]`):
+        old (`torch.Tensor` of shape `(S,)`):
             Log-probabilities in the denominator of the ratio.
-        start (`list[torch.Tensor]`, *optional*):
+        start (`torch.Tensor` of shape `(S,)`, *optional*):
             Log-probabilities under `theta_k`, for the sampler's correction.
-        sampled (`list[torch.Tensor | None]`):
-            Log-probabilities that the sampler reported; `None` where it reported none, NaN for single tokens.
-        reference (`list[torch.Tensor]`, *optional*):
+        sampled (`list[torch.Tensor | None]`, *optional*):
+            Log-probabilities that the sampler reported, for each action; `None` where it reported none, NaN for single
+            tokens.
+        reference (`torch.Tensor` of shape `(S,)`, *optional*):
             Log-probabilities under the reference policy, for the KL term.
     """
 
-    new: list[torch.Tensor]
-    old: list[torch.Tensor]
-    entropies: list[torch.Tensor]
-    sampled: list[torch.Tensor | None]
-    start: list[torch.Tensor] | None = None
-    reference: list[torch.Tensor] | None = None
+    lengths: torch.Tensor
+    new: torch.Tensor
+    old: torch.Tensor
+    entropies: torch.Tensor
+    start: torch.Tensor | None = None
+    sampled: list[torch.Tensor | None] | None = None
+    reference: torch.Tensor | None = None
+
+    def sums(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of one value a token over each action: `(S,)` to `(n,)`."""
+        return segment_sums(values, self.lengths)
+
+    def means(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean of one value a token over each action: `(S,)` to `(n,)`."""
+        return self.sums(values) / self.lengths
+
+    def split(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """One value a token as one tensor an action, each of shape `(|a|,)`."""
+        return values.split(self.lengths.tolist())
 
 
 @dataclass(frozen=True)
@@ -123,8 +140,8 @@ class TurnLoss:
             Sequence ratios.
         clipped_low (`torch.Tensor` of shape `(n,)`), clipped_high (`torch.Tensor` of shape `(n,)`):
             Whether the ratio is below or above the clipping range on the side where the surrogate is flat.
-        kl (`list[torch.Tensor]`, *optional*):
-            KL estimate of each token.
+        kl (`torch.Tensor` of shape `(n,)`, *optional*):
+            Sum of the KL estimates of each action's tokens.
         sampler_weights (`torch.Tensor` of shape `(n,)`, *optional*):
             Correction for the sampler.
     """
@@ -134,7 +151,7 @@ class TurnLoss:
     ratios: torch.Tensor
     clipped_low: torch.Tensor
     clipped_high: torch.Tensor
-    kl: list[torch.Tensor] | None = None
+    kl: torch.Tensor | None = None
     sampler_weights: torch.Tensor | None = None
 
 
@@ -161,15 +178,15 @@ def turn_surrogate(
             [`~seeupo_trl.update.objective`].
     """
     if settings.loss_type == "cispo":
-        return cispo_surrogate(ratios, weights, _mean_logps(actions), settings.epsilon_high)
+        return cispo_surrogate(ratios, weights, actions.means(actions.new), settings.epsilon_high)
     if settings.loss_type == "sapo":
         return sapo_surrogate(ratios, weights, *settings.sapo_temperatures)
     if settings.loss_type == "vespo":
-        log_ratios = _product_log_ratios(actions, settings)
-        return vespo_surrogate(log_ratios, weights, _mean_logps(actions), settings.vespo_k, settings.vespo_lambda)
+        log_ratios, mean_logps = _product_log_ratios(actions, settings), actions.means(actions.new)
+        return vespo_surrogate(log_ratios, weights, mean_logps, settings.vespo_k, settings.vespo_lambda)
     surrogates = clipped_surrogate(ratios, weights, settings.epsilon_low, settings.epsilon_high, settings.delta)
     if settings.loss_type == "luspo":
-        surrogates = surrogates * torch.tensor(list(map(len, actions.new))).to(surrogates)
+        surrogates = surrogates * actions.lengths
     return surrogates
 
 
@@ -195,7 +212,7 @@ def turn_loss(
     Returns:
         [`TurnLoss`]
     """
-    ratios = torch.stack(list(map(sequence_log_ratio, actions.new, actions.old))).exp()  # (n,)
+    ratios = sequence_log_ratios(actions.new, actions.old, actions.lengths).exp()  # (n,)
     surrogates = surrogate(ratios, weights, actions, settings)
     if surrogates.shape != ratios.shape:
         raise ValueError(
@@ -212,13 +229,12 @@ def turn_loss(
     losses = -surrogates
     kl = None
     if actions.reference is not None:
-        kl = list(map(k3_divergence, actions.new, actions.reference))
-        mean_kl = torch.stack([values.mean() for values in kl])  # (n,)
+        kl = actions.sums(k3_divergence(actions.new, actions.reference))  # (n,)
+        mean_kl = kl / actions.lengths
         losses = losses + settings.beta * (mean_kl * ratios if settings.use_bias_correction_kl else mean_kl)
     policy_losses = losses
     if settings.entropy_weight is not None:
-        mean_entropies = torch.stack([values.mean() for values in actions.entropies])  # (n,)
-        losses = losses - settings.entropy_weight * mean_entropies
+        losses = losses - settings.entropy_weight * actions.means(actions.entropies)
     return TurnLoss(
         losses,
         policy_losses,
@@ -230,21 +246,18 @@ def turn_loss(
     )
 
 
-def _mean_logps(actions: Actions) -> torch.Tensor:
-    return torch.stack([logps.mean() for logps in actions.new])  # (n,)
-
-
 def _product_log_ratios(actions: Actions, settings: LossSettings) -> torch.Tensor:
     """Log of the product ratios, of the sampler's correction too where there is one, shape `(n,)`."""
-    pairs = zip(actions.new, actions.old, strict=True)
-    log_ratios = [sequence_log_ratio(*pair, ratio="product") for pair in pairs]
-    if settings.sampler_correction is not None:
-        corrections = zip(actions.start, actions.sampled, strict=True)
-        for i, (policy, sampler) in enumerate(corrections):
-            if sampler is not None:
-                ratios = sampler_ratios(policy, sampler, *settings.sampler_correction)
-                log_ratios[i] = log_ratios[i] + ratios.log().clamp(min=math.log(1e-8), max=20.0).sum()
-    return torch.stack(log_ratios)
+    log_ratios = sequence_log_ratios(actions.new, actions.old, actions.lengths, ratio="product")
+    if settings.sampler_correction is None:
+        return log_ratios
+    corrections = []
+    for policy, sampler in zip(actions.split(actions.start), actions.sampled, strict=True):
+        ratios = (
+            policy.new_ones(1) if sampler is None else sampler_ratios(policy, sampler, *settings.sampler_correction)
+        )
+        corrections.append(ratios.log().clamp(min=math.log(1e-8), max=20.0).sum())
+    return log_ratios + torch.stack(corrections)
 
 
 def _sampler_weights(actions: Actions, mode: str, clip_min: float | None, clip_max: float | None) -> torch.Tensor:
@@ -252,7 +265,7 @@ def _sampler_weights(actions: Actions, mode: str, clip_min: float | None, clip_m
     return torch.stack(
         [
             policy.new_ones(()) if sampler is None else sampler_correction(policy, sampler, mode, clip_min, clip_max)
-            for policy, sampler in zip(actions.start, actions.sampled, strict=True)
+            for policy, sampler in zip(actions.split(actions.start), actions.sampled, strict=True)
         ]
     )
 

@@ -5,9 +5,9 @@ Values are collected by block of turns on each process and reduced over processe
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import astuple, dataclass, field, fields
 
+import numpy as np
 import torch
 
 from ..distributed.lock_step import LockStep
@@ -89,11 +89,11 @@ class BlockMetrics:
         for name, value in values.items():
             setattr(self.sums, name, getattr(self.sums, name) + value)
 
-    def observe(self, **values: float) -> None:
-        """Take values into the extremes."""
+    def observe(self, **values: np.ndarray) -> None:
+        """Take values of some trajectories into the extremes."""
         for name, value in values.items():
-            setattr(self.low, name, min(getattr(self.low, name), value))
-            setattr(self.high, name, max(getattr(self.high, name), value))
+            setattr(self.low, name, min(getattr(self.low, name), float(value.min(initial=math.inf))))
+            setattr(self.high, name, max(getattr(self.high, name), float(value.max(initial=-math.inf))))
 
     def as_row(self) -> list[float]:
         """All numbers in a row that processes can exchange, see [`merged`]."""
@@ -175,7 +175,7 @@ class UpdateMetrics:
         loss: TurnLoss,
         scale: float,
         weights: TurnWeights,
-    ) -> tuple[dict[int, TurnUpdate], float, int]:
+    ) -> tuple[list[TurnUpdate], float, int]:
         """
         Take in what a micro-batch computed.
 
@@ -190,7 +190,7 @@ class UpdateMetrics:
                 Turn weights as they were in the loss.
 
         Returns:
-            `tuple[dict[int, TurnUpdate], float, int]`:
+            `tuple[list[TurnUpdate], float, int]`:
                 How each trajectory entered, and the sum of entropies of how many tokens.
         """
         columns = {
@@ -199,31 +199,29 @@ class UpdateMetrics:
             "ratio": loss.ratios,
             "clip_low": loss.clipped_low,
             "clip_high": loss.clipped_high,
-            "entropy": torch.stack([values.sum() for values in actions.entropies]),
+            "entropy": actions.sums(actions.entropies),
+            "tokens": actions.lengths,
         }
         if loss.kl is not None:
-            columns["kl"] = torch.stack([values.sum() for values in loss.kl])
-        differences: dict[str, torch.Tensor] = {}
+            columns["kl"] = loss.kl
         if loss.sampler_weights is not None:
-            columns["sampler_weight"] = loss.sampler_weights
-            differences = _sampler_differences(actions)
-        metrics, updates, entropy, tokens = self._blocks[block], {}, 0.0, 0
-        rows = _rows(columns | differences)
-        for index, num_tokens, row in zip(indices, map(len, actions.new), rows, strict=True):
-            largest = row.pop("largest_difference", None)
-            unclipped, weight = weights.unclipped(index), weights.relative(index)
-            metrics.add(scored=1, tokens=num_tokens, weight=weight, **row)
-            extremes = {
-                name: row[name] for name in ("ratio", "clip_low", "clip_high", "sampler_weight") if name in row
-            }
-            metrics.observe(weight=weight, weight_unclipped=unclipped, **extremes)
-            if largest is not None and row["sampler_tokens"]:
-                metrics.observe(sampler_difference=largest)
-            is_clipped = bool(row["clip_low"] or row["clip_high"])
-            updates[index] = TurnUpdate(row["ratio"], is_clipped, weights[index], weight)
-            entropy += row["entropy"]
-            tokens += num_tokens
-        return updates, entropy, tokens
+            columns |= {"sampler_weight": loss.sampler_weights, **_sampler_differences(actions)}
+        table = dict(zip(columns, _on_host(columns), strict=True))  # name -> (n,)
+        largest_difference = table.pop("largest_difference", None)
+        table["weight"] = np.array([weights.relative(index) for index in indices])
+
+        metrics = self._blocks[block]
+        metrics.add(scored=len(indices), **{name: float(values.sum()) for name, values in table.items()})
+        metrics.observe(weight_unclipped=np.array([weights.unclipped(index) for index in indices]))
+        names = ("ratio", "weight", "clip_low", "clip_high", "sampler_weight")
+        metrics.observe(**{name: table[name] for name in names if name in table})
+        if largest_difference is not None:
+            metrics.observe(sampler_difference=largest_difference[table["sampler_tokens"] > 0])
+
+        is_clipped = (table["clip_low"] + table["clip_high"]) > 0
+        rows = zip(indices, table["ratio"].tolist(), is_clipped.tolist(), table["weight"].tolist(), strict=True)
+        updates = [TurnUpdate(ratio, clipped, weights[index], weight) for index, ratio, clipped, weight in rows]
+        return updates, float(table["entropy"].sum()), int(table["tokens"].sum())
 
     def reduce(self, lock_step: LockStep) -> dict[str, float]:
         """
@@ -267,7 +265,7 @@ class UpdateMetrics:
 def _sampler_differences(actions: Actions) -> dict[str, torch.Tensor]:
     """Number, sum and maximum of `|log pi_theta_k - log pi_sampler|` over the tokens that the sampler reported."""
     counts, sums, largest = [], [], []
-    for policy, sampler in zip(actions.start, actions.sampled, strict=True):
+    for policy, sampler in zip(actions.split(actions.start), actions.sampled, strict=True):
         difference = torch.full_like(policy, torch.nan) if sampler is None else (policy - sampler).abs()
         counts.append((~difference.isnan()).sum())
         difference = difference.masked_fill(difference.isnan(), 0.0)
@@ -277,7 +275,6 @@ def _sampler_differences(actions: Actions) -> dict[str, torch.Tensor]:
     return {name: torch.stack(values) for name, values in columns.items()}
 
 
-def _rows(columns: dict[str, torch.Tensor]) -> Iterable[dict[str, float]]:
-    """Columns of `n` values as `n` rows, with one transfer from the device."""
-    table = torch.stack([column.detach().double() for column in columns.values()], dim=1).tolist()
-    return [dict(zip(columns, row, strict=True)) for row in table]
+def _on_host(columns: dict[str, torch.Tensor]) -> np.ndarray:
+    """Columns of `n` values as rows of an array, with one transfer from the device."""
+    return torch.stack([column.detach().double() for column in columns.values()]).cpu().numpy()

@@ -146,6 +146,31 @@ def sequence_log_ratio(new_logps: torch.Tensor, old_logps: torch.Tensor, ratio: 
     return difference.mean() if ratio == "geometric" else difference.sum()
 
 
+def segment_sums(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """
+    Sums over the actions that lie one after another in a tensor.
+
+    Args:
+        values (`torch.Tensor` of shape `(S,)`):
+            One value a token.
+        lengths (`torch.Tensor` of shape `(n,)`):
+            Numbers of tokens of the actions; they add up to `S`.
+
+    Returns:
+        `torch.Tensor` of shape `(n,)`
+    """
+    action_of = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths, output_size=len(values))
+    return values.new_zeros(len(lengths)).index_add(0, action_of, values)
+
+
+def sequence_log_ratios(
+    new_logps: torch.Tensor, old_logps: torch.Tensor, lengths: torch.Tensor, ratio: str = "geometric"
+) -> torch.Tensor:
+    """[`sequence_log_ratio`] of `n` actions that lie one after another, as in [`segment_sums`]; shape `(n,)`."""
+    sums = segment_sums(new_logps - old_logps, lengths)
+    return sums / lengths if ratio == "geometric" else sums
+
+
 def clipped_surrogate(
     ratio: torch.Tensor,
     weight: torch.Tensor,

@@ -26,7 +26,7 @@ from .entropy_bonus import EntropyBonus
 from .log_probs import LogProbs, Reference
 from .loss import Actions, LossSettings, Surrogate, turn_loss, turn_surrogate
 from .metrics import TurnUpdate, UpdateMetrics
-from .objective import sequence_log_ratio
+from .objective import sequence_log_ratios
 from .steps import OptimizerStep, UpdatePlan
 from .turn_weights import TurnWeights
 
@@ -197,13 +197,13 @@ class TurnUpdater:
         """
         `M_{i,t} = r_{i,t}(theta^t) M_{i,t+1}` (Eq. 8), where block t was just updated and `logps` are under `theta^t`.
         """
-        updated = {i: self._ratio_due.pop(i) for i in indices if i in self._ratio_due}
+        updated = [(i, self._ratio_due.pop(i)) for i in indices if i in self._ratio_due]
         if not updated:
             return
-        new = [self._action(i, block, logps) for i, block in updated.items()]
-        old = [self._action(i, block, self.log_probs.old) for i, block in updated.items()]
-        log_ratios = [sequence_log_ratio(*pair, self.config.turn_ratio) for pair in zip(new, old, strict=True)]
-        for index, log_ratio in zip(updated, torch.stack(log_ratios).tolist(), strict=True):
+        turns = [self.buffer.turns_in(*one) for one in updated]
+        new, old = _in_a_row(turns, logps), _in_a_row(turns, self.log_probs.old)
+        log_ratios = sequence_log_ratios(new, old, _lengths(turns, logps), self.config.turn_ratio)
+        for (index, _), log_ratio in zip(updated, log_ratios.tolist(), strict=True):
             self.weights.multiply(index, log_ratio)
 
     def _weigh_outside_the_pass(self, block: Block) -> None:
@@ -256,10 +256,6 @@ class TurnUpdater:
         if step.is_first_of_block and self.config.old_policy == "turn":
             own = {key: values for key, values in logps.items() if step.block.first <= key[1] <= step.block.last}
             self.log_probs.old.update(own)
-
-    def _action(self, index: int, block: Block, values: dict[Key, torch.Tensor]) -> torch.Tensor:
-        """Concatenate per-token values of the turns that a trajectory plays in a block, shape `(|a|,)`."""
-        return torch.cat([values[key] for key in self.buffer.turns_in(index, block)])
 
     def _sampled(self, index: int, block: Block) -> torch.Tensor | None:
         """The sampler's log-probabilities of one action, shape `(|a|,)`, where the sampler reported them."""
@@ -320,23 +316,35 @@ class TurnUpdater:
         self._multiply_by_ratios(indices, constants)
         self._take_denominators(step, constants)
 
-        entropies = {key: score.entropies for key, score in scores.items()}
+        turns = [self.buffer.turns_in(i, block) for i in indices]
         start, reference = self.log_probs.start, self.log_probs.reference
         actions = Actions(
-            new=[self._action(i, block, logps) for i in indices],
-            old=[self._action(i, block, self.log_probs.old) for i in indices],
-            entropies=[self._action(i, block, entropies) for i in indices],
-            sampled=[self._sampled(i, block) if self._needs_sampled else None for i in indices],
-            start=[self._action(i, block, start) for i in indices] if self._corrects_sampler else None,
-            reference=None if self.reference is None else [self._action(i, block, reference) for i in indices],
+            lengths=_lengths(turns, logps),
+            new=_in_a_row(turns, logps),
+            old=_in_a_row(turns, self.log_probs.old),
+            entropies=_in_a_row(turns, {key: score.entropies for key, score in scores.items()}),
+            start=_in_a_row(turns, start) if self._corrects_sampler else None,
+            sampled=[self._sampled(i, block) for i in indices] if self._needs_sampled else None,
+            reference=None if self.reference is None else _in_a_row(turns, reference),
         )
         entropy_weight = self.entropy_bonus.weight if self.entropy_bonus.is_enabled else None
         settings = replace(self.settings, entropy_weight=entropy_weight)
-        weights = actions.new[0].new_tensor([self.weights[i] for i in indices])  # (n,)
+        weights = actions.new.new_tensor([self.weights[i] for i in indices])  # (n,)
         loss = turn_loss(actions, weights, settings, self.surrogate)
         updates, entropy, tokens = self.record.metrics.add_micro_batch(
             block, indices, actions, loss, self._scale, self.weights
         )
-        for index, update in updates.items():
-            self.record.turns.update(dict.fromkeys(self.buffer.turns_in(index, block), update))
+        for keys, update in zip(turns, updates, strict=True):
+            self.record.turns.update(dict.fromkeys(keys, update))
         return loss.losses.sum() * self._scale, entropy, tokens
+
+
+def _in_a_row(turns: list[list[Key]], values: dict[Key, torch.Tensor]) -> torch.Tensor:
+    """Per-token values of the actions that some trajectories' turns make up, one after another, shape `(S,)`."""
+    return torch.cat([values[key] for keys in turns for key in keys])
+
+
+def _lengths(turns: list[list[Key]], values: dict[Key, torch.Tensor]) -> torch.Tensor:
+    """Numbers of tokens of those actions, shape `(n,)`."""
+    lengths = [sum(len(values[key]) for key in keys) for keys in turns]
+    return torch.tensor(lengths, device=values[turns[0][0]].device)

@@ -155,7 +155,7 @@ groups = st.lists(st.tuples(st.integers(5, 6), st.integers(1, 3)), max_size=8).m
     st.sampled_from([1, 4]),
 )
 def test_no_other_cut_of_the_sorted_units_costs_less(lists, max_units, max_tokens, multiple):
-    def padded(tokens: int) -> int:
+    def padded(tokens):
         return -(-tokens // multiple) * multiple
 
     def size_of(part) -> int:

@@ -100,7 +100,7 @@ def test_the_surrogate_of_a_turn_can_be_replaced(make_of):
 
     class Mean(SeeUPOTrainer):
         def turn_surrogate(self, ratios, weights, actions, settings):
-            calls.append((ratios.shape, weights.shape, [len(logps) for logps in actions.new]))
+            calls.append((ratios.shape, weights.shape, actions.lengths.tolist()))
             return 0.0 * super().turn_surrogate(ratios, weights, actions, settings)
 
     trainer = make_of(Mean)
@@ -150,7 +150,7 @@ def test_rows_that_a_subclass_replaces_are_trained_on(make_of):
             return batch
 
         def turn_surrogate(self, ratios, weights, actions, settings):
-            replayed.extend(map(len, actions.new))
+            replayed.extend(actions.lengths.tolist())
             return super().turn_surrogate(ratios, weights, actions, settings)
 
     trainer = make_of(Replay, {"max_steps": 1, "max_completion_length": 8, "generation_kwargs": {"min_new_tokens": 8}})
