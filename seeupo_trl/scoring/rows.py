@@ -223,18 +223,20 @@ class RowScorer:
         """
         rows, length = batch.rows, batch.length
         device = next(model.parameters()).device
-        input_ids = torch.full((len(rows), length), self._pad_token_id)  # (B, S)
-        attention_mask = torch.zeros_like(input_ids)
+        padding = [length - len(row.input_ids) for row in rows]
+        input_ids = [row.input_ids + [self._pad_token_id] * n for row, n in zip(rows, padding, strict=True)]  # (B, S)
+        attention_mask = [[1] * (length - n) + [0] * n for n in padding]
         row_index, columns, labels, sizes = [], [], [], {}
         for index, row in enumerate(rows):
-            input_ids[index, : len(row.input_ids)] = torch.tensor(row.input_ids)
-            attention_mask[index, : len(row.input_ids)] = 1
             for key, (start, end) in row.spans.items():
                 row_index += [index] * (end - start)
                 columns += range(start - 1, end - 1)  # the position before a token predicts it
                 labels += row.input_ids[start:end]
                 sizes[key] = end - start
-        inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+        inputs = {
+            "input_ids": torch.tensor(input_ids, device=device),
+            "attention_mask": torch.tensor(attention_mask, device=device),
+        }
         if self._aux_loss:
             inputs["output_router_logits"] = True
         selection = torch.tensor(row_index, device=device), torch.tensor(columns, device=device), length

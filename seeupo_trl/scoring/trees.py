@@ -184,13 +184,16 @@ class TreeScorer(RowScorer):
         keys = list(keys)
         if self._packing == "rows":
             return super().micro_batches(buffer, keys, max_rows, together)
+        if self._packing == "tree":
+            return self._trees(buffer, keys, max_rows, together)
+        rows = group_rows(build_rows(buffer, keys), max_rows, self._max_tokens, self._pad_to_multiple_of, together)
+        fits = self._max_tokens is None or all(batch.num_tokens <= self._max_tokens for batch in rows)
+        worthwhile = _WORTHWHILE * sum(map(self._cost, rows))
+        # rows that do not repeat one another are as many branches
+        if fits and self._cost_of_branches(sum(len(batch.rows) for batch in rows)) > worthwhile:
+            return rows
         trees = self._trees(buffer, keys, max_rows, together)
-        if self._packing == "auto":
-            rows = group_rows(build_rows(buffer, keys), max_rows, self._max_tokens, self._pad_to_multiple_of, together)
-            fits = self._max_tokens is None or all(batch.num_tokens <= self._max_tokens for batch in rows)
-            if fits and sum(map(self._cost, trees)) > _WORTHWHILE * sum(map(self._cost, rows)):
-                return rows
-        return trees
+        return rows if fits and sum(map(self._cost, trees)) > worthwhile else trees
 
     def num_tokens(self, buffer: TurnBuffer, keys: Iterable[Key]) -> int:
         """Tokens that a micro-batch of the requested turns would compute."""
@@ -275,11 +278,12 @@ class TreeScorer(RowScorer):
         Estimate of the computation, in units of `4 x hidden size` operations a layer: a transformer layer has about
         `12 x hidden size ** 2` weights, and a query-key pair takes `4 x hidden size` operations.
         """
-        hidden_size = self._causal_lm.config.hidden_size
-        cost = 6 * hidden_size * batch.num_tokens + batch.num_pairs
-        if isinstance(batch, TreeBatch) and not batch.padded:
-            cost += len(batch.tree.branches) * _OPERATIONS_OF_A_CALL / (4 * hidden_size)
-        return cost
+        cost = 6 * self._causal_lm.config.hidden_size * batch.num_tokens + batch.num_pairs
+        return cost + self._cost_of_branches(len(batch.tree.branches)) if isinstance(batch, TreeBatch) else cost
+
+    def _cost_of_branches(self, number: int) -> float:
+        """The part of it that calling attention for each branch takes, which one kernel for the tree does not."""
+        return 0.0 if self._pads else number * _OPERATIONS_OF_A_CALL / (4 * self._causal_lm.config.hidden_size)
 
 
 def _leaves(buffer: TurnBuffer, keys: Iterable[Key]) -> list[np.ndarray]:

@@ -262,10 +262,11 @@ def test_gradient_checkpointing_recomputes_the_tree(tiny_dir, use_reentrant):
 
 
 def test_auto_takes_trees_where_they_save(model):
-    prompt = list(range(5, 65))
+    prompt = list(range(5, 65)) * 10
     shared = buffer_of([[(prompt, [5 + i, 6])] for i in range(4)])
     alone = buffer_of([[([5 + i, *prompt], [6, 7])] for i in range(4)])
-    for buffer, layout in ((shared, TreeBatch), (alone, RowBatch)):
+    short = buffer_of([[(prompt[:6], [5 + i, 6])] for i in range(4)])  # a branch costs more than it shares
+    for buffer, layout in ((shared, TreeBatch), (alone, RowBatch), (short, RowBatch)):
         (batch,) = scorer_of(model, "auto").micro_batches(buffer, keys_of(buffer), 4)
         assert isinstance(batch, layout)
 
