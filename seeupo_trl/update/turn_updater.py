@@ -166,13 +166,16 @@ class TurnUpdater:
 
         start = perf_counter()
         loss = torch.zeros((), device=self.lock_step.device)
-        for block in self.plan.blocks:  # t = T, ..., 1
+        for block in self.plan.blocks:  # for t = T, ..., 1
             self.record.metrics.add_pool(block, len(self.buffer.pool(block)))
-            self._weigh_outside_the_pass(block)  # M_{t+1} = r_{t+1}(theta^{t+1}) M_{t+2}, where the step below ...
+            # M_{t+1} = r_{t+1}(theta^{t+1}) M_{t+2} (Eq. 8), where the pass of the first step does not make it itself
+            self._weigh_outside_the_pass(block)
             for step in self.plan.steps[block]:
-                loss += self._accumulate_gradients(step)  # ... does not make it from its own pass; gradient of J_t
+                # the gradient of J_t, each trajectory weighted by its M_{t+1}
+                loss += self._accumulate_gradients(step)
                 if step is not self.plan.last_step:
-                    self.record.grad_norms.append((block, self.lock_step.step()))  # theta^t
+                    # theta^t, when it is the block's last step
+                    self.record.grad_norms.append((block, self.lock_step.step()))
             self._ratio_due.update((i, block) for i in self.plan.active(block) if self.weights[i] != 0)
         self.record.seconds["update"] = perf_counter() - start
         self.record.tokens["no_grad"] = self.log_probs.num_tokens
