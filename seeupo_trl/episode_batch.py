@@ -10,6 +10,9 @@ from .evaluation.outcome import Outcome
 from .trajectory import Trajectory, turns_from_mask
 
 
+_TOKENS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
+
+
 @dataclass
 class EpisodeBatch:
     """
@@ -28,8 +31,8 @@ class EpisodeBatch:
             Whether the trainer leaves an episode out of training (`mask_truncated_completions`).
         outcomes (`list[Outcome]`):
             What became of the episodes.
-        tokens (`list[tuple[list[int], list[int]]]`):
-            Prompt and completion of each row of TRL's batch, see [`follow`].
+        tokens (`dict[str, torch.Tensor]`):
+            Tokens and masks of the rows of TRL's batch as it was made, see [`follow`].
     """
 
     rows: list[dict[str, Any]]
@@ -38,7 +41,7 @@ class EpisodeBatch:
     num_trajectories: int = 0
     is_left_out: list[bool] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
-    tokens: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    tokens: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def trained(self) -> list[Trajectory]:
@@ -50,9 +53,9 @@ class EpisodeBatch:
 
     def remember(self, batch: dict[str, Any]) -> None:
         """Keep what TRL's batch says of the episodes, and who is left out of it."""
-        self.tokens = _tokens(batch)
+        self.tokens = {name: batch[name].clone() for name in _TOKENS if name in batch}
         # TRL empties the mask of a completion that `mask_truncated_completions` leaves out
-        self.is_left_out = [not completion for _, completion in self.tokens]
+        self.is_left_out = (~batch["completion_mask"].bool().any(dim=1)).tolist()
 
     def follow(self, batch: dict[str, Any]) -> None:
         """
@@ -63,25 +66,26 @@ class EpisodeBatch:
             `ValueError`:
                 Where the batch has another number of rows, or advantages that are not one number a row.
         """
-        advantages, tokens = batch["advantages"], _tokens(batch)
+        advantages, rows = batch["advantages"], batch["completion_ids"]
         if advantages.dim() != 1:
             raise ValueError(
                 f"`advantages` have shape {tuple(advantages.shape)}, but an action is one sequence with one weight: "
                 "give one number for each episode, shape (n,). To weigh tokens, override `turn_surrogate`."
             )
-        if not len(tokens) == len(advantages) == len(self.trajectories):
+        if not len(rows) == len(advantages) == len(self.trajectories):
             raise ValueError(
-                f"The batch has {len(tokens)} rows and {len(advantages)} advantages for {len(self.trajectories)} "
+                f"The batch has {len(rows)} rows and {len(advantages)} advantages for {len(self.trajectories)} "
                 "episodes; groups must stay whole. To leave an episode out, override `select_episodes`."
             )
-        masks, logps = batch.get("tool_mask"), batch.get("sampling_per_token_logps")
-        for i, (before, now) in enumerate(zip(self.tokens, tokens, strict=True)):
+        if all(torch.equal(batch[name], tokens) for name, tokens in self.tokens.items()):
+            return
+        logps = batch.get("sampling_per_token_logps")
+        for i, (before, now) in enumerate(zip(_rows(self.tokens), _rows(batch), strict=True)):
             if now != before:
-                length = len(now[1])
-                mask = None if masks is None else masks[i, :length].tolist()
-                sampled = None if logps is None else logps[i, :length].tolist()
-                self.trajectories[i] = Trajectory(turns=turns_from_mask(*now, mask, sampled))
-                self.is_left_out[i] = not length
+                _, completion, _ = now
+                sampled = None if logps is None else logps[i, : len(completion)].tolist()
+                self.trajectories[i] = Trajectory(turns=turns_from_mask(*now, sampled))
+                self.is_left_out[i] = not completion
 
 
 def checked_batch(batch: dict[str, Any]) -> EpisodeBatch:
@@ -103,13 +107,16 @@ def checked_batch(batch: dict[str, Any]) -> EpisodeBatch:
     return episodes
 
 
-def _tokens(batch: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
-    """Prompt and completion of each row, without padding."""
-    columns = []
-    for side in ("prompt", "completion"):
-        rows = zip(batch[f"{side}_ids"].tolist(), batch[f"{side}_mask"].tolist(), strict=True)
-        columns.append([list(compress(ids, mask)) for ids, mask in rows])
-    return list(zip(*columns, strict=True))
+def _rows(batch: dict[str, Any]) -> list[tuple[list[int], list[int], list[int] | None]]:
+    """Prompt and completion of each row without padding, and which tokens of the completion are the model's."""
+
+    def kept(name: str, side: str) -> list[list[int]]:
+        rows = zip(batch[name].tolist(), batch[f"{side}_mask"].tolist(), strict=True)
+        return [list(compress(values, mask)) for values, mask in rows]
+
+    prompts, completions = kept("prompt_ids", "prompt"), kept("completion_ids", "completion")
+    masks = kept("tool_mask", "completion") if "tool_mask" in batch else [None] * len(prompts)
+    return list(zip(prompts, completions, masks, strict=True))
 
 
 def trajectories_from_masks(
