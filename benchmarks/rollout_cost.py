@@ -252,7 +252,8 @@ def load_tokenizer(path: str | None) -> PreTrainedTokenizerBase:
     import trl
 
     if path is None:
-        from seeupo_trl.recipes.smollm2 import default_cache_dir, smollm2
+        from seeupo_trl.recipes.cache import default_cache_dir
+        from seeupo_trl.recipes.smollm2 import smollm2
 
         path = smollm2(default_cache_dir())
     tokenizer = AutoTokenizer.from_pretrained(path)

@@ -34,19 +34,20 @@ def tokenize_conversation(tokenizer: Any, messages: list[dict], tools: list[dict
 
 
 def warm_up(
-    model_path: Path,
+    model_path: str | Path,
     target: Path,
     conversations: list[tuple[list[dict], list[dict] | None]],
     steps: int,
     learning_rate: float,
     batch_size: int = 4,
     seed: int = 0,
+    **loading: Any,
 ) -> None:
     """
     Train a model on the assistant's tokens of conversations, and save it with its tokenizer.
 
     Args:
-        model_path (`Path`):
+        model_path (`str` or `Path`):
             Model to start from.
         target (`Path`):
             Directory to save to.
@@ -60,9 +61,11 @@ def warm_up(
             Conversations of a step.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the order of the conversations.
+        **loading:
+            Given to `from_pretrained`, as `revision`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_path, **loading)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, **loading)
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     scorer = RowScorer(model, tokenizer.pad_token_id, temperature=1.0)
     trajectories = [tokenize_conversation(tokenizer, *conversation) for conversation in conversations]
