@@ -54,7 +54,7 @@ class Passes:
 
     def watch(self, model: Qwen3ForCausalLM) -> None:
         def note(module, args, kwargs):
-            cache = kwargs.get("past_key_values")
+            cache = kwargs.get("cache", kwargs.get("past_key_values"))
             self.shapes.append((*kwargs["input_ids"].shape, 0 if cache is None else cache.get_seq_length()))
 
         model.register_forward_pre_hook(note, with_kwargs=True)

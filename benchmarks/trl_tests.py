@@ -2,7 +2,7 @@
 TRL's own tests of `GRPOTrainer`, run twice: with TRL's two names, and with ours in their place.
 
     git clone https://github.com/huggingface/trl && git -C trl checkout f2cd57710ae345ea6428ae95363267fcf38a3dc8
-    pip install -c constraints.txt -e '.[test]' jmespath psutil tiktoken
+    pip install -c constraints.txt -e '.[test]' jmespath tiktoken
     pip download --no-deps dashscope==2.0.2
     python benchmarks/trl_tests.py --trl trl --tokenizer dashscope-2.0.2-py3-none-any.whl
 
@@ -95,6 +95,38 @@ class RemoteForCausalLM(LlamaForCausalLM):
     config_class = RemoteConfig
 """,
 }
+# what the tests import of TRL's `testing_utils`: that of the commit asks the installed TRL for more than it has
+TESTING_UTILS = """\
+import importlib.util
+
+import pytest
+import torch
+
+
+def needs(*names):
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}")
+
+
+require_bitsandbytes = needs("bitsandbytes")
+require_jmespath = needs("jmespath")
+require_kernels = needs("kernels")
+require_liger_kernel = needs("liger_kernel")
+require_peft = needs("peft")
+require_vision = needs("PIL")
+require_vllm = needs("vllm")
+require_torch_accelerator = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def is_ampere_or_newer(device_index=0):
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device_index) >= (8, 0)
+
+
+class TrlTestCase:
+    @pytest.fixture(autouse=True)
+    def set_tmp_dir(self, tmp_path):
+        self.tmp_dir = str(tmp_path)
+"""
 SENTENCES = [
     *("Beautiful is better than ugly.", "Explicit is better than implicit.", "Simple is better than complex."),
     *("Complex is better than complicated.", "Flat is better than nested.", "Sparse is better than dense."),
@@ -109,16 +141,15 @@ SENTENCES = [
 
 def pytest_configure() -> None:
     """Put our names in the place of TRL's; pytest calls it where this file is a plugin."""
-    import seeupo_trl
     import trl
+
+    import seeupo_trl
 
     trl.GRPOConfig, trl.GRPOTrainer = seeupo_trl.SeeUPOConfig, seeupo_trl.SeeUPOTrainer
 
 
-def make_tokenizer(wheel: str, template: str):
-    """Qwen's tokenizer, with a chat template that TRL has."""
-    from importlib.resources import files
-
+def make_tokenizer(wheel: str):
+    """Qwen's tokenizer, without a chat template."""
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -131,11 +162,9 @@ def make_tokenizer(wheel: str, template: str):
     )
     if backend.token_to_id(SPECIAL_TOKENS[0]) != FIRST_SPECIAL_TOKEN:
         raise ValueError(f"{wheel} has another vocabulary than Qwen's: give the wheel of dashscope 2.0.2.")
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
     )
-    tokenizer.chat_template = files("trl").joinpath(f"chat_templates/{template}.jinja").read_text()
-    return tokenizer
 
 
 def save(model, tokenizer, directory: Path) -> None:
@@ -151,29 +180,29 @@ def save(model, tokenizer, directory: Path) -> None:
 
 def write_stand_ins(directory: Path, wheel: str) -> None:
     """Write the stand-ins of the Hub's models and data set to a directory."""
+    import importlib.resources
+
     import torch
     from datasets import Dataset
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
     torch.manual_seed(0)
-    tokenizers = {}
+    tokenizer = make_tokenizer(wheel)
 
     def prepare(model_type: str, settings: dict, template: str):
-        if template not in tokenizers:
-            tokenizers[template] = make_tokenizer(wheel, template)
-        tokenizer = tokenizers[template]
+        file = importlib.resources.files("trl").joinpath(f"chat_templates/{template}.jinja")
+        tokenizer.chat_template = file.read_text()
         ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-        config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **SIZES, **ids, **settings)
-        return config, tokenizer
+        return AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **SIZES, **ids, **settings)
 
     for name, (model_type, settings, template) in CAUSAL_MODELS.items():
-        config, tokenizer = prepare(model_type, settings, template)
+        config = prepare(model_type, settings, template)
         save(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), tokenizer, directory / name)
     for name, (model_type, template) in REWARD_MODELS.items():
-        config, tokenizer = prepare(model_type, {"num_labels": 1}, template)
+        config = prepare(model_type, {"num_labels": 1}, template)
         save(AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16), tokenizer, directory / name)
 
-    config, tokenizer = prepare("llama", {}, "llama3_2")
+    config = prepare("llama", {}, "llama3_2")
     remote = directory / "tiny-RemoteForCausalLM"
     save(LlamaForCausalLM(config).to(torch.bfloat16), tokenizer, remote)
     for name, text in REMOTE_MODEL.items():
@@ -231,14 +260,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl", type=Path, required=True, help="a checkout of TRL's repository")
     parser.add_argument("--tokenizer", required=True, help="the wheel of dashscope")
+    parser.add_argument("--work", type=Path, help="keep the stand-ins in this directory for the next run")
     parser.add_argument("--json", type=Path, help="write both outcomes of every test to this file")
     args, options = parser.parse_known_args()  # what is left goes to pytest, as `-n 2`
-    with tempfile.TemporaryDirectory() as work:
-        work = Path(work)
-        write_stand_ins(work / ORGANIZATION, args.tokenizer)
-        (work / "tests").mkdir()
-        for name in ("__init__.py", "conftest.py", "testing_utils.py", TEST_FILE):
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        if not (work / ORGANIZATION).is_dir():
+            write_stand_ins(work / ORGANIZATION, args.tokenizer)
+        (work / "tests").mkdir(exist_ok=True)
+        for name in ("__init__.py", "conftest.py", TEST_FILE):
             shutil.copy(args.trl / "tests" / name, work / "tests")
+        (work / "tests" / "testing_utils.py").write_text(TESTING_UTILS)
         stock = run_tests(work, "stock", [], options)
         ours = run_tests(work, "ours", ["-p", Path(__file__).stem], options)
     if args.json:

@@ -40,9 +40,9 @@ from seeupo_trl.envs.bfcl import BfclEnvironment
 from seeupo_trl.recipes import training
 from seeupo_trl.recipes.arguments import EvaluationArguments
 from seeupo_trl.recipes.bfcl import evaluation_tasks
+from seeupo_trl.recipes.cache import default_cache_dir
 from seeupo_trl.recipes.parsing import run
 from seeupo_trl.recipes.results import table
-from seeupo_trl.recipes.cache import default_cache_dir
 from seeupo_trl.recipes.smollm2 import smollm2
 
 

@@ -32,8 +32,8 @@ from seeupo_trl import SeeUPOTrainer
 from seeupo_trl.envs.bfcl import BfclEnvironment
 from seeupo_trl.recipes.arguments import BfclArguments
 from seeupo_trl.recipes.bfcl import choose_tasks, warmed_up
-from seeupo_trl.recipes.parsing import run
 from seeupo_trl.recipes.cache import default_cache_dir
+from seeupo_trl.recipes.parsing import run
 from seeupo_trl.recipes.smollm2 import smollm2
 from seeupo_trl.recipes.training import (
     Config,

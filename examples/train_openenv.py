@@ -41,8 +41,8 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from seeupo_trl import MultiTurnEnvironment, Observation, SeeUPOConfig, SeeUPOTrainer, StepResult
 from seeupo_trl.recipes import training
 from seeupo_trl.recipes.arguments import OpenEnvArguments
-from seeupo_trl.recipes.parsing import run
 from seeupo_trl.recipes.cache import default_cache_dir
+from seeupo_trl.recipes.parsing import run
 from seeupo_trl.recipes.smollm2 import smollm2
 
 

@@ -50,7 +50,12 @@ def choose_tasks(
 
 
 def warmed_up(
-    model: str, cache_dir: Path, train: Dataset, environment: BfclEnvironment, script_args: BfclArguments, **loading: Any
+    model: str,
+    cache_dir: Path,
+    train: Dataset,
+    environment: BfclEnvironment,
+    script_args: BfclArguments,
+    **loading: Any,
 ) -> str:
     """
     Path of the model after the supervised warm-up, which runs only where its result is not in the cache.
@@ -84,9 +89,7 @@ def warmed_up(
     return str(
         made_once(
             cache_dir / f"{Path(model).name}-warmed-up-{digest}",
-            partial(
-                warm_up, model, conversations=conversations, steps=steps, learning_rate=learning_rate, **loading
-            ),
+            partial(warm_up, model, conversations=conversations, steps=steps, learning_rate=learning_rate, **loading),
         )
     )
 
