@@ -54,7 +54,7 @@ class Passes:
 
     def watch(self, model: Qwen3ForCausalLM) -> None:
         def note(module, args, kwargs):
-            cache = kwargs.get("past_key_values")
+            cache = kwargs.get("cache", kwargs.get("past_key_values"))
             self.shapes.append((*kwargs["input_ids"].shape, 0 if cache is None else cache.get_seq_length()))
 
         model.register_forward_pre_hook(note, with_kwargs=True)
@@ -252,7 +252,8 @@ def load_tokenizer(path: str | None) -> PreTrainedTokenizerBase:
     import trl
 
     if path is None:
-        from seeupo_trl.recipes.smollm2 import default_cache_dir, smollm2
+        from seeupo_trl.recipes.cache import default_cache_dir
+        from seeupo_trl.recipes.smollm2 import smollm2
 
         path = smollm2(default_cache_dir())
     tokenizer = AutoTokenizer.from_pretrained(path)

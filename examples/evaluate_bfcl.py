@@ -40,9 +40,10 @@ from seeupo_trl.envs.bfcl import BfclEnvironment
 from seeupo_trl.recipes import training
 from seeupo_trl.recipes.arguments import EvaluationArguments
 from seeupo_trl.recipes.bfcl import evaluation_tasks
+from seeupo_trl.recipes.cache import default_cache_dir
 from seeupo_trl.recipes.parsing import run
 from seeupo_trl.recipes.results import table
-from seeupo_trl.recipes.smollm2 import default_cache_dir, smollm2
+from seeupo_trl.recipes.smollm2 import smollm2
 
 
 CONFIGS = Path(__file__).with_name("configs")
@@ -63,7 +64,7 @@ def main(script_args: EvaluationArguments, args: Config, model_args: ModelConfig
     state = PartialState()
     model = model_args.model_name_or_path
     if model is None:
-        with state.main_process_first():
+        with state.local_main_process_first():
             model = str(smollm2(Path(script_args.cache_dir or default_cache_dir())))
     args.model_init_kwargs = training.model_init_kwargs(args, model_args)
     # an episode that ends before the environment can report success has reward 0

@@ -32,8 +32,9 @@ from seeupo_trl import SeeUPOTrainer
 from seeupo_trl.envs.bfcl import BfclEnvironment
 from seeupo_trl.recipes.arguments import BfclArguments
 from seeupo_trl.recipes.bfcl import choose_tasks, warmed_up
+from seeupo_trl.recipes.cache import default_cache_dir
 from seeupo_trl.recipes.parsing import run
-from seeupo_trl.recipes.smollm2 import default_cache_dir, smollm2
+from seeupo_trl.recipes.smollm2 import smollm2
 from seeupo_trl.recipes.training import (
     Config,
     ReportingRollout,
@@ -64,11 +65,12 @@ def main(script_args: BfclArguments, training_args: Config, model_args: ModelCon
 
     # the model and the tasks: one process prepares them, the others find them in the cache
     cache_dir = Path(script_args.cache_dir or default_cache_dir())
-    with PartialState().main_process_first():
+    with PartialState().local_main_process_first():
         base_model = model_args.model_name_or_path or str(smollm2(cache_dir))
-        tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=training_args.trust_remote_code)
+        loading = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(base_model, **loading)
         train, held_out = choose_tasks(script_args, tokenizer, make_environment())
-        model = warmed_up(base_model, cache_dir, train, make_environment(), script_args)
+        model = warmed_up(base_model, cache_dir, train, make_environment(), script_args, **loading)
 
     # the trainer: rewards are the environment's, and the official score is reported beside them with weight 0
     training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)

@@ -41,8 +41,9 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from seeupo_trl import MultiTurnEnvironment, Observation, SeeUPOConfig, SeeUPOTrainer, StepResult
 from seeupo_trl.recipes import training
 from seeupo_trl.recipes.arguments import OpenEnvArguments
+from seeupo_trl.recipes.cache import default_cache_dir
 from seeupo_trl.recipes.parsing import run
-from seeupo_trl.recipes.smollm2 import default_cache_dir, smollm2
+from seeupo_trl.recipes.smollm2 import smollm2
 
 
 CONFIGS = Path(__file__).with_name("configs")
@@ -271,7 +272,7 @@ def main(script_args: OpenEnvArguments, args: Config, model_args: ModelConfig) -
     args.model_init_kwargs = training.model_init_kwargs(args, model_args)
     model = model_args.model_name_or_path
     if model is None:
-        with PartialState().main_process_first():
+        with PartialState().local_main_process_first():
             model = str(smollm2(Path(script_args.cache_dir or default_cache_dir())))
     if script_args.url is not None:
         train(script_args.url, script_args.interface, model, args, model_args)

