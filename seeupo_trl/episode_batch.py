@@ -28,7 +28,8 @@ class EpisodeBatch:
         num_trajectories (`int`):
             `N`, the number of trajectories over all processes.
         is_left_out (`list[bool]`):
-            Whether the trainer leaves an episode out of training (`mask_truncated_completions`).
+            Whether the trainer leaves an episode out of training (`mask_truncated_completions`): all of its turns,
+            while its reward counts in the advantages of the group.
         outcomes (`list[Outcome]`):
             What became of the episodes.
         tokens (`dict[str, torch.Tensor]`):
@@ -50,6 +51,12 @@ class EpisodeBatch:
             Trajectory(turns=[]) if left_out or trajectory.is_quarantined else trajectory
             for trajectory, left_out in zip(self.trajectories, self.is_left_out, strict=True)
         ]
+
+    @property
+    def num_left_out(self) -> int:
+        """Episodes that have turns and are left out of training nevertheless."""
+        pairs = zip(self.trajectories, self.is_left_out, strict=True)
+        return sum(left_out and bool(trajectory.turns) for trajectory, left_out in pairs)
 
     def remember(self, batch: dict[str, Any]) -> None:
         """Keep what TRL's batch says of the episodes, and who is left out of it."""

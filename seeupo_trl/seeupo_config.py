@@ -5,6 +5,7 @@ import warnings
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from transformers.training_args import OptimizerNames
 from trl import GRPOConfig
 
 from .rollout.contexts import HISTORIES
@@ -27,6 +28,21 @@ _BATCH_FIELDS = (
     "steps_per_generation",
     "num_iterations",
 )
+
+
+def steps_in_backward(optimizer: str) -> str:
+    """Why an optimizer that steps each layer during the backward pass is refused."""
+    return (
+        f"{optimizer} steps each layer during the backward pass, but the gradient of a turn is the sum of several "
+        "backward passes. Use an optimizer that steps after them, for example `optim='adamw_torch'` or 'adafactor'."
+    )
+
+
+class DefaultTurns(int):
+    """
+    The `max_turns` that was not given, which limits message-level environments and leaves TRL's tools alone. A value
+    from a script, a command line or a yaml file is a plain `int`.
+    """
 
 
 @dataclass
@@ -83,9 +99,10 @@ class SeeUPOConfig(GRPOConfig):
         > Parameters that control the episodes; `None` is no limit
 
         max_turns (`int`, *optional*, defaults to `10`):
-            Largest number of assistant messages in an episode that [`MultiTurnRollout`] drives. With TRL's own tools
-            and environments it sets `max_tool_calling_iterations` to `max_turns - 1` unless that is given. Episodes
-            of your own `rollout_func` are never cut.
+            Largest number of assistant messages in an episode that [`MultiTurnRollout`] drives. TRL's own tools and
+            environments have no limit, as in GRPO, unless `max_turns` is given (10 given counts, too): it then sets
+            `max_tool_calling_iterations` to `max_turns - 1` where that is not given. Episodes of your own
+            `rollout_func` are never cut.
         max_context_length (`int`, *optional*):
             Largest number of tokens of a context together with its response in [`MultiTurnRollout`], in place of the
             model's number of positions. With vLLM never more than its engine takes (`vllm_max_model_length`, or the
@@ -153,6 +170,10 @@ class SeeUPOConfig(GRPOConfig):
             A colocated engine is awake for a whole rollout, not for one turn, and asleep during the updates.
         use_bias_correction_kl (`bool`, *optional*, defaults to `False`):
             Whether to multiply the KL term by the turn's ratio. Off by default, as in the published setup.
+        mask_truncated_completions (`bool`, *optional*, defaults to `False`):
+            Whether to leave out episodes whose last response was cut before its end token, as in GRPO: none of their
+            turns is trained on, and their reward still counts in the advantages of the group. The metric
+            `episodes/left_out` counts them.
         multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
             `"normalize_then_sum"` normalises the advantages of each reward function over the batch before they are
             weighted and added.
@@ -220,9 +241,10 @@ class SeeUPOConfig(GRPOConfig):
     )
     # Defaults of the episodes stand in `RolloutSettings`, where no limit is `math.inf`; for JSON and yaml it is null.
     max_turns: int | None = field(
-        default=RolloutSettings.max_turns,
+        default=DefaultTurns(RolloutSettings.max_turns),
         metadata={
-            "help": "Largest number of assistant messages in an episode. Null (in a yaml config) sets no limit."
+            "help": "Largest number of assistant messages in an episode. Null (in a yaml config) sets no limit. TRL's "
+            "own tools have no limit unless it is given."
         },
     )
     max_context_length: int | None = field(
@@ -308,13 +330,15 @@ class SeeUPOConfig(GRPOConfig):
 
         Args:
             config ([`~trl.GRPOConfig`]):
-                Configuration to upgrade; left as it is.
+                Configuration to upgrade; left as it is. A [`SeeUPOConfig`] is copied.
 
         Returns:
             [`SeeUPOConfig`]:
                 A configuration with the same values. A field that holds GRPO's default where SeeUPO has another one
                 takes SeeUPO's.
         """
+        if isinstance(config, cls):
+            return copy.copy(config)
         # `__post_init__` must not run twice on the same values, so the fields are copied one by one
         upgraded = object.__new__(cls)
         upgraded.__dict__.update(config.__dict__)
@@ -326,6 +350,12 @@ class SeeUPOConfig(GRPOConfig):
                 setattr(upgraded, f.name, f.default)
         upgraded._validate()
         return upgraded
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, see [`~transformers.TrainingArguments.to_dict`]."""
+        values = super().to_dict()
+        # a plain number, which every log and file format knows
+        return values | {"max_turns": None if self.max_turns is None else int(self.max_turns)}
 
     def for_one_step_per_iteration(self) -> "SeeUPOConfig":
         """
@@ -380,6 +410,9 @@ class SeeUPOConfig(GRPOConfig):
                 "when turn t + 1 is done, so no step can accumulate over two batches as GRPO's would. Leave "
                 "`steps_per_generation` unset for one step a turn."
             )
+        optim = OptimizerNames(self.optim).value
+        if optim in ("lomo", "adalomo") or optim.endswith("_layerwise"):
+            raise ValueError(steps_in_backward(f"`optim={optim!r}`"))
         if self.top_entropy_quantile < 1.0:
             raise ValueError(
                 f"`top_entropy_quantile={self.top_entropy_quantile}` selects single tokens, but SeeUPO's surrogate is "

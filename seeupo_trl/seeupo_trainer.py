@@ -8,6 +8,7 @@ used.
 """
 
 import textwrap
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -26,7 +27,7 @@ from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id
 
 from .distributed.backends import check_deepspeed, keep_output_dtype, reference_in_layers
-from .distributed.checkpoints import ExactResume
+from .distributed.checkpoints import ExactResume, check_moving_reference
 from .distributed.lock_step import LockStep
 from .envs.tools import EMPTY_PROMPT
 from .episode_batch import EpisodeBatch, check_finite, checked_batch, trajectories_from_masks
@@ -42,6 +43,7 @@ from .seeupo_config import SeeUPOConfig
 from .trainer_inputs import (
     arguments_for_trl,
     check_dataset,
+    check_optimizer,
     choose_rollout,
     placeholder_dataset,
     replaced,
@@ -54,6 +56,13 @@ from .update.loss import Actions, LossSettings, turn_surrogate
 from .update.objective import batch_advantages, share_without_variance
 from .update.scorers import Scorers
 from .update.turn_updater import TurnUpdater
+
+
+_ZERO_GRADIENT = (
+    "The gradient of an iteration is exactly zero although its advantages are not: nothing is learned from it. Check "
+    "that some parameters are trained, that quantized layers pass gradients on (those of bitsandbytes do not on a CPU "
+    "after an evaluation), and that the correction for the sampler does not mask every turn (`sampling/*`)."
+)
 
 
 class SeeUPOTrainer(ExactResume, GRPOTrainer):
@@ -120,6 +129,8 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
     # set while the Trainer's own optimizer step is due: the block it belongs to, or that there is no step to take
     _block_of_last_step: Block | None = None
     _is_idle = False
+    # the first optimizer step of an iteration with advantages is due
+    _needs_gradient = False
 
     def __init__(
         self,
@@ -150,6 +161,7 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
             reward_funcs = with_environment_reward(reward_funcs, trainer_args)
             train_dataset = placeholder_dataset(args) if train_dataset is None else train_dataset
         check_dataset(train_dataset, args)
+        check_optimizer(optimizers[0])
         check_deepspeed(args)
 
         with reference_in_layers():
@@ -170,6 +182,7 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
                 environment_factory=rollout.environment_factory,
             )
 
+        check_moving_reference(args, self.accelerator)
         if rollout.tool_rollout is not None:
             self._play_by(rollout.tool_rollout)
         check_overrides(type(self), SeeUPOTrainer, plays_tools=self._tool_rollout is not None)
@@ -234,6 +247,8 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
             surrogate=self.turn_surrogate,
         )
         self._is_idle = updater.plan.last_step is None
+        # at the first step every ratio is 1, so that nothing is clipped
+        self._needs_gradient = not updater.is_regularized and any(advantage != 0 for advantage in updater.advantages)
         loss = updater.run()
         # TRL keeps these two in checkpoints
         self.entropy_coef = updater.entropy_bonus.coef
@@ -295,6 +310,8 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
         episodes.remember(batch)
         if self.model.training:
             episodes = batch["episodes"] = self.select_episodes(episodes)
+            left_out = torch.tensor([episodes.num_left_out], device=self.accelerator.device)
+            self._add_metrics([("episodes/left_out", float(self.accelerator.gather(left_out).sum()))])
         rewards_per_func = self.accelerator.gather(episodes.rewards_per_func)  # (N, F)
         group_size = self.num_generations if self.model.training else self.num_generations_eval
         advantages = batch_advantages(
@@ -367,6 +384,9 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
         if self._is_idle:
             return 0.0
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self._needs_gradient and float(grad_norm) == 0.0:
+            warnings.warn(_ZERO_GRADIENT, stacklevel=2)
+        self._needs_gradient = False
         if self._block_of_last_step is not None:
             self._add_metrics([(f"turn_{self._block_of_last_step.label}/grad_norm", float(grad_norm))])
             self._block_of_last_step = None

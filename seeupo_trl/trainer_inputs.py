@@ -7,11 +7,13 @@ from functools import partial
 from typing import Any
 
 from datasets import Dataset
+from torch.optim import Optimizer
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from .rollout import MultiTurnRollout, environment_reward
 from .rollout.checks import checked_rollout
 from .rollout.trl_environments import ToolRollout, tool_rollout_for
-from .seeupo_config import SeeUPOConfig
+from .seeupo_config import DefaultTurns, SeeUPOConfig, steps_in_backward
 
 
 _BRINGS_ITS_OWN_TOOLS = (
@@ -80,10 +82,11 @@ def arguments_for_trl(args: SeeUPOConfig, uses_tools: bool) -> SeeUPOConfig:
         args ([`SeeUPOConfig`]):
             What the user gave; left as it is.
         uses_tools (`bool`):
-            Whether the policy calls tools, whose rounds `max_turns` limits where TRL's own option does not.
+            Whether the policy calls tools, whose rounds a given `max_turns` limits where TRL's own option does not.
     """
     trainer_args = args.for_one_step_per_iteration()
-    if uses_tools and args.max_tool_calling_iterations is None and args.max_turns is not None:
+    limits_tools = args.max_turns is not None and not isinstance(args.max_turns, DefaultTurns)
+    if uses_tools and args.max_tool_calling_iterations is None and limits_tools:
         trainer_args.max_tool_calling_iterations = args.max_turns - 1
     return trainer_args
 
@@ -119,6 +122,13 @@ def check_dataset(dataset: Any, args: SeeUPOConfig) -> None:
             f"batch of {args.generation_batch_size} completions in groups of {args.num_generations}). Give more rows, "
             "or lower `per_device_train_batch_size`, `gradient_accumulation_steps` or `steps_per_generation`."
         )
+
+
+def check_optimizer(optimizer: Optimizer | None) -> None:
+    """Refuse an optimizer of the user's own that steps each layer during the backward pass."""
+    name = type(optimizer).__name__
+    if isinstance(optimizer, LayerWiseDummyOptimizer) or type(optimizer).__module__.startswith("lomo_optim"):
+        raise ValueError(steps_in_backward(f"The optimizer `{name}`"))
 
 
 @contextmanager

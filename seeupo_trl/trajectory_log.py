@@ -5,8 +5,9 @@ Saved trajectories: one parquet file for each iteration and evaluation, one row 
 
 Files are `OUTPUT_DIR/trajectories/<split>/iteration-<number>.parquet`, where the split is `train`, or an evaluation's
 metric prefix (`eval`, `eval_<dataset>`). Several processes write one file each (`.process-0-of-2`); a second
-evaluation of the same split after the same iteration gets a number (`-2`). A file appears when it is whole, and a
-resumed run replaces those of the iterations that it plays again.
+evaluation of the same split after the same iteration gets a number (`-2`). A file appears when it is whole. When an
+iteration is played again, by a resumed run in this process or another one, its files and those of its evaluations are
+replaced.
 
 Columns ([`SCHEMA`]):
 
@@ -179,6 +180,9 @@ class TrajectoryLog:
 
         directory = self.directory / _directory_name(split)
         directory.mkdir(parents=True, exist_ok=True)
+        if split == "train":
+            # an iteration that is played again brings its evaluations again
+            self._times_written = {key: times for key, times in self._times_written.items() if key[1] < iteration}
         times = self._times_written[split, iteration] = self._times_written.get((split, iteration), 0) + 1
         if times == 1 and self._process_index == 0:
             self._remove_stale_files(directory, iteration)

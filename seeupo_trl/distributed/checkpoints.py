@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -24,6 +26,7 @@ logger = logging.get_logger(__name__)
 
 TRAINER_STATE_FILE = "trainer_state.json"
 ENTROPY_STATE_FILE = "entropy_ctrl_state.json"
+REFERENCE_FILE = "reference.safetensors"
 _RNG_STATE = re.compile(r"^rng_state(_\d+)?\.pth$")
 
 
@@ -163,6 +166,61 @@ def save_entropy_state(checkpoint: str, coefficient: float, last_entropy: float 
         json.dump({"entropy_coef": coefficient, "last_world_entropy": last_entropy}, file)
 
 
+def check_moving_reference(args: TrainingArguments, accelerator: Accelerator) -> None:
+    """
+    Refuse `sync_ref_model=True` where the reference is sharded: a checkpoint could not hold it.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            Arguments of the run.
+        accelerator ([`~accelerate.Accelerator`]):
+            Communication.
+
+    Raises:
+        `ValueError`:
+            Under DeepSpeed ZeRO-3 and FSDP.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    is_zero3 = plugin is not None and plugin.zero_stage == 3
+    is_fsdp = accelerator.distributed_type == DistributedType.FSDP
+    if args.sync_ref_model and (is_zero3 or is_fsdp):
+        backend = "FSDP" if is_fsdp else "DeepSpeed ZeRO-3"
+        raise ValueError(
+            f"`sync_ref_model=True` does not go with {backend}: its shards of the reference model are in no "
+            "checkpoint, so that a resumed run would measure the KL against another model. Use DDP or ZeRO-1/2, or "
+            "leave `sync_ref_model` off."
+        )
+
+
+def save_reference(model: nn.Module, checkpoint: str) -> None:
+    """Write a reference model that moves (`sync_ref_model=True`) into a checkpoint."""
+    save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, _reference_of(checkpoint))
+
+
+def load_reference(model: nn.Module, checkpoint: str) -> None:
+    """
+    Give the reference model the parameters that it had when a checkpoint was written.
+
+    Raises:
+        `ValueError`:
+            Where the checkpoint has none.
+    """
+    if not os.path.isfile(_reference_of(checkpoint)):
+        raise ValueError(
+            f"Cannot resume from {checkpoint} with `sync_ref_model=True`: it holds no {REFERENCE_FILE}, because it "
+            "was written without `sync_ref_model`. Resume with `sync_ref_model=False`, or start a new run from the "
+            "model."
+        )
+    saved = load_file(_reference_of(checkpoint))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(saved[name])
+
+
+def _reference_of(checkpoint: str) -> str:
+    return os.path.join(checkpoint, REFERENCE_FILE)
+
+
 def discard_state(checkpoint: str) -> None:
     """Take back the word that a checkpoint is whole, before its files are written again."""
     with suppress(FileNotFoundError):
@@ -188,13 +246,16 @@ class ExactResume:
         """
         Main training entry point, see [`~transformers.Trainer.train`]. With `resume_from_checkpoint=True` it resumes
         from the newest checkpoint that was written to its end. A checkpoint that was not, one without the state of
-        every process (`save_only_model=True`), and one of another number of processes are refused.
+        every process (`save_only_model=True`), one of another number of processes, and with `sync_ref_model=True` one
+        without the reference model are refused.
         """
         check_first_engine(self)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = agree_on_checkpoint(self.args.output_dir, self.accelerator)
         if resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint, self.accelerator)
+            if self.args.sync_ref_model:
+                load_reference(self.accelerator.unwrap_model(self.ref_model), resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -209,5 +270,7 @@ class ExactResume:
         super()._save_rng_state(output_dir)
         if self.use_adaptive_entropy and self.args.should_save:
             save_entropy_state(output_dir, self.entropy_coef, self._last_world_entropy)
+        if self.args.sync_ref_model and self.args.should_save:
+            save_reference(self.accelerator.unwrap_model(self.ref_model), output_dir)
         # the state file, which is written next, says that the checkpoint is whole: on every process
         self.accelerator.wait_for_everyone()

@@ -20,6 +20,7 @@ from accelerate.utils import is_peft_model
 from torch import nn
 
 from ..distributed.lock_step import LockStep
+from .deterministic import without_noise
 from .interface import MicroBatch, TurnScores
 from .rows import RowBatch, RowScorer, build_rows, group_rows
 from .token_tree import TokenTree, build_tree, partition, tree_size
@@ -148,17 +149,18 @@ class TreeScorer(RowScorer):
         sample = self._branching_sample(buffer, keys)
         if not lock_step.max_over_processes(int(bool(sample))):
             return
-        tree = self._tree(buffer, sample) if sample else self.dummy_batch()
-        rows = RowBatch(build_rows(buffer, sample)) if sample else self.dummy_batch()
-        was_training = model.training
-        model.eval()
-        scores = []
-        for batch in (tree, rows):
-            with lock_step.inference(), self.attention(batch):
-                scores.append(self.score(model, batch)[0])
-                autocast = torch.is_autocast_enabled(lock_step.device.type)
-        model.train(was_training)
-        differences = torch.cat([scores[0][key].logps - scores[1][key].logps for key in scores[0]]).abs()
+        trees = [self._tree(buffer, sample)] if sample else []
+        rows = group_rows(build_rows(buffer, sample), len(sample), self._max_tokens, together=False)
+        scores: list[dict[Key, TurnScores]] = []
+        for batches in (trees, rows):
+            scores.append({})
+            for number in range(lock_step.max_over_processes(len(batches))):
+                batch = batches[number] if number < len(batches) else self.dummy_batch()
+                with without_noise(model), lock_step.inference(), self.attention(batch):
+                    scores[-1].update(self.score(model, batch)[0])
+                    autocast = torch.is_autocast_enabled(lock_step.device.type)
+        by_turn = [scores[0][key].logps - scores[1][key].logps for key in sample]
+        differences = torch.cat([*by_turn, torch.zeros(0 if sample else 1, device=lock_step.device)]).abs()
         difference = lock_step.gather(differences.double().mean().nan_to_num(nan=torch.inf)).max().item()
         dtype = torch.get_autocast_dtype(lock_step.device.type) if autocast else self._causal_lm.dtype
         tolerance = _TOLERANCE.get(dtype, _LOW_PRECISION_TOLERANCE)
@@ -260,7 +262,20 @@ class TreeScorer(RowScorer):
         return tree_batch(buffer, keys, self._pads)
 
     def _branching_sample(self, buffer: TurnBuffer, keys: Iterable[Key]) -> list[Key]:
-        """Two turns each of one or two trajectories whose tree branches; empty when there are none."""
+        """
+        Two turns each of one or two trajectories whose tree branches and fits into a micro-batch; empty when there are
+        none.
+        """
+        keys = list(keys)
+        if self._max_tokens is None:
+            return self._branching_turns(buffer, keys)
+        # a part of a tree that fits into the budget fits, too
+        for tree in self._trees(buffer, keys, 1, together=False):
+            if tree.num_tokens <= self._max_tokens and (sample := self._branching_turns(buffer, tree.spans)):
+                return sample
+        return []
+
+    def _branching_turns(self, buffer: TurnBuffer, keys: Iterable[Key]) -> list[Key]:
         last_turns: dict[int, list[Key]] = {}
         for key in sorted(keys, reverse=True):
             turns = last_turns.setdefault(key[0], [])

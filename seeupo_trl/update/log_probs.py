@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..distributed.lock_step import LockStep
-from ..scoring.interface import Scorer, score_without_gradient
+from ..scoring.interface import Scorer, TurnScores, score_without_gradient
 from ..scoring.turn_buffer import Key, TurnBuffer
 
 
@@ -77,7 +77,14 @@ class LogProbs:
         with reference.active():
             self.reference = self._score(keys, reference.scorer, reference.model)
 
+    def scores(self, keys: Iterable[Key]) -> dict[Key, TurnScores]:
+        """Like [`now`], with the entropies."""
+        return self._score_with(keys, self._scorer, self.model)
+
     def _score(self, keys: Iterable[Key], scorer: Scorer, model: nn.Module) -> dict[Key, torch.Tensor]:
+        return {key: score.logps for key, score in self._score_with(keys, scorer, model).items()}
+
+    def _score_with(self, keys: Iterable[Key], scorer: Scorer, model: nn.Module) -> dict[Key, TurnScores]:
         scores, tokens = score_without_gradient(self._buffer, keys, scorer, model, self._lock_step, self._max_rows)
         self.num_tokens += tokens
-        return {key: score.logps for key, score in scores.items()}
+        return scores

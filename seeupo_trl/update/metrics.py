@@ -16,6 +16,9 @@ from .loss import Actions, TurnLoss
 from .turn_weights import TurnWeights
 
 
+_CLIP_RATIOS = tuple(f"clip_ratio/{name}" for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean"))
+
+
 @dataclass(frozen=True)
 class TurnUpdate:
     """
@@ -158,6 +161,7 @@ class UpdateMetrics:
     def __init__(self, steps_of: dict[Block, int], optional: set[str]):
         self._optional = optional
         self._blocks = {block: BlockMetrics(steps) for block, steps in steps_of.items()}
+        self._without_update = BlockMetrics(1)
 
     def add_pool(self, block: Block, size: int) -> None:
         """A block begins, with so many trajectories of this process in its pool."""
@@ -169,7 +173,7 @@ class UpdateMetrics:
 
     def add_micro_batch(
         self,
-        block: Block,
+        block: Block | None,
         indices: list[int],
         actions: Actions,
         loss: TurnLoss,
@@ -180,8 +184,9 @@ class UpdateMetrics:
         Take in what a micro-batch computed.
 
         Args:
-            block (`Block`), indices (`list[int]`):
-                The block that is updated, and the trajectories of the micro-batch.
+            block (`Block`, *optional*), indices (`list[int]`):
+                The block that is updated (`None` in an iteration without an update), and the trajectories of the
+                micro-batch.
             actions ([`~seeupo_trl.update.loss.Actions`]), loss ([`~seeupo_trl.update.loss.TurnLoss`]):
                 What went into the loss and came out of it, in the order of `indices`.
             scale (`float`):
@@ -210,7 +215,7 @@ class UpdateMetrics:
         largest_difference = table.pop("largest_difference", None)
         table["weight"] = np.array([weights.relative(index) for index in indices])
 
-        metrics = self._blocks[block]
+        metrics = self._without_update if block is None else self._blocks[block]
         metrics.add(scored=len(indices), **{name: float(values.sum()) for name, values in table.items()})
         metrics.observe(weight_unclipped=np.array([weights.unclipped(index) for index in indices]))
         names = ("ratio", "weight", "clip_low", "clip_high", "sampler_weight")
@@ -231,15 +236,16 @@ class UpdateMetrics:
             `dict[str, float]`:
                 Metric values by name.
         """
-        if not self._blocks:
-            return {}
-        rows = torch.tensor([metrics.as_row() for metrics in self._blocks.values()], dtype=torch.float32)
+        collected = list(self._blocks.values()) or [self._without_update]
+        rows = torch.tensor([metrics.as_row() for metrics in collected], dtype=torch.float32)
         rows = lock_step.gather(rows).double().cpu()  # (P, blocks, columns)
-        blocks = [BlockMetrics.merged(m.steps, rows[:, i]) for i, m in enumerate(self._blocks.values())]
-        total = BlockMetrics.merged(sum(m.steps for m in blocks), rows.flatten(0, 1))
+        merged_rows = [BlockMetrics.merged(m.steps, rows[:, i]) for i, m in enumerate(collected)]
+        total = BlockMetrics.merged(sum(m.steps for m in merged_rows), rows.flatten(0, 1))
 
         metrics: dict[str, float] = {}
-        for block, merged in zip(self._blocks, blocks, strict=True):
+        if total.sums.scored == 0:
+            return dict.fromkeys(["entropy", *_CLIP_RATIOS, *self._optional & {"kl"}], 0.0)  # nobody played a turn
+        for block, merged in zip(self._blocks, merged_rows[: len(self._blocks)], strict=True):
             metrics |= {f"turn_{block.label}/{name}": value for name, value in merged.describe(self._optional).items()}
         values = total.describe(self._optional)
         metrics |= {

@@ -115,11 +115,12 @@ class TurnUpdater:
 
         self.settings = LossSettings.of(config) if settings is None else settings
         self.surrogate = surrogate
-        regularized = reference is not None or entropy_bonus.is_enabled
+        self.advantages = advantages
+        self.is_regularized = reference is not None or entropy_bonus.is_enabled
         num_minibatches = config.steps_per_generation // config.gradient_accumulation_steps
         self.plan = UpdatePlan(
             buffer,
-            [regularized or advantage != 0.0 for advantage in advantages],
+            [self.is_regularized or advantage != 0.0 for advantage in advantages],
             lock_step,
             num_minibatches=num_minibatches,
             num_passes=config.num_iterations,
@@ -177,6 +178,8 @@ class TurnUpdater:
                     # theta^t, when it is the block's last step
                     self.record.grad_norms.append((block, self.lock_step.step()))
             self._ratio_due.update((i, block) for i in self.plan.active(block) if self.weights[i] != 0)
+        if not self.plan.blocks:
+            self._measure_without_update()
         self.record.seconds["update"] = perf_counter() - start
         self.record.tokens["no_grad"] = self.log_probs.num_tokens
         return loss * self.lock_step.num_processes / max(self.plan.num_steps, 1)
@@ -301,6 +304,31 @@ class TurnUpdater:
             self.record.tokens["train"] += batch.num_tokens
         self.entropy_bonus.observe(entropy, tokens, self.lock_step)
         return total
+
+    @torch.no_grad()
+    def _measure_without_update(self) -> None:
+        """
+        Metrics of an iteration without any optimizer step, whose ratios are 1: the entropy is always there, as in
+        GRPO. Must be called on every process.
+        """
+        block = Block(1, self.buffer.num_turns)
+        indices = self.buffer.pool(block)
+        scores = self.log_probs.scores(key for i in indices for key in self.buffer.turns_in(i, block))
+        if not indices:
+            return
+        logps = {key: score.logps for key, score in scores.items()}
+        turns = [self.buffer.turns_in(i, block) for i in indices]
+        new = _in_a_row(turns, logps)
+        actions = Actions(
+            lengths=_lengths(turns, logps),
+            new=new,
+            old=new,
+            entropies=_in_a_row(turns, {key: score.entropies for key, score in scores.items()}),
+            start=new if self._corrects_sampler else None,
+            sampled=[self._sampled(i, block) for i in indices] if self._needs_sampled else None,
+        )
+        loss = turn_loss(actions, new.new_zeros(len(indices)), self.settings)
+        self.record.metrics.add_micro_batch(None, indices, actions, loss, 0.0, self.weights)
 
     def _no_loss(self, scores: TurnScores) -> torch.Tensor:
         """

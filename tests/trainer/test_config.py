@@ -1,6 +1,8 @@
 """The configuration says early and clearly what it cannot do."""
 
+import copy
 import dataclasses
+import pickle
 import re
 import subprocess
 import sys
@@ -8,9 +10,10 @@ import warnings
 
 import pytest
 from transformers import HfArgumentParser
-from trl import GRPOConfig
+from trl import GRPOConfig, TrlParser
 
 from seeupo_trl import SeeUPOConfig
+from seeupo_trl.trainer_inputs import arguments_for_trl
 
 
 def config(**kwargs) -> SeeUPOConfig:
@@ -52,6 +55,10 @@ def test_defaults_warn_about_nothing():
         ({"loss_type": "gspo"}, "`loss_type='gspo'` is not one of 'seeupo', 'luspo', 'cispo', 'sapo', 'vespo'"),
         ({"loss_type": "cispo", "delta": 4.0}, "`delta=4.0` bounds the ratio of a clipped surrogate"),
         ({"scale_rewards": "median"}, "`scale_rewards='median'` is not one of"),
+        ({"optim": "lomo"}, "`optim='lomo'` steps each layer during the backward pass"),
+        ({"optim": "adalomo"}, "`optim='adalomo'` steps each layer"),
+        ({"optim": "galore_adamw_layerwise"}, "`optim='galore_adamw_layerwise'` steps each layer"),
+        ({"optim": "apollo_adamw_layerwise"}, "`optim='apollo_adamw_layerwise'` steps each layer"),
         ({"num_generations": 1}, "at least 2 generations"),
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 6}, "must divide `steps_per_generation`"),
     ],
@@ -120,3 +127,42 @@ def test_command_line_names_the_allowed_values(capsys):
 def test_importing_the_package_loads_no_torch():
     code = "import sys, seeupo_trl; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def limit_of_tool_calls(args: SeeUPOConfig) -> int | None:
+    return arguments_for_trl(args, uses_tools=True).max_tool_calling_iterations
+
+
+def from_command_line(tmp_path, *options: str, yaml: str | None = None) -> SeeUPOConfig:
+    given = ["--output_dir", "unused", "--use_cpu", "true", "--bf16", "false", "--report_to", "none", *options]
+    if yaml is not None:
+        (tmp_path / "config.yaml").write_text(yaml)
+        given += ["--config", str(tmp_path / "config.yaml")]
+    return TrlParser(SeeUPOConfig).parse_args_and_config(given)[0]
+
+
+def test_tools_have_no_limit_unless_max_turns_is_given(tmp_path):
+    """However the configuration came to be. 10 that was given is a limit, although it is the default."""
+    for untouched in (
+        config(),
+        SeeUPOConfig.from_grpo_config(GRPOConfig("unused", use_cpu=True, bf16=False, report_to="none")),
+        SeeUPOConfig.from_grpo_config(config()),
+        from_command_line(tmp_path),
+        from_command_line(tmp_path, yaml="beta: 0.1"),
+        config(max_turns=None),
+    ):
+        for args in (untouched, pickle.loads(pickle.dumps(untouched)), copy.deepcopy(untouched)):
+            assert limit_of_tool_calls(args) is None
+    for given in (
+        config(max_turns=10),
+        from_command_line(tmp_path, "--max_turns", "10"),
+        from_command_line(tmp_path, yaml="max_turns: 10"),
+    ):
+        for args in (given, pickle.loads(pickle.dumps(given)), SeeUPOConfig.from_grpo_config(given)):
+            assert limit_of_tool_calls(args) == 9
+    assert limit_of_tool_calls(config(max_turns=10, max_tool_calling_iterations=3)) == 3
+
+
+def test_max_turns_is_written_as_a_plain_number():
+    assert type(config().to_dict()["max_turns"]) is int
+    assert config(max_turns=None).to_dict()["max_turns"] is None

@@ -1,5 +1,7 @@
 """Tools and environments of a script for TRL's `GRPOTrainer`: each response between their results is a turn."""
 
+import sys
+
 import pandas as pd
 import pytest
 from datasets import Dataset
@@ -85,6 +87,10 @@ class TestToolsAndEnvironments:
         turns = max(logged(trainer, "turns/max"))
         assert turns == 2 if max_turns else turns > 2
         assert max(logged(trainer, "completions/max_length")) <= 60
+
+    def test_there_is_no_limit_of_tool_calls_unless_one_is_given(self, make_agent):
+        assert make_agent(tools=[increment]).max_tool_calling_iterations == sys.maxsize
+        assert make_agent({"max_turns": 10}, tools=[increment]).max_tool_calling_iterations == 9
 
     def test_an_explicit_limit_of_tool_calls_is_kept(self, make_agent):
         trainer = make_agent({"max_tool_calling_iterations": 1}, tools=[increment])

@@ -118,7 +118,7 @@ def test_no_half_written_file_is_ever_seen(tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_repeated_replaces_its_files(tmp_path):
-    def write(num_processes, splits=("train",)):
+    def write(num_processes, splits=("eval",)):
         logs = [TrajectoryLog(tmp_path, tiny_tokenizer(), i, num_processes) for i in range(num_processes)]
         for split in splits:
             for process, log in enumerate(logs):
@@ -128,9 +128,31 @@ def test_a_run_that_is_repeated_replaces_its_files(tmp_path):
 
     assert write(1) == ["iteration-000003.parquet"]
     assert write(2) == [f"iteration-000003.process-{i}-of-2.parquet" for i in range(2)]
-    assert write(2, ("train", "train"))[:2] == [f"iteration-000003-2.process-{i}-of-2.parquet" for i in range(2)]
+    assert write(2, ("eval", "eval"))[:2] == [f"iteration-000003-2.process-{i}-of-2.parquet" for i in range(2)]
     assert read_trajectories(tmp_path)["trajectory"].to_pylist() == [0, 1, 0, 1]
     assert write(1) == ["iteration-000003.parquet"]
+
+
+def test_an_iteration_that_is_played_again_leaves_one_file_and_those_of_its_evaluations(tmp_path):
+    log = TrajectoryLog(tmp_path, tiny_tokenizer())
+
+    def write(split, iteration, group):
+        log.add([outcome(group, turns=1)], [Trajectory([Turn([1], [2])])])
+        log.write(split, iteration)
+
+    write("eval", 0, 0)
+    for group, iterations in enumerate([(1, 2, 3), (2, 3)]):  # the second time from a checkpoint, in one process
+        for iteration in iterations:
+            write("train", iteration, group)
+            write("eval", iteration, group)
+    write("eval", 3, 1)  # once more, on purpose
+    files = sorted(str(path.relative_to(tmp_path / "trajectories")) for path in find_files(tmp_path))
+    played = [f"iteration-00000{number}" for number in (1, 2, 3)]
+    evaluated = ["iteration-000000", "iteration-000001", "iteration-000002", "iteration-000003-2", "iteration-000003"]
+    assert files == [f"{s}/{n}.parquet" for s, names in (("eval", evaluated), ("train", played)) for n in names]
+    rows = read_trajectories(tmp_path).to_pylist()
+    assert {row["iteration"] for row in rows if row["trajectory"] == 1} == {2, 3}
+    assert {row["iteration"] for row in rows if row["trajectory"] == 0} == {0, 1}
 
 
 @pytest.mark.parametrize("split", ["../../evil", "..", "a/b", "eval_x y", "."])

@@ -1,0 +1,107 @@
+"""Whatever the options, a run that is resumed ends with the parameters of the one that was not interrupted."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tiny import ON_CPU, load_tiny_model, tiny_tokenizer
+
+from seeupo_trl import SeeUPOConfig, SeeUPOTrainer
+from seeupo_trl.distributed.checkpoints import REFERENCE_FILE
+from seeupo_trl.trajectory_log import read_trajectories
+
+
+LORA = {"r": 4, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+SYNC = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5, "beta": 0.5}
+
+
+def small_tokens(completion_ids, **columns):
+    return [-sum(ids) / 100 for ids in completion_ids]
+
+
+def plain(directory: str) -> dict:
+    return {"model": load_tiny_model(directory)}
+
+
+def adapter_of_the_trainer(directory: str) -> dict:
+    return {"model": load_tiny_model(directory), "peft_config": LoraConfig(**LORA)}
+
+
+def adapter_of_the_script(directory: str) -> dict:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = get_peft_model(load_tiny_model(directory), LoraConfig(**LORA))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    return {"model": model}
+
+
+def make_trainer(directory: str, output, make_model: Callable[[str], dict] = plain, **options) -> SeeUPOTrainer:
+    settings = {
+        "output_dir": str(output),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "num_generations": 2,
+        "max_completion_length": 4,
+        "max_steps": 4,
+        "learning_rate": 1e-3,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+    }
+    return SeeUPOTrainer(
+        args=SeeUPOConfig(**{**ON_CPU, **settings, **options}),
+        reward_funcs=small_tokens,
+        train_dataset=Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(6)]}),
+        processing_class=tiny_tokenizer(),
+        **make_model(directory),
+    )
+
+
+def parameters(trainer: SeeUPOTrainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+OPTIONS = {
+    "moving-reference": SYNC,
+    "adapter-of-the-trainer": {"make_model": adapter_of_the_trainer, "beta": 0.5},
+    "adapter-of-the-script": {"make_model": adapter_of_the_script, "beta": 0.5},
+    "adaptive-entropy": {"use_adaptive_entropy": True, "entropy_target": 100.0, "entropy_coef_delta": 0.1},
+    "minibatches-and-passes": {"steps_per_generation": 2, "gradient_accumulation_steps": 1, "num_iterations": 2},
+    "random-order": {"update_order": "random", "max_turn_updates": 2, "old_policy": "turn"},
+    "schedule-and-weight-decay": {"lr_scheduler_type": "cosine", "warmup_steps": 2, "weight_decay": 0.1},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_resumed_run_ends_where_the_uninterrupted_one_does(options, tiny_dir, tmp_path):
+    whole = make_trainer(tiny_dir, tmp_path, **options)
+    whole.train()
+    resumed = make_trainer(tiny_dir, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    expected, actual = parameters(whole), parameters(resumed)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    last, reference = (
+        next(log for log in reversed(trainer.state.log_history) if "loss" in log) for trainer in (resumed, whole)
+    )
+    for name in {"loss", "reward", "kl", "entropy", "entropy_coef"} & reference.keys():
+        assert last[name] == reference[name], name
+
+
+def test_resuming_in_the_same_process_leaves_one_file_for_an_iteration(tiny_dir, tmp_path):
+    trainer = make_trainer(tiny_dir, tmp_path, save_trajectories=True)
+    trainer.train()
+    before = read_trajectories(tmp_path).to_pylist()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert read_trajectories(tmp_path).to_pylist() == before
+
+
+def test_moving_reference_that_the_checkpoint_lacks_is_refused(tiny_dir, tmp_path):
+    make_trainer(tiny_dir, tmp_path, max_steps=2, beta=0.5).train()
+    assert not (tmp_path / "checkpoint-2" / REFERENCE_FILE).exists()
+    with pytest.raises(ValueError, match=f"it holds no {REFERENCE_FILE}"):
+        make_trainer(tiny_dir, tmp_path, **SYNC).train(resume_from_checkpoint=True)

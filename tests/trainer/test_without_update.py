@@ -1,0 +1,102 @@
+"""Iterations without an update, and episodes that are left out: what is logged, and what is warned about."""
+
+import warnings
+
+import pytest
+import torch
+from tiny import VOCABULARY
+from two_groups import make_trainer, parameters, rewards, rollout
+
+
+# what a script written for GRPO finds in every line of its log
+ALWAYS_THERE = [
+    "entropy",
+    *(f"clip_ratio/{name}" for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean")),
+]
+
+
+def equal_every_second_time():
+    calls = []
+
+    def reward(completion_ids, **columns):
+        calls.append(None)
+        return rewards(completion_ids) if len(calls) % 2 else [0.5] * len(completion_ids)
+
+    return reward
+
+
+def logs_of(trainer) -> list[dict[str, float]]:
+    return [log for log in trainer.state.log_history if "loss" in log]
+
+
+@pytest.mark.parametrize("packing", ["tree", "rows"])
+def test_metrics_of_grpo_are_there_in_every_iteration(packing, tiny_dir, tmp_path):
+    options = {"max_steps": 3, "learning_rate": 0.0, "packing": packing}
+    trainer = make_trainer(tiny_dir, tmp_path, reward_funcs=equal_every_second_time(), **options)
+    trainer.train()
+    learned, idle, _ = logs_of(trainer)
+    assert learned["optimizer_steps"] > 0 == idle["optimizer_steps"]
+    for name in ALWAYS_THERE:
+        assert name in learned
+    assert {name: idle[name] for name in ALWAYS_THERE[1:]} == dict.fromkeys(ALWAYS_THERE[1:], 0.0)
+    assert (idle["ratio/mean"], idle["turn_weight/mean"], idle["loss"], idle["grad_norm"]) == (1.0, 1.0, 0.0, 0.0)
+
+
+def test_entropy_of_an_iteration_without_an_update_is_that_of_all_tokens(tiny_dir, tmp_path):
+    everything = make_trainer(tiny_dir, tmp_path, learning_rate=0.0, entropy_coef=1e-6, max_turn_updates=1)
+    everything.train()
+    idle = make_trainer(tiny_dir, tmp_path, reward_funcs=lambda completion_ids, **columns: [1.0] * len(completion_ids))
+    idle.train()
+    assert logs_of(idle)[0]["entropy"] == pytest.approx(logs_of(everything)[0]["entropy"], rel=1e-5)
+
+
+def test_metrics_are_there_when_nobody_plays_a_turn(tiny_dir, tmp_path):
+    def silent(prompts, trainer):
+        output = rollout(prompts, trainer)
+        return {**output, "env_mask": [[0] * len(ids) for ids in output["completion_ids"]]}
+
+    trainer = make_trainer(tiny_dir, tmp_path, rollout_func=silent, beta=0.1)
+    trainer.train()
+    assert {name: logs_of(trainer)[0][name] for name in (*ALWAYS_THERE, "kl")} == dict.fromkeys(
+        (*ALWAYS_THERE, "kl"), 0.0
+    )
+
+
+def first_two_are_whole(prompts, trainer):
+    output = rollout(prompts, trainer)
+    for ids, mask in list(zip(output["completion_ids"], output["env_mask"], strict=True))[:2]:
+        ids.append(VOCABULARY.index("<|im_end|>"))
+        mask.append(1)
+    return output
+
+
+def test_an_episode_whose_last_response_was_cut_is_left_out_whole_and_its_reward_counts(tiny_dir, tmp_path):
+    trainer = make_trainer(
+        tiny_dir, tmp_path, rollout_func=first_two_are_whole, mask_truncated_completions=True, save_trajectories=True
+    )
+    seen = []
+    select = trainer.select_episodes
+    trainer.select_episodes = lambda episodes: (seen.append(episodes), select(episodes))[1]
+    trainer.train()
+    (episodes,) = seen
+    assert [len(trajectory.turns) for trajectory in episodes.trajectories] == [3, 2, 3, 2]
+    assert [len(trajectory.turns) for trajectory in episodes.trained] == [3, 2, 0, 0]
+    assert all(outcome.advantage != 0 for outcome in episodes.outcomes)
+    assert logs_of(trainer)[0]["episodes/left_out"] == 2
+    everything = make_trainer(tiny_dir, tmp_path, rollout_func=first_two_are_whole)
+    everything.train()
+    assert logs_of(everything)[0]["episodes/left_out"] == 0
+    assert not torch.equal(parameters(trainer), parameters(everything))
+
+
+@pytest.mark.parametrize("is_cut_off", [True, False])
+def test_gradient_of_zero_in_spite_of_advantages_is_warned_about(is_cut_off, tiny_dir, tmp_path):
+    trainer = make_trainer(tiny_dir, tmp_path, reward_funcs=equal_every_second_time(), max_steps=2)
+    if is_cut_off:
+        trainer.model.model.norm.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
+        trainer.model.lm_head.weight.requires_grad_(False)
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        trainer.train()
+    told = sum("exactly zero although its advantages are not" in str(warning.message) for warning in record)
+    assert told == is_cut_off  # once: the second iteration has no advantages
