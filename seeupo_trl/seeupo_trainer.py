@@ -30,12 +30,15 @@ from .distributed.checkpoints import ExactResume
 from .distributed.lock_step import LockStep
 from .envs.tools import EMPTY_PROMPT
 from .episode_batch import EpisodeBatch, check_finite, checked_batch, trajectories_from_masks
-from .evaluation.logs import episode_metrics, replace_last, tool_call_metrics, with_plain_arguments
+from .evaluation.logs import as_logged, episode_metrics, replace_last, tool_call_metrics
 from .evaluation.outcome import describe_outcomes
 from .evaluation.summary import Evaluation
 from .grpo_compatibility import check_overrides, fixed_values, loss_settings
 from .rollout.checks import checked_rollout
+from .rollout.observations import without_none
+from .rollout.settings import RolloutSettings
 from .rollout.trl_environments import ToolRollout
+from .rollout.turn_ends import TurnEnds
 from .rollout.vllm import kept_awake
 from .scoring.turn_buffer import Block, TurnBuffer
 from .seeupo_config import SeeUPOConfig
@@ -279,6 +282,8 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
         return self._generate_and_score_completions(generation_batch)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        # Arrow gives all messages of a column the same keys
+        inputs = [{**row, "prompt": without_none(row["prompt"])} if "prompt" in row else row for row in inputs]
         self.rollout_inputs = inputs
         # GRPO's own passes for the reference and the sampler would run over whole padded completions; the update phase
         # makes them by turn, only where they are needed
@@ -347,6 +352,18 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
         if self._evaluation is None:  # which reports the same over all its batches
             self._add_metrics(episode_metrics(trajectories, self.accelerator).items())
         return tuple(output)
+
+    def _generate_single_turn(self, *args, **kwargs) -> tuple:
+        if self.rollout_func is not None:  # which sees to the ends of its turns
+            return super()._generate_single_turn(*args, **kwargs)
+        ends = TurnEnds.of(RolloutSettings.from_arguments(vars(self.args)), self, self._tokenizer)
+        with ends.applied_to(self):
+            completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
+        lengths = [ends.length_of(list(ids)) for ids in completion_ids]
+        completion_ids = [list(ids[:length]) for ids, length in zip(completion_ids, lengths, strict=True)]
+        if logprobs is not None:
+            logprobs = [logps[:length] for logps, length in zip(logprobs, lengths, strict=True)]
+        return completion_ids, logprobs
 
     def _calculate_rewards(self, *args, **kwargs) -> torch.Tensor:
         rewards = super()._calculate_rewards(*args, **kwargs)  # (N, F)
@@ -425,7 +442,7 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
         if self.log_completions:
             for name in ("prompt", "completion"):
                 conversations = self._logs[name]
-                self._logs[name] = deque(map(with_plain_arguments, conversations), maxlen=conversations.maxlen)
+                self._logs[name] = deque(map(as_logged, conversations), maxlen=conversations.maxlen)
         super().log(logs, start_time)
 
     def _add_metrics(self, values: Iterable[tuple[str, float]]) -> None:
