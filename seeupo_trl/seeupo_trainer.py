@@ -32,10 +32,10 @@ from .envs.tools import EMPTY_PROMPT
 from .episode_batch import EpisodeBatch, check_finite, checked_batch, trajectories_from_masks
 from .evaluation.logs import as_logged, episode_metrics, replace_last, tool_call_metrics
 from .evaluation.outcome import describe_outcomes
+from .evaluation.silence import Silence
 from .evaluation.summary import Evaluation
 from .grpo_compatibility import check_overrides, fixed_values, loss_settings
 from .rollout.checks import checked_rollout
-from .rollout.observations import without_none
 from .rollout.settings import RolloutSettings
 from .rollout.trl_environments import ToolRollout
 from .rollout.turn_ends import TurnEnds
@@ -49,6 +49,7 @@ from .trainer_inputs import (
     placeholder_dataset,
     replaced,
     with_environment_reward,
+    with_plain_prompt,
 )
 from .trajectory_log import TrajectoryLog
 from .update.entropy_bonus import EntropyBonus
@@ -123,6 +124,7 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
     # set while the Trainer's own optimizer step is due: the block it belongs to, or that there is no step to take
     _block_of_last_step: Block | None = None
     _is_idle = False
+    _grad_norms: tuple[float, ...] = ()  # of the iteration's optimizer steps before the last one
 
     def __init__(
         self,
@@ -177,6 +179,7 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
             self._play_by(rollout.tool_rollout)
         check_overrides(type(self), SeeUPOTrainer, plays_tools=self._tool_rollout is not None)
         self._scorers = Scorers(self)
+        self._silence = Silence()
         self.rollout_inputs: list[dict[str, Any]] = []
         self._batch = EpisodeBatch([])
         processes = self.accelerator.process_index, self.accelerator.num_processes
@@ -250,6 +253,7 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
             self.accelerator.gradient_state._set_sync_gradients(False)
         else:
             self._block_of_last_step = updater.plan.last_step.block
+            self._grad_norms = tuple(norm for _, norm in updater.record.grad_norms)
 
         self._step += 1
         self._metrics["train"]["step_time"].append(perf_counter() - start)
@@ -282,9 +286,7 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
         return self._generate_and_score_completions(generation_batch)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        # Arrow gives all messages of a column the same keys
-        inputs = [{**row, "prompt": without_none(row["prompt"])} if "prompt" in row else row for row in inputs]
-        self.rollout_inputs = inputs
+        inputs = self.rollout_inputs = [with_plain_prompt(row) for row in inputs]
         # GRPO's own passes for the reference and the sampler would run over whole padded completions; the update phase
         # makes them by turn, only where they are needed
         hidden = {"beta": 0.0, "vllm_importance_sampling_correction": False}
@@ -318,6 +320,8 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
         without_variance = share_without_variance(rewards_per_func, self.reward_weights, group_size)
         self._metrics["train" if self.model.training else "eval"]["frac_reward_zero_std"][-1] = without_variance
         replace_last(self._logs["advantages"], advantages.tolist())
+        if self.model.training:
+            self._silence.hear_advantages(advantages.tolist())
         episodes.outcomes = describe_outcomes(
             inputs,
             episodes.trajectories,
@@ -350,7 +354,10 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
             output[3] = [trajectory.messages or [{"role": "assistant", "content": ""}] for trajectory in trajectories]
         self._batch.trajectories = trajectories
         if self._evaluation is None:  # which reports the same over all its batches
-            self._add_metrics(episode_metrics(trajectories, self.accelerator).items())
+            metrics = episode_metrics(trajectories, self.accelerator)
+            self._add_metrics(metrics.items())
+            if self.model.training:
+                self._silence.hear_episodes(metrics, self._metrics["train"]["completions/clipped_ratio"][-1])
         return tuple(output)
 
     def _generate_single_turn(self, *args, **kwargs) -> tuple:
@@ -387,6 +394,7 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
         if self._block_of_last_step is not None:
             self._add_metrics([(f"turn_{self._block_of_last_step.label}/grad_norm", float(grad_norm))])
             self._block_of_last_step = None
+            self._silence.hear_gradients([*self._grad_norms, float(grad_norm)])
         return grad_norm
 
     # ---- Evaluation ----

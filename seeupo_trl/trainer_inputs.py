@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from .rollout import MultiTurnRollout, environment_reward
 from .rollout.checks import checked_rollout
+from .rollout.observations import plain_message
 from .rollout.trl_environments import ToolRollout, tool_rollout_for
 from .seeupo_config import SeeUPOConfig
 
@@ -119,6 +120,14 @@ def check_dataset(dataset: Any, args: SeeUPOConfig) -> None:
             f"batch of {args.generation_batch_size} completions in groups of {args.num_generations}). Give more rows, "
             "or lower `per_device_train_batch_size`, `gradient_accumulation_steps` or `steps_per_generation`."
         )
+
+
+def with_plain_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    """A dataset row whose prompt has no keys that Arrow filled in: it gives all messages of a column the same ones."""
+    prompt = row.get("prompt")
+    if not isinstance(prompt, list):
+        return row
+    return {**row, "prompt": [plain_message(m) if isinstance(m, dict) else m for m in prompt]}
 
 
 @contextmanager

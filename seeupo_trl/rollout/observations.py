@@ -78,9 +78,14 @@ def _check_messages(messages: Any) -> list[Message]:
             raise TypeError(f"The content of a message must be a text; got {_brief(content)}.")
         if isinstance(content, list):
             content = content_of(content)
-        message = {"role": message["role"], "content": content, **without_none({**message, "content": content})}
-        checked.append(mended(copied(message)))
+        checked.append(mended(copied(plain_message({**message, "content": content}))))
     return checked
+
+
+def plain_message(message: Message) -> Message:
+    """A message without what Arrow filled in, see [`without_none`]; its content may be `None`."""
+    plain = without_none(message)
+    return {**plain, "content": None} if "content" in message and message["content"] is None else plain
 
 
 def without_none(value: Any) -> Any:
