@@ -125,6 +125,15 @@ class SeeUPOConfig(GRPOConfig):
             their environment; the run stops with an error where more do.
         max_observation_tokens (`int`, *optional*, defaults to `32768`):
             Longer messages of an environment are cut to so many tokens.
+        stop_strings (`list[str]`, *optional*):
+            Texts that end a turn, besides the end of a message: as soon as a response contains one (`"</search>"`),
+            the environment reads the message up to and including it. The turn keeps the tokens that were sampled, up
+            to the one that completes the text. Works with all backends; transformers' continuous batching cannot stop
+            there and generates what is then dropped. `stop_strings` (with vLLM: `stop`) in `generation_kwargs` end a
+            turn as well. Your own `rollout_func` sees to the ends of its turns itself.
+        stop_token_ids (`list[int]`, *optional*):
+            Tokens that end a turn, besides those that end a message: the tokenizer's end-of-sequence token, those of
+            the model's `generation_config`, and in episodes the token that ends a message in the chat template.
 
         > Parameters that control evaluations and saved trajectories
 
@@ -284,6 +293,17 @@ class SeeUPOConfig(GRPOConfig):
             "help": "Longer messages of an environment are cut to so many tokens. Null (in a yaml config) sets no "
             "limit."
         },
+    )
+    stop_strings: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Texts that end a turn, besides the end of a message; the environment reads the message up to and "
+            "including them."
+        },
+    )
+    stop_token_ids: list[int] | None = field(
+        default=None,
+        metadata={"help": "Tokens that end a turn, besides those that end a message."},
     )
     success_threshold: float | None = field(
         default=None,

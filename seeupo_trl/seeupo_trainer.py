@@ -8,7 +8,6 @@ used.
 """
 
 import textwrap
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -31,12 +30,15 @@ from .distributed.checkpoints import ExactResume, check_moving_reference
 from .distributed.lock_step import LockStep
 from .envs.tools import EMPTY_PROMPT
 from .episode_batch import EpisodeBatch, check_finite, checked_batch, trajectories_from_masks
-from .evaluation.logs import episode_metrics, replace_last, tool_call_metrics, with_plain_arguments
+from .evaluation.logs import as_logged, episode_metrics, replace_last, tool_call_metrics
 from .evaluation.outcome import describe_outcomes
+from .evaluation.silence import Silence
 from .evaluation.summary import Evaluation
 from .grpo_compatibility import check_overrides, fixed_values, loss_settings
 from .rollout.checks import checked_rollout
+from .rollout.settings import RolloutSettings
 from .rollout.trl_environments import ToolRollout
+from .rollout.turn_ends import TurnEnds, replaced
 from .rollout.vllm import kept_awake
 from .scoring.turn_buffer import Block, TurnBuffer
 from .seeupo_config import SeeUPOConfig
@@ -46,8 +48,8 @@ from .trainer_inputs import (
     check_optimizer,
     choose_rollout,
     placeholder_dataset,
-    replaced,
     with_environment_reward,
+    with_plain_prompt,
 )
 from .trajectory_log import TrajectoryLog
 from .update.entropy_bonus import EntropyBonus
@@ -56,13 +58,6 @@ from .update.loss import Actions, LossSettings, turn_surrogate
 from .update.objective import batch_advantages, share_without_variance
 from .update.scorers import Scorers
 from .update.turn_updater import TurnUpdater
-
-
-_ZERO_GRADIENT = (
-    "The gradient of an iteration is exactly zero although its advantages are not: nothing is learned from it. Check "
-    "that some parameters are trained, that quantized layers pass gradients on (those of bitsandbytes do not on a CPU "
-    "after an evaluation), and that the correction for the sampler does not mask every turn (`sampling/*`)."
-)
 
 
 class SeeUPOTrainer(ExactResume, GRPOTrainer):
@@ -129,8 +124,7 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
     # set while the Trainer's own optimizer step is due: the block it belongs to, or that there is no step to take
     _block_of_last_step: Block | None = None
     _is_idle = False
-    # the first optimizer step of an iteration with advantages is due
-    _needs_gradient = False
+    _grad_norms: tuple[float, ...] = ()  # of the iteration's optimizer steps before the last one
 
     def __init__(
         self,
@@ -187,6 +181,7 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
             self._play_by(rollout.tool_rollout)
         check_overrides(type(self), SeeUPOTrainer, plays_tools=self._tool_rollout is not None)
         self._scorers = Scorers(self)
+        self._silence = Silence()
         self.rollout_inputs: list[dict[str, Any]] = []
         self._batch = EpisodeBatch([])
         processes = self.accelerator.process_index, self.accelerator.num_processes
@@ -247,8 +242,6 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
             surrogate=self.turn_surrogate,
         )
         self._is_idle = updater.plan.last_step is None
-        # at the first step every ratio is 1, so that nothing is clipped
-        self._needs_gradient = not updater.is_regularized and any(advantage != 0 for advantage in updater.advantages)
         loss = updater.run()
         # TRL keeps these two in checkpoints
         self.entropy_coef = updater.entropy_bonus.coef
@@ -262,6 +255,7 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
             self.accelerator.gradient_state._set_sync_gradients(False)
         else:
             self._block_of_last_step = updater.plan.last_step.block
+            self._grad_norms = tuple(norm for _, norm in updater.record.grad_norms)
 
         self._step += 1
         self._metrics["train"]["step_time"].append(perf_counter() - start)
@@ -294,7 +288,7 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
         return self._generate_and_score_completions(generation_batch)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self.rollout_inputs = inputs
+        inputs = self.rollout_inputs = [with_plain_prompt(row) for row in inputs]
         # GRPO's own passes for the reference and the sampler would run over whole padded completions; the update phase
         # makes them by turn, only where they are needed
         hidden = {"beta": 0.0, "vllm_importance_sampling_correction": False}
@@ -330,6 +324,8 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
         without_variance = share_without_variance(rewards_per_func, self.reward_weights, group_size)
         self._metrics["train" if self.model.training else "eval"]["frac_reward_zero_std"][-1] = without_variance
         replace_last(self._logs["advantages"], advantages.tolist())
+        if self.model.training:
+            self._silence.hear_advantages(advantages.tolist())
         episodes.outcomes = describe_outcomes(
             inputs,
             episodes.trajectories,
@@ -362,8 +358,23 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
             output[3] = [trajectory.messages or [{"role": "assistant", "content": ""}] for trajectory in trajectories]
         self._batch.trajectories = trajectories
         if self._evaluation is None:  # which reports the same over all its batches
-            self._add_metrics(episode_metrics(trajectories, self.accelerator).items())
+            metrics = episode_metrics(trajectories, self.accelerator)
+            self._add_metrics(metrics.items())
+            if self.model.training:
+                self._silence.hear_episodes(metrics, self._metrics["train"]["completions/clipped_ratio"][-1])
         return tuple(output)
+
+    def _generate_single_turn(self, *args, **kwargs) -> tuple:
+        if self.rollout_func is not None:  # which sees to the ends of its turns
+            return super()._generate_single_turn(*args, **kwargs)
+        ends = TurnEnds.of(RolloutSettings.from_arguments(vars(self.args)), self, self._tokenizer)
+        with ends.applied_to(self):
+            completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
+        lengths = [ends.length_of(list(ids)) for ids in completion_ids]
+        completion_ids = [list(ids[:length]) for ids, length in zip(completion_ids, lengths, strict=True)]
+        if logprobs is not None:
+            logprobs = [logps[:length] for logps, length in zip(logprobs, lengths, strict=True)]
+        return completion_ids, logprobs
 
     def _calculate_rewards(self, *args, **kwargs) -> torch.Tensor:
         rewards = super()._calculate_rewards(*args, **kwargs)  # (N, F)
@@ -384,12 +395,10 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
         if self._is_idle:
             return 0.0
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if self._needs_gradient and float(grad_norm) == 0.0:
-            warnings.warn(_ZERO_GRADIENT, stacklevel=2)
-        self._needs_gradient = False
         if self._block_of_last_step is not None:
             self._add_metrics([(f"turn_{self._block_of_last_step.label}/grad_norm", float(grad_norm))])
             self._block_of_last_step = None
+            self._silence.hear_gradients([*self._grad_norms, float(grad_norm)])
         return grad_norm
 
     # ---- Evaluation ----
@@ -445,7 +454,7 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
         if self.log_completions:
             for name in ("prompt", "completion"):
                 conversations = self._logs[name]
-                self._logs[name] = deque(map(with_plain_arguments, conversations), maxlen=conversations.maxlen)
+                self._logs[name] = deque(map(as_logged, conversations), maxlen=conversations.maxlen)
         super().log(logs, start_time)
 
     def _add_metrics(self, values: Iterable[tuple[str, float]]) -> None:

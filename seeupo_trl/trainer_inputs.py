@@ -1,7 +1,6 @@
 """What [`SeeUPOTrainer`] makes of what it is given: what plays the episodes, rewards, arguments, the dataset."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from .rollout import MultiTurnRollout, environment_reward
 from .rollout.checks import checked_rollout
+from .rollout.observations import plain_message
 from .rollout.trl_environments import ToolRollout, tool_rollout_for
 from .seeupo_config import DefaultTurns, SeeUPOConfig, steps_in_backward
 
@@ -131,12 +131,9 @@ def check_optimizer(optimizer: Optimizer | None) -> None:
         raise ValueError(steps_in_backward(f"The optimizer `{name}`"))
 
 
-@contextmanager
-def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
-    """Give an object other attributes for a while."""
-    saved = {name: getattr(owner, name) for name in attributes}
-    vars(owner).update(attributes)
-    try:
-        yield
-    finally:
-        vars(owner).update(saved)
+def with_plain_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    """A dataset row whose prompt has no keys that Arrow filled in: it gives all messages of a column the same ones."""
+    prompt = row.get("prompt")
+    if not isinstance(prompt, list):
+        return row
+    return {**row, "prompt": [plain_message(m) if isinstance(m, dict) else m for m in prompt]}

@@ -5,6 +5,7 @@ A TRL environment is an object whose public methods are tools: `reset(**row)` ma
 prompt, the policy calls the other methods, and the episode ends with a message that calls nothing. [`ToolEnvironment`]
 makes such an object a [`~seeupo_trl.envs.MultiTurnEnvironment`]. It does what the tool loop of `GRPOTrainer` does (trl
 1.15 and 1.16), to the letter of the messages: the same schemas, the same results and error texts, in the same order.
+One thing is added: a list that is no content in parts, of which templates print nothing, becomes JSON.
 
 The policy's mistakes (a wrong name, wrong arguments, an exception inside a tool) are text that it reads. An exception
 in `reset` or `get_reward` is a fault of the environment.
@@ -12,6 +13,7 @@ in `reset` or `get_reward` is a fault of the environment.
 
 import asyncio
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from typing import Any
@@ -121,7 +123,7 @@ class ToolEnvironment(MultiTurnEnvironment):
         if not calls:
             return StepResult([], terminated=True)
         results = self._in_its_thread(lambda: self._execute(calls))
-        return StepResult([_tool_message(name, result) for name, result in results])
+        return StepResult([_tool_message(name, content) for name, content in results])
 
     def close(self) -> None:
         self._thread.end()
@@ -138,11 +140,11 @@ class ToolEnvironment(MultiTurnEnvironment):
     def _in_its_thread(self, function: Callable[[], Any]) -> Any:
         return self._thread.submit(function).result()
 
-    def _execute(self, calls: list[dict[str, Any]]) -> list[tuple[str, Any]]:
-        """Names and results of the calls: of functions in the order of the calls, then those of coroutines."""
+    def _execute(self, calls: list[dict[str, Any]]) -> list[tuple[str, str | list]]:
+        """Names and contents of the results: of functions in the order of the calls, then those of coroutines."""
         functions = {tool.__name__: tool for tool in self.tools if not inspect.iscoroutinefunction(tool)}
         coroutine_functions = {tool.__name__: tool for tool in self.tools if inspect.iscoroutinefunction(tool)}
-        results: list[tuple[str, Any]] = []
+        results: list[tuple[str, str | list]] = []
         coroutines: list[tuple[str, Any]] = []
         for call in calls:
             self.calls += 1
@@ -153,7 +155,7 @@ class ToolEnvironment(MultiTurnEnvironment):
             name, arguments = call["function"]["name"], call["function"]["arguments"]
             try:
                 if name in functions:
-                    results.append((name, functions[name](**arguments)))
+                    results.append((name, content_of(functions[name](**arguments))))
                 elif name in coroutine_functions:
                     coroutines.append((name, coroutine_functions[name](**arguments)))
                 else:
@@ -163,16 +165,41 @@ class ToolEnvironment(MultiTurnEnvironment):
         if coroutines:
             awaited = self._run(_gather([coroutine for _, coroutine in coroutines]))
             for (name, _), result in zip(coroutines, awaited, strict=True):
-                results.append((name, self._failure(result) if isinstance(result, Exception) else result))
+                try:
+                    if isinstance(result, Exception):
+                        raise result
+                    results.append((name, content_of(result)))
+                except Exception as error:
+                    results.append((name, self._failure(error)))
         return results
 
     def _run(self, coroutine: Any) -> Any:
         event_loop = _common_event_loop() if self.event_loop is None else self.event_loop
         return asyncio.run_coroutine_threadsafe(coroutine, event_loop).result()
 
-    def _failure(self, error: Any) -> dict[str, str]:
+    def _failure(self, error: Any) -> str:
         self.failures += 1
-        return {"error": str(error)}
+        try:
+            text = str(error)
+        except Exception:
+            text = type(error).__name__
+        return str({"error": text})
+
+
+def content_of(result: Any) -> str | list:
+    """
+    What a tool returned, as the content of a message: a list of parts (texts, images) as it is, any other list as JSON
+    (templates print nothing of it), everything else as its text.
+
+    Raises:
+        `Exception`:
+            When the result has no text: it is too large a number, or its `__str__` raises.
+    """
+    if not isinstance(result, list):
+        return str(result)
+    if result and all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in result):
+        return result
+    return json.dumps(result, ensure_ascii=False, default=str)
 
 
 @cache
@@ -203,9 +230,9 @@ def _append_to_prompt(prompt: list[Message], text: Any) -> list[Message]:
     return [*prompt[:-1], {**prompt[-1], "content": content + text}]
 
 
-def _tool_message(name: str, result: Any) -> Message:
-    _refuse_images(result)
-    return {"role": "tool", "name": name, "content": result if isinstance(result, list) else str(result)}
+def _tool_message(name: str, content: str | list) -> Message:
+    _refuse_images(content)
+    return {"role": "tool", "name": name, "content": content}
 
 
 def _refuse_images(content: Any) -> None:

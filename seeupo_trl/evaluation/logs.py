@@ -1,6 +1,5 @@
 """What the log says of the episodes of a batch, and conversations as TRL's tables of completions can hold them."""
 
-import copy
 import json
 from collections import Counter, deque
 from typing import Any
@@ -10,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..envs.base import StopReason
+from ..rollout.observations import mended
 from ..trajectory import Trajectory
 
 
@@ -46,19 +46,43 @@ def replace_last(log: deque, values: list[Any]) -> None:
     log.extend(values)
 
 
-def with_plain_arguments(conversation: Any) -> Any:
-    """The conversation with tool-call arguments as JSON text: their types differ by call, those of a column cannot."""
+def as_logged(conversation: Any) -> Any:
+    """
+    A conversation as TRL's tables of completions can hold and print it, whatever the policy wrote: arguments of tool
+    calls are the JSON text of an object (their types differ by call, those of a column cannot), text can be encoded,
+    and nothing is `None` but a content.
+    """
     if not isinstance(conversation, list):
-        return conversation
-    messages = []
-    for message in conversation:
-        calls = message.get("tool_calls")
-        if calls:
-            calls = copy.deepcopy(calls)
-            for call in calls:
-                function = call.get("function", call)
-                if not isinstance(function.get("arguments", ""), str):
-                    function["arguments"] = json.dumps(function["arguments"])
-            message = {**message, "tool_calls": calls}
-        messages.append(message)
-    return messages
+        return mended(conversation)
+    return [_logged_message(message) if isinstance(message, dict) else message for message in mended(conversation)]
+
+
+def _logged_message(message: dict[str, Any]) -> dict[str, Any]:
+    message = {name: value for name, value in message.items() if value is not None or name == "content"}
+    if "tool_calls" in message:
+        calls = message["tool_calls"]
+        message["tool_calls"] = [_logged_call(call) for call in (calls if isinstance(calls, list) else [calls])]
+    return message
+
+
+def _logged_call(call: Any) -> dict[str, Any]:
+    if not isinstance(call, dict):
+        return {"name": "", "arguments": _as_object(call)}
+    function = call.get("function", call)
+    if not isinstance(function, dict):
+        function = {"name": "", "arguments": function}
+    if "arguments" in function:
+        function = {**function, "arguments": _as_object(function["arguments"])}
+    return {**call, "function": function} if "function" in call else function
+
+
+def _as_object(arguments: Any) -> str:
+    """Arguments as the JSON text of an object, in which those that are none stand under a name of their own."""
+    try:
+        values = json.loads(arguments) if isinstance(arguments, str) else arguments
+        text = json.dumps(values)
+    except (TypeError, ValueError, RecursionError):  # no JSON, no plain data, too large a number, nested too deeply
+        values, text = None, arguments if isinstance(arguments, str) else type(arguments).__name__
+    if not isinstance(values, dict):
+        return json.dumps({"arguments": text if values is None else values})
+    return arguments if isinstance(arguments, str) else text

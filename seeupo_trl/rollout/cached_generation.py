@@ -14,8 +14,7 @@ Keys and values belong to the parameters they were computed with: one object ser
 
 import functools
 import logging
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..scoring.tree_attention import reason_against_trees
 from .key_values import CachedSequence, as_batch, as_rows, cache_argument, compute, into_batches, share_beginnings
+from .turn_ends import replaced
 
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class CachedGeneration:
             inputs[cache_argument(_causal_lm(model))] = cache
             return generate(input_ids=input_ids, generation_config=generation_config, **inputs)
 
-        with _replaced(model, "generate", generate_from_cache):
+        with replaced(model, generate=generate_from_cache):
             # FSDP 2 gathers what no layer holds around a forward pass of the whole model; with an adapter, the passes
             # are those of the model in it. Does nothing to other models.
             register_fsdp_forward_method(model, "generate")
@@ -244,20 +244,6 @@ def reason_against_cache(trainer: "GRPOTrainer") -> str | None:
 def _causal_lm(model: nn.Module) -> nn.Module:
     """The model whose forward pass `generate` calls."""
     return model.get_base_model() if is_peft_model(model) else model
-
-
-@contextmanager
-def _replaced(model: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """Another method in place of a model's own inside the context."""
-    before = vars(model).get(name)
-    setattr(model, name, method)
-    try:
-        yield
-    finally:
-        if before is None:
-            delattr(model, name)
-        else:
-            setattr(model, name, before)
 
 
 @functools.cache

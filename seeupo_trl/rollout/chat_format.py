@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import re
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from trl.chat_template_utils import (
 )
 
 from ..envs.base import Observation
+from .observations import mended
 
 
 if TYPE_CHECKING:
@@ -32,9 +34,13 @@ logger = logging.getLogger(__name__)
 PARSES_WITH_TOOLS = "tools" in inspect.signature(parse_response).parameters
 
 REMEMBERED_RENDERINGS = 256
+ATTEMPTS = 3  # of comparing two renderings that may have seen different times
 TAIL_LENGTH = 32  # more tokens than templates write between the head of the policy's message and its first token
 
 Message = dict[str, Any]
+
+DUMMY_QUESTION: Message = {"role": "user", "content": "dummy"}
+DUMMY_ANSWER: Message = {"role": "assistant", "content": "dummy"}
 
 
 class RewritingTemplateError(ValueError):
@@ -42,7 +48,12 @@ class RewritingTemplateError(ValueError):
 
 
 class ChatFormat:
-    """Messages to tokens and back, in the chat format of a trainer's tokenizer."""
+    """
+    Messages to tokens and back, in the chat format of a trainer's tokenizer.
+
+    `eos_token_ids` end a message of the policy: those at which its backend stops by itself, and `end_of_message`, what
+    the chat template writes at the end of a message where that is none of them.
+    """
 
     def __init__(self, trainer: "GRPOTrainer"):
         self.tokenizer: PreTrainedTokenizerBase = trainer.processing_class
@@ -51,9 +62,10 @@ class ChatFormat:
                 f"MultiTurnRollout works on text; the trainer's processing_class is a {type(self.tokenizer).__name__}."
                 " Pass a tokenizer as `processing_class` (of a processor, its `tokenizer`)."
             )
-        self.eos_token_ids: list[int] = trainer.eos_token_ids
         self.template_kwargs: dict[str, Any] = trainer.chat_template_kwargs
         self._renderings: dict[str, np.ndarray] = {}
+        self.end_of_message = self._find_end_of_message(trainer.eos_token_ids)
+        self.eos_token_ids: list[int] = [*trainer.eos_token_ids, *self.end_of_message]
         self.chat_template = self._choose_template()
         self._parser = self._build_parser()
 
@@ -67,7 +79,7 @@ class ChatFormat:
         """Tokens of a conversation that was rewritten, by the tokenizer's own template, which may rewrite it too."""
         return self._tokenize(observation.messages, None, tools=observation.tools or None, add_generation_prompt=True)
 
-    def render_suffix(self, messages: list[Message], last_id: int) -> list[int]:
+    def render_suffix(self, messages: list[Message], last_id: int, ends_message: bool = False) -> list[int]:
         """
         Tokens that follow the policy's response when `messages` come next, up to where it writes again.
 
@@ -78,36 +90,44 @@ class ChatFormat:
                 The new messages.
             last_id (`int`):
                 Last token of the response, an end-of-sequence token.
+            ends_message (`bool`, *optional*, defaults to `False`):
+                Whether to begin with the end of the policy's message, for a response that ended without it.
         """
-        suffix_ids = self._difference(messages, self.chat_template)
+        suffix_ids = self._difference(messages, self.chat_template, ends_message)
+        if ends_message:
+            return suffix_ids
         # In some formats (GLM-4) a message is ended by the first token of the next one.
         return suffix_ids[1:] if suffix_ids[:1] == [last_id] else suffix_ids
 
-    def _difference(self, messages: list[Message], chat_template: str | None) -> list[int]:
-        answer: Message = {"role": "assistant", "content": "dummy"}
-        if messages[0]["role"] == "tool":  # templates may derive the header of a result from the call
-            function = {"name": messages[0].get("name", "dummy"), "arguments": {}}
-            answer = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
-        question = [{"role": "user", "content": "dummy"}]
-        before = self._tokenize_once([*question, answer], chat_template)
-        after = self._tokenize([*question, answer, *messages], chat_template, add_generation_prompt=True)
-        # What a template writes after the end of a message (Qwen: a newline) was not generated: it is in the suffix.
-        shared = shared_length(before, after)
-        ends = (i + 1 for i in range(shared) if before[i] in self.eos_token_ids and self._is_blank(before[i + 1 :]))
-        end = next(ends, len(before))
-        if end > shared:
-            raise RewritingTemplateError(
-                "The tokenizer's chat template renders earlier messages differently when messages are appended, so a "
-                "context cannot grow token by token, and TRL has no training template for it. Set "
-                "`tokenizer.chat_template` to a template that keeps the history as it was, or give MultiTurnRollout a "
-                "function as `history`."
-            )
-        return after[end:]
+    def _difference(self, messages: list[Message], chat_template: str | None, ends_message: bool = False) -> list[int]:
+        dialogue = [DUMMY_QUESTION, _answer_before(messages)]
+        before = self._tokenize_once(dialogue, chat_template)
+        for _ in range(ATTEMPTS):
+            after = self._tokenize([*dialogue, *messages], chat_template, add_generation_prompt=True)
+            shared = shared_length(before, after)
+            # what a template writes after the end of a message (Qwen: a newline) was not generated: it is the suffix's
+            ends = (i for i in range(shared) if before[i] in self.eos_token_ids and self._is_blank(before[i + 1 :]))
+            end = next(ends, None)
+            if end is not None:
+                return after[end if ends_message else end + 1 :]
+            if shared == len(before):
+                return after[shared:]
+            # a template that prints the date or the time: the two were rendered at different ones
+            before = self._tokenize(dialogue, chat_template)
+        raise RewritingTemplateError(
+            "The tokenizer's chat template renders earlier messages differently when messages are appended, so a "
+            "context cannot grow token by token, and TRL has no training template for it. Set "
+            "`tokenizer.chat_template` to a template that keeps the history as it was, or give MultiTurnRollout a "
+            "function as `history`."
+        )
 
     def parse(self, action_ids: list[int], context_ids: list[int], tools: list[dict] | None) -> Message:
         """Read a response as an assistant message; `parse_error` marks one whose tool calls are malformed."""
         if action_ids[-1] in self.eos_token_ids and action_ids[-1] != self.tokenizer.eos_token_id:
             action_ids = action_ids[:-1]  # the parsers know the tokenizer's own end-of-sequence token only
+        return mended(self._parsed(action_ids, context_ids, tools))
+
+    def _parsed(self, action_ids: list[int], context_ids: list[int], tools: list[dict] | None) -> Message:
         if self._parser is None or not action_ids:
             return self._plain_message(action_ids)
         typed = {"tools": tools} if PARSES_WITH_TOOLS else {}
@@ -148,7 +168,8 @@ class ChatFormat:
     def _tokenize_once(self, messages: list[Message], chat_template: str | None, **kwargs: Any) -> list[int]:
         """The same for conversations that come again, as the opening does in each episode of a group."""
         try:
-            key = json.dumps([messages, chat_template, kwargs])
+            # templates may print the date
+            key = json.dumps([messages, chat_template, kwargs, date.today().isoformat()])
         except TypeError:  # not plain data
             return self._tokenize(messages, chat_template, **kwargs)
         token_ids = self._renderings.pop(key, None)
@@ -179,6 +200,38 @@ class ChatFormat:
                 pass  # the first context that would have to grow raises the error
         return None
 
+    def _find_end_of_message(self, eos_token_ids: list[int]) -> list[int]:
+        """
+        The token that ends a message in the chat template, if the policy's backend would not stop at it: models with a
+        chat template that was set after their tokenizer (or base models) name another one as end of a sequence.
+        """
+        try:
+            text = self._render_text([DUMMY_QUESTION, DUMMY_ANSWER])
+            longer = self._render_text([DUMMY_QUESTION, DUMMY_ANSWER, DUMMY_QUESTION])
+        except (ValueError, TypeError, TemplateError):
+            return []
+        word = DUMMY_ANSWER["content"]
+        # GLM-4 writes nothing at the end of a message: the head of the next one ends it
+        for rest in (text.rpartition(word)[2], longer.rpartition(word)[0].rpartition(word)[2]):
+            for token_id in self.tokenizer(rest, add_special_tokens=False)["input_ids"]:
+                if token_id in eos_token_ids:
+                    return []
+                if token_id in self.tokenizer.added_tokens_decoder:
+                    return [token_id]
+                if self.tokenizer.decode([token_id]).strip():
+                    break
+        names = ", ".join(map(repr, self.tokenizer.convert_ids_to_tokens(eos_token_ids)))
+        logger.warning(
+            "The tokenizer's chat template ends messages with no special token, so a turn ends only where the policy "
+            "writes %s by itself. If responses run on until they are cut, set `stop_strings` or `stop_token_ids` to "
+            "what ends a message.",
+            names,
+        )
+        return []
+
+    def _render_text(self, messages: list[Message]) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **self.template_kwargs)
+
     def _build_parser(self) -> PreTrainedTokenizerBase | None:
         parser = copy.deepcopy(self.tokenizer)
         if getattr(parser, "response_template", None) is not None:
@@ -191,6 +244,23 @@ class ChatFormat:
                 "text and no tool calls. Set `tokenizer.response_template`, or use a chat template TRL knows."
             )
             return None
+
+
+def _answer_before(messages: list[Message]) -> Message:
+    """A message of the policy that some messages may follow."""
+    if messages[0]["role"] != "tool":
+        return DUMMY_ANSWER
+    # templates may derive the header of a result from the call, and some (Mistral) check that the ids agree
+    results = [message for message in messages if message["role"] == "tool" and "tool_call_id" in message]
+    calls = [
+        {
+            "type": "function",
+            "function": {"name": result.get("name", "dummy"), "arguments": {}},
+            **({"id": result["tool_call_id"]} if "tool_call_id" in result else {}),
+        }
+        for result in results or messages[:1]
+    ]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
 
 
 def shared_length(first: list[int], second: list[int]) -> int:

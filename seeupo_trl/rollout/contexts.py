@@ -76,6 +76,11 @@ class Contexts(ABC):
     def next(self, episode: Episode) -> list[int]:
         """Context of the turn after the environment's reply to the last one."""
 
+    def _reply(self, episode: Episode) -> list[int]:
+        """Tokens of the environment's reply to the last turn, up to where the policy writes again."""
+        last_id = episode.turns[-1].action_ids[-1]
+        return self.chat.render_suffix(episode.new_messages, last_id, ends_message=episode.stopped_early)
+
 
 class AppendedContexts(Contexts):
     """Contexts that only grow."""
@@ -84,8 +89,7 @@ class AppendedContexts(Contexts):
         return self.chat.render(episode.observation)
 
     def next(self, episode: Episode) -> list[int]:
-        context_ids = episode.context_ids
-        return context_ids + self.chat.render_suffix(episode.new_messages, context_ids[-1])
+        return episode.context_ids + self._reply(episode)
 
 
 class StrippedContexts(Contexts):
@@ -120,8 +124,7 @@ class StrippedContexts(Contexts):
         earlier += self._turn(before.token_ids, action_ids)
         if any(message["role"] == "user" for message in episode.new_messages):
             earlier = [segment.stripped() for segment in earlier]
-        reply = Segment.plain(self.chat.render_suffix(episode.new_messages, action_ids[-1]))
-        episode.segments = [*earlier, reply]
+        episode.segments = [*earlier, Segment.plain(self._reply(episode))]
         return list(chain.from_iterable(segment.token_ids for segment in episode.segments))
 
     def _turn(self, before: list[int], action: list[int]) -> list[Segment]:
@@ -186,8 +189,7 @@ class RewrittenContexts(Contexts):
         appended = [*episode.shown, *episode.messages[-len(episode.new_messages) - 1 :]]
         episode.shown = self._shown(episode)
         if episode.shown == appended:
-            context_ids = episode.context_ids
-            return context_ids + self.chat.render_suffix(episode.new_messages, context_ids[-1])
+            return episode.context_ids + self._reply(episode)
         return self.chat.render_history(Observation(episode.shown, episode.observation.tools))
 
     def _shown(self, episode: Episode) -> list[Message]:

@@ -56,7 +56,8 @@ class Episode:
             The dataset row.
 
     `environment` is the one of the last attempt to begin the episode; once the episode has ended, it may be playing
-    another one. `segments` and `shown` belong to [`~seeupo_trl.rollout.contexts.Contexts`].
+    another one. `stopped_early` says that the last turn ended before the end of its message, at a stop string or at a
+    token that is no end of a message. `segments` and `shown` belong to [`~seeupo_trl.rollout.contexts.Contexts`].
     """
 
     key: int
@@ -73,6 +74,7 @@ class Episode:
     error: Exception | None = None
     segments: list[Segment] = field(default_factory=list)
     shown: list[Message] = field(default_factory=list)
+    stopped_early: bool = False
 
     @property
     def active(self) -> bool:

@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 
 from .cached_generation import CachedGeneration
 from .episode import Episode
+from .turn_ends import TurnEnds
 
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def generate_responses(
-    episodes: list[Episode], trainer: "GRPOTrainer", cache: CachedGeneration | None
+    episodes: list[Episode], trainer: "GRPOTrainer", cache: CachedGeneration | None, ends: TurnEnds
 ) -> list[tuple[list[int], list[float] | None]] | None:
     """
     Sample with the trainer's own backend and settings. To be called on every process, also without episodes.
@@ -31,11 +32,13 @@ def generate_responses(
             The trainer whose policy plays.
         cache ([`~seeupo_trl.rollout.cached_generation.CachedGeneration`], *optional*):
             Keys and values of earlier turns, where they are kept.
+        ends ([`~seeupo_trl.rollout.turn_ends.TurnEnds`]):
+            Where turns end.
 
     Returns:
         `list[tuple]`, *optional*:
-            For each episode the tokens of its response and their log-probabilities (`None` where the backend reports
-            none); `None` when no process has any episode left.
+            For each episode the tokens of its response, up to the end of the turn, and their log-probabilities
+            (`None` where the backend reports none); `None` when no process has any episode left.
     """
     accelerator = trainer.accelerator
     counts = [len(episodes)]
@@ -54,10 +57,16 @@ def generate_responses(
         missing = needed - len(rows)
         rows += [shortest] * missing
         keys += [None] * missing
-    if cache is not None:
-        completion_ids, logprobs = cache.generate(keys, rows), None
-    else:
-        completion_ids, logprobs = trainer._generate_single_turn(rows, None, {}, 1)
+    with ends.applied_to(trainer):
+        if cache is not None:
+            completion_ids, logprobs = cache.generate(keys, rows), None
+        else:
+            completion_ids, logprobs = trainer._generate_single_turn(rows, None, {}, 1)
     if logprobs is None:
         logprobs = [None] * len(rows)
-    return [(list(ids), logps) for ids, logps, _ in zip(completion_ids, logprobs, episodes, strict=False)]
+    responses = []
+    for ids, logps, _ in zip(completion_ids, logprobs, episodes, strict=False):
+        ids = list(ids)
+        length = ends.length_of(ids)
+        responses.append((ids[:length], None if logps is None else logps[:length]))
+    return responses

@@ -21,7 +21,7 @@ import math
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -36,10 +36,17 @@ from .failures import MISTAKES, raise_if_too_many_failed
 from .generation import generate_responses
 from .limits import EpisodeLimits
 from .message_environments import MessageEnvironments
-from .observations import CHARACTERS_PER_TOKEN, check_observation, check_step_result, cut_to_tokens
+from .observations import (
+    CHARACTERS_PER_TOKEN,
+    check_observation,
+    check_step_result,
+    cut_message,
+    number_of_characters,
+)
 from .output import rollout_output
 from .settings import RolloutSettings
 from .tasks import Tasks
+from .turn_ends import TurnEnds
 
 
 if TYPE_CHECKING:
@@ -94,6 +101,14 @@ class MultiTurnRollout:
         max_observation_tokens (`int`, *optional*):
             Longer messages from `step` are cut to so many tokens, with a note at the cut. The opening messages are
             never cut.
+        stop_strings (`Sequence[str]`, *optional*):
+            Texts that end a turn, besides the end of a message: as soon as a response contains one (`"</search>"`),
+            the environment reads the message up to and including it. The turn keeps the tokens that were sampled, up
+            to the one that completes the text. Those in the trainer's `generation_kwargs` (`stop_strings`, vLLM's
+            `stop`) end turns, too.
+        stop_token_ids (`Sequence[int]`, *optional*):
+            Tokens that end a turn, besides those that end a message. The environment reads the text of such a token,
+            unless it is a special one.
 
     Calling it with `(prompts, trainer)` returns a dict of lists with one item per prompt:
 
@@ -145,6 +160,8 @@ class MultiTurnRollout:
         env_reset_retries: int | None = None,
         max_env_failure_rate: float | None = None,
         max_observation_tokens: int | None = None,
+        stop_strings: Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
     ):
         if not callable(environment_factory):
             raise TypeError(
@@ -161,6 +178,8 @@ class MultiTurnRollout:
             "env_reset_retries": env_reset_retries,
             "max_env_failure_rate": max_env_failure_rate,
             "max_observation_tokens": max_observation_tokens,
+            "stop_strings": stop_strings,
+            "stop_token_ids": stop_token_ids,
         }
         RolloutSettings(**{name: value for name, value in self._options.items() if value is not None})  # checks them
         self._tasks = Tasks(tasks)
@@ -236,6 +255,7 @@ class RolloutBatch:
         self._limits = limits
         self._chat = chat
         self._contexts = contexts_for(settings.history, chat)
+        self._ends = TurnEnds.of(settings, trainer, chat.tokenizer, chat.end_of_message)
         self._trainer = trainer
         self._counts: Counter = Counter()
 
@@ -253,7 +273,7 @@ class RolloutBatch:
                 self._begin(starting)
                 playing += [episode for episode in starting if episode.active]
             start = time.perf_counter()
-            responses = generate_responses(playing, self._trainer, cache)
+            responses = generate_responses(playing, self._trainer, cache, self._ends)
             self._counts["time/generation"] += time.perf_counter() - start
             if responses is None:
                 return
@@ -320,7 +340,7 @@ class RolloutBatch:
             self._environments.pool.discard(call.environment)
 
     def _open_context(self, episode: Episode) -> None:
-        characters = sum(len(message.get("content") or "") for message in episode.observation.messages)
+        characters = sum(number_of_characters(message) for message in episode.observation.messages)
         if characters > self._limits.max_context_length * CHARACTERS_PER_TOKEN:
             self._end(episode, StopReason.context_overflow)  # without tokenising it
             return
@@ -339,8 +359,10 @@ class RolloutBatch:
         message: dict[str, Any] = {}
         if action_ids:
             message = self._chat.parse(action_ids, episode.context_ids, episode.observation.tools)
+            message = self._ends.trimmed(message)
             episode.act(Turn(episode.context_ids, action_ids, logps), message)
-        is_whole = bool(action_ids) and action_ids[-1] in self._trainer.eos_token_ids and not overflow
+        is_whole = self._ends.are_in(action_ids) and not overflow
+        episode.stopped_early = is_whole and action_ids[-1] not in self._chat.eos_token_ids
         if not is_whole and not (self._limits.executes_truncated_calls and "tool_calls" in message):
             at_limit = len(action_ids) == room
             self._end(episode, reason if at_limit else StopReason.response_truncated)
@@ -373,11 +395,10 @@ class RolloutBatch:
             _, episode.stop_reason = self._limits.length_of(episode)
 
     def _cut(self, result: StepResult) -> StepResult:
-        for message in result.messages:
-            text = message.get("content")
-            if text and isinstance(text, str) and self._settings.max_observation_tokens != math.inf:
-                message["content"] = cut_to_tokens(text, self._settings.max_observation_tokens, self._chat.tokenizer)
-                self._counts["env/observations_cut"] += message["content"] is not text
+        limit = self._settings.max_observation_tokens
+        if limit != math.inf:
+            for message in result.messages:
+                self._counts["env/observations_cut"] += cut_message(message, limit, self._chat.tokenizer)
         return result
 
     def _end(self, episode: Episode, stop_reason: StopReason) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..envs.base import Observation, StepResult
+from ..envs.tools import content_of
 
 
 Message = dict[str, Any]
@@ -37,7 +38,7 @@ def check_observation(observation: Any) -> Observation:
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise TypeError(f"Observation.tools must be a list of JSON schemas; got {_brief(tools)}.")
     # schemas are long, and JSON's own copy is ten times faster than one in Python
-    return Observation(_check_messages(observation.messages), json.loads(json.dumps(tools)))
+    return Observation(_check_messages(observation.messages), mended(without_none(json.loads(json.dumps(tools)))))
 
 
 def check_step_result(result: Any) -> StepResult:
@@ -75,12 +76,31 @@ def _check_messages(messages: Any) -> list[Message]:
         content = message.get("content")
         if content is not None and not isinstance(content, (str, list)):
             raise TypeError(f"The content of a message must be a text; got {_brief(content)}.")
-        message = copied(message)
-        if isinstance(content, str):
-            # lone surrogates, as in '\ud83d', have no UTF-8 form
-            message["content"] = content.encode("utf-8", "replace").decode("utf-8")
-        checked.append(message)
+        if isinstance(content, list):
+            content = content_of(content)
+        checked.append(mended(copied(plain_message({**message, "content": content}))))
     return checked
+
+
+def plain_message(message: Message) -> Message:
+    """A message without what Arrow filled in, see [`without_none`]; its content may be `None`."""
+    plain = without_none(message)
+    return {**plain, "content": None} if "content" in message and message["content"] is None else plain
+
+
+def without_none(value: Any) -> Any:
+    """
+    Plain data without the keys of dicts whose value is `None`: Arrow gives all dicts of a column the same keys, and
+    templates print what is there. The value itself where there are none.
+    """
+    if isinstance(value, dict):
+        items = {key: without_none(item) for key, item in value.items() if item is not None}
+        same = len(items) == len(value) and all(item is value[key] for key, item in items.items())
+        return value if same else items
+    if isinstance(value, list):
+        items = [without_none(item) for item in value]
+        return items if any(new is not old for new, old in zip(items, value, strict=True)) else value
+    return value
 
 
 def copied(value: Any) -> Any:
@@ -91,6 +111,72 @@ def copied(value: Any) -> Any:
     if kind is list:
         return [copied(item) for item in value]
     return value if kind in _IMMUTABLE else copy.deepcopy(value)
+
+
+def mended(value: Any) -> Any:
+    """
+    Plain data in which all text can be encoded: lone surrogates, as in `"\\ud83d"`, have no UTF-8 form, and become a
+    question mark. The value itself where there is nothing to mend.
+    """
+    kind = type(value)
+    if kind is str:
+        return value if _is_encodable(value) else value.encode("utf-8", "replace").decode("utf-8")
+    if kind is list:
+        items = [mended(item) for item in value]
+        return items if any(new is not old for new, old in zip(items, value, strict=True)) else value
+    if kind is dict:
+        items = {mended(key): mended(item) for key, item in value.items()}
+        same = len(items) == len(value) and all(key in value and items[key] is value[key] for key in items)
+        return value if same else items
+    return value
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def number_of_characters(message: Message) -> int:
+    """Length of a message's text, which may come in parts."""
+    content = message.get("content") or ""
+    return len(content) if isinstance(content, str) else sum(len(part["text"]) for part in _texts_in(content))
+
+
+def cut_message(message: Message, limit: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """
+    Cut the text of a message, all its parts together, to so many tokens.
+
+    Args:
+        message (`dict`):
+            The message, which is changed.
+        limit (`int`):
+            Most tokens that are kept.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            See [`cut_to_tokens`].
+
+    Returns:
+        `bool`:
+            Whether anything was cut.
+    """
+    content = message.get("content")
+    if isinstance(content, str):
+        message["content"] = cut_to_tokens(content, limit, tokenizer)
+        return message["content"] is not content
+    is_cut = False
+    for part in _texts_in(content or []):
+        text = part["text"]
+        part["text"] = cut_to_tokens(text, limit, tokenizer)
+        is_cut = is_cut or part["text"] is not text
+        limit -= min(limit, len(tokenizer(part["text"], add_special_tokens=False)["input_ids"]))
+    return is_cut
+
+
+def _texts_in(parts: list[Any]) -> list[dict[str, Any]]:
+    """Those parts of a content that hold text."""
+    return [part for part in parts if isinstance(part.get("text"), str)]
 
 
 def cut_to_tokens(text: str, limit: int, tokenizer: PreTrainedTokenizerBase) -> str:

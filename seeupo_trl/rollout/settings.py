@@ -7,6 +7,7 @@ way: in a [`~seeupo_trl.SeeUPOConfig`], which is written and read as JSON, `None
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +37,10 @@ class RolloutSettings:
             Largest fraction of a batch's episodes that may fail by their environments.
         max_observation_tokens (`int`, *optional*, defaults to `32768`):
             Most tokens of a message from `step`.
+        stop_strings (`Sequence[str]`, *optional*, defaults to `()`):
+            Texts that end a turn of the policy, see [`seeupo_trl.rollout.turn_ends`].
+        stop_token_ids (`Sequence[int]`, *optional*, defaults to `()`):
+            Tokens that end a turn of the policy, besides those that end its messages.
     """
 
     history: History = "append"
@@ -46,6 +51,8 @@ class RolloutSettings:
     env_reset_retries: int = 2
     max_env_failure_rate: float = 0.5
     max_observation_tokens: float = 32768
+    stop_strings: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
 
     def __post_init__(self):
         check_history(self.history)
@@ -58,6 +65,8 @@ class RolloutSettings:
             raise ValueError(f"env_reset_retries is {self.env_reset_retries}; give a number of retries, 0 or more.")
         if not 0 <= self.max_env_failure_rate <= 1:
             raise ValueError(f"max_env_failure_rate is {self.max_env_failure_rate}; give a fraction from 0 to 1.")
+        _check_list("stop_strings", self.stop_strings, lambda text: isinstance(text, str) and text, "non-empty texts")
+        _check_list("stop_token_ids", self.stop_token_ids, lambda token_id: type(token_id) is int, "token ids")
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> "RolloutSettings":
@@ -69,8 +78,9 @@ class RolloutSettings:
                 The trainer's arguments by name. A stock GRPOConfig has none of the settings, a
                 [`~seeupo_trl.SeeUPOConfig`] all.
         """
-        names = cls.__dataclass_fields__.keys() & arguments.keys()
-        return cls(**{name: math.inf if arguments[name] is None else arguments[name] for name in names})
+        values = {name: arguments[name] for name in cls.__dataclass_fields__.keys() & arguments.keys()}
+        lists = {name: values.pop(name) or () for name in ("stop_strings", "stop_token_ids") if name in values}
+        return cls(**lists, **{name: math.inf if value is None else value for name, value in values.items()})
 
     @classmethod
     def of(cls, options: dict[str, Any], arguments: dict[str, Any]) -> "RolloutSettings":
@@ -85,3 +95,8 @@ class RolloutSettings:
         """
         given = {name: value for name, value in options.items() if value is not None}
         return replace(cls.from_arguments(arguments), **given)
+
+
+def _check_list(name: str, values: Any, is_allowed: Callable[[Any], Any], what: str) -> None:
+    if not isinstance(values, (list, tuple)) or not all(map(is_allowed, values)):
+        raise ValueError(f"{name} is {values!r}; give a list of {what}.")

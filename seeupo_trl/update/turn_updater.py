@@ -115,12 +115,11 @@ class TurnUpdater:
 
         self.settings = LossSettings.of(config) if settings is None else settings
         self.surrogate = surrogate
-        self.advantages = advantages
-        self.is_regularized = reference is not None or entropy_bonus.is_enabled
+        regularized = reference is not None or entropy_bonus.is_enabled
         num_minibatches = config.steps_per_generation // config.gradient_accumulation_steps
         self.plan = UpdatePlan(
             buffer,
-            [self.is_regularized or advantage != 0.0 for advantage in advantages],
+            [regularized or advantage != 0.0 for advantage in advantages],
             lock_step,
             num_minibatches=num_minibatches,
             num_passes=config.num_iterations,

@@ -45,7 +45,7 @@ class Library:
         self.found = []
         self.shelf = shelf
 
-    async def search(self, words: str, limit: int = 2) -> list[str]:
+    async def search(self, words: str, limit: int = 2) -> str:
         """
         Searches.
 
@@ -57,7 +57,7 @@ class Library:
             Titles.
         """
         self.found.append(words)
-        return [f"{words} {number}" for number in range(limit)]
+        return "\n".join(f"{words} {number}" for number in range(limit))
 
     async def borrow(self, title: str) -> dict:
         """

@@ -110,3 +110,69 @@ def test_the_shared_length_is_that_of_a_loop():
         first, second = ([rng.randrange(2) for _ in range(rng.randrange(9))] for _ in range(2))
         common = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
         assert shared_length(first, second) == len(list(common))
+
+
+DATED = """\
+{{ '<|im_start|>system\\nToday is ' ~ strftime_now('%d %b %Y %H:%M') ~ '<|im_end|>\\n' }}
+{%- for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+def test_a_template_that_prints_the_time_can_be_continued_at_another_one(monkeypatch):
+    """Midnight passes between two turns: Llama 3, Mistral Small 3, SmolLM3 and Granite print the date."""
+    tokenizer = byte_tokenizer("qwen2_5")
+    tokenizer.chat_template = DATED
+    times = iter([])
+    apply = type(tokenizer).apply_chat_template
+
+    def at_some_time(self, messages, **kwargs):
+        text = self.chat_template.replace("strftime_now('%d %b %Y %H:%M')", repr(next(times, "24 Dec 2026 23:59")))
+        return apply(self, messages, **{**kwargs, "chat_template": text})
+
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", at_some_time)
+    trainer = SimpleNamespace(
+        processing_class=tokenizer, eos_token_ids=[tokenizer.eos_token_id], chat_template_kwargs={}
+    )
+    chat = ChatFormat(trainer)
+    expected = chat.render_suffix([user("Go on.")], tokenizer.eos_token_id)
+    assert tokenizer.decode(expected) == "\n<|im_start|>user\nGo on.<|im_end|>\n<|im_start|>assistant\n"
+    for later in (["25 Dec 2026 00:00"] * 9, ["24 Dec 2026 23:59", "25 Dec 2026 00:00", "25 Dec 2026 00:00"]):
+        times = iter(later)
+        assert chat.render_suffix([user("Go on.")], tokenizer.eos_token_id) == expected
+
+
+WITH_IDS = """\
+{%- for m in messages %}
+{%- if m.role == 'tool' %}
+{%- if m.tool_call_id is not defined or m.tool_call_id|length != 9 %}{{ raise_exception('no id') }}{% endif %}
+{{- '<|im_start|>tool ' ~ m.tool_call_id ~ '\\n' ~ m.content ~ '<|im_end|>\\n' }}
+{%- else %}
+{{- '<|im_start|>' ~ m.role ~ '\\n' ~ m.content }}
+{%- for call in m.tool_calls or [] %}
+{%- if call.id is not defined or call.id|length != 9 %}{{ raise_exception('no id') }}{% endif %}
+{{- call.function.name ~ call.id }}
+{%- endfor %}{{ '<|im_end|>\\n' }}
+{%- endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+def test_calls_have_the_ids_that_the_environment_gave():
+    """Mistral's templates refuse calls and results without them."""
+    tokenizer = byte_tokenizer("qwen2_5")
+    tokenizer.chat_template = WITH_IDS
+    trainer = SimpleNamespace(
+        processing_class=tokenizer, eos_token_ids=[tokenizer.eos_token_id], chat_template_kwargs={}
+    )
+    results = [{**result(text), "tool_call_id": name} for text, name in (("a", "abcdefghi"), ("b", "123456789"))]
+    suffix = ChatFormat(trainer).render_suffix(results, tokenizer.eos_token_id)
+    assert tokenizer.decode(suffix) == (
+        "\n<|im_start|>tool abcdefghi\na<|im_end|>\n<|im_start|>tool 123456789\nb<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_what_the_policy_writes_can_be_encoded():
+    chat = make_chat("qwen2_5")
+    call = '<tool_call>\n{"name": "look", "arguments": {"thing": "\\ud83d"}}\n</tool_call><|im_end|>'
+    action = chat.tokenizer(call)["input_ids"]
+    message = chat.parse(action, chat.render(Observation([user("Begin.")], tools=TOOLS)), TOOLS)
+    assert message["tool_calls"][0]["function"]["arguments"] == {"thing": "?"}

@@ -37,8 +37,8 @@ def test_docstrings_give_the_defaults_of_the_code(name):
     (default,) = (field.default for field in fields(RolloutSettings) if field.name == name)
     assert default is not MISSING
     assert documented(RolloutSettings, name) == written(default)
-    # None, which is no limit, is no default to tell of in TRL's docstrings
-    assert documented(SeeUPOConfig, name) == (None if default == math.inf else written(default))
+    # None, which is no limit or an empty list, is no default to tell of in TRL's docstrings
+    assert documented(SeeUPOConfig, name) == (None if default in (math.inf, ()) else written(default))
     # what is not given is as the trainer says
     assert documented(MultiTurnRollout, name) is None
 
@@ -64,6 +64,8 @@ def test_none_is_as_the_trainer_says_in_a_rollout(name):
             env_reset_retries=7,
             max_env_failure_rate=0.1,
             max_observation_tokens=None,
+            stop_strings=["</a>"],
+            stop_token_ids=[3],
         )
     )
     said, default = RolloutSettings.from_arguments(arguments), getattr(RolloutSettings(), name)

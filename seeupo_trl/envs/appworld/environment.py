@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "dev", "test_normal", "test_challenge")
 
-CODE_BLOCK = re.compile(r"^[ \t]*```(?:python|py)[ \t]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE | re.IGNORECASE)
+# A block may begin and end within a line: models write "Code: ```python" and "print(1)```".
+CODE_BLOCK = re.compile(
+    r"```(?:python|py)[ \t]*\n(.*?)(?:^[ \t]*```|```[ \t]*$)", re.DOTALL | re.MULTILINE | re.IGNORECASE
+)
 
 # Rewards are multiples of this power of two, so that sums and differences of them are exact: rounding errors would
 # look like differences between the episodes of a group.
