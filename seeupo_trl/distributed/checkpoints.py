@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -166,29 +167,27 @@ def save_entropy_state(checkpoint: str, coefficient: float, last_entropy: float 
         json.dump({"entropy_coef": coefficient, "last_world_entropy": last_entropy}, file)
 
 
-def check_moving_reference(args: TrainingArguments, accelerator: Accelerator) -> None:
+def sharded_reference(args: TrainingArguments, accelerator: Accelerator) -> str | None:
     """
-    Refuse `sync_ref_model=True` where the reference is sharded: a checkpoint could not hold it.
-
-    Args:
-        args ([`~transformers.TrainingArguments`]):
-            Arguments of the run.
-        accelerator ([`~accelerate.Accelerator`]):
-            Communication.
-
-    Raises:
-        `ValueError`:
-            Under DeepSpeed ZeRO-3 and FSDP.
+    What shards a reference model that moves (`sync_ref_model=True`), so that no checkpoint holds it: DeepSpeed ZeRO-3
+    or FSDP. `None` where nothing does.
     """
     plugin = accelerator.state.deepspeed_plugin
-    is_zero3 = plugin is not None and plugin.zero_stage == 3
-    is_fsdp = accelerator.distributed_type == DistributedType.FSDP
-    if args.sync_ref_model and (is_zero3 or is_fsdp):
-        backend = "FSDP" if is_fsdp else "DeepSpeed ZeRO-3"
-        raise ValueError(
-            f"`sync_ref_model=True` does not go with {backend}: its shards of the reference model are in no "
-            "checkpoint, so that a resumed run would measure the KL against another model. Use DDP or ZeRO-1/2, or "
-            "leave `sync_ref_model` off."
+    if args.sync_ref_model and plugin is not None and plugin.zero_stage == 3:
+        return "DeepSpeed ZeRO-3"
+    if args.sync_ref_model and accelerator.distributed_type == DistributedType.FSDP:
+        return "FSDP"
+    return None
+
+
+def check_moving_reference(args: TrainingArguments, accelerator: Accelerator) -> None:
+    """Warn before a run that could not be resumed, because its reference moves and is sharded."""
+    backend = sharded_reference(args, accelerator)
+    if backend is not None:
+        warnings.warn(
+            f"With `sync_ref_model=True` and {backend} this run cannot be resumed: no checkpoint holds the shards of "
+            "the reference model. DDP and DeepSpeed ZeRO-1/2 save it.",
+            stacklevel=3,
         )
 
 
@@ -254,6 +253,13 @@ class ExactResume:
             resume_from_checkpoint = agree_on_checkpoint(self.args.output_dir, self.accelerator)
         if resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint, self.accelerator)
+            backend = sharded_reference(self.args, self.accelerator)
+            if backend is not None:
+                raise ValueError(
+                    f"Cannot resume from {resume_from_checkpoint} with `sync_ref_model=True` and {backend}: it does "
+                    "not hold the shards of the reference model, and the KL would be another one. Resume with "
+                    "`sync_ref_model=False`, or start a new run from the model."
+                )
             if self.args.sync_ref_model:
                 load_reference(self.accelerator.unwrap_model(self.ref_model), resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -270,7 +276,8 @@ class ExactResume:
         super()._save_rng_state(output_dir)
         if self.use_adaptive_entropy and self.args.should_save:
             save_entropy_state(output_dir, self.entropy_coef, self._last_world_entropy)
-        if self.args.sync_ref_model and self.args.should_save:
+        is_whole = sharded_reference(self.args, self.accelerator) is None
+        if self.args.sync_ref_model and self.args.should_save and is_whole:
             save_reference(self.accelerator.unwrap_model(self.ref_model), output_dir)
         # the state file, which is written next, says that the checkpoint is whole: on every process
         self.accelerator.wait_for_everyone()

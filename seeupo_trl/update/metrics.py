@@ -244,7 +244,10 @@ class UpdateMetrics:
 
         metrics: dict[str, float] = {}
         if total.sums.scored == 0:
-            return dict.fromkeys(["entropy", *_CLIP_RATIOS, *self._optional & {"kl"}], 0.0)  # nobody played a turn
+            # nobody played a turn
+            optional = {"kl": "kl", "entropy_bonus": "policy_loss"}
+            names = [name for option, name in optional.items() if option in self._optional]
+            return dict.fromkeys(["entropy", *_CLIP_RATIOS, *names], 0.0)
         for block, merged in zip(self._blocks, merged_rows[: len(self._blocks)], strict=True):
             metrics |= {f"turn_{block.label}/{name}": value for name, value in merged.describe(self._optional).items()}
         values = total.describe(self._optional)

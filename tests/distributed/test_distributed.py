@@ -247,6 +247,7 @@ def test_processes_log_what_one_process_logs(launched, run, finished):
             logged = [name for name in names if name in reference]
             assert logged == [name for name in names if name in log]
             assert len(logged) == len(names) or reference["optimizer_steps"] == 0
+            assert "entropy" in logged
             for name in logged:
                 assert log[name] == pytest.approx(reference[name], rel=1e-3, abs=1e-5), name
 

@@ -32,6 +32,9 @@ OPTIONS = {
     "save_strategy": "steps",
     "save_steps": 1,
 }
+# where a checkpoint holds a reference that moves, it does
+MOVING_REFERENCE = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
+WITH_MOVING_REFERENCE = ("ddp", "zero2")
 BACKENDS = ("ddp", "zero2", "zero3", "zero3_offload", "fsdp2")
 KILLED_AT = 2  # of four iterations
 SECONDS_TO_END = 120  # about 5 on an idle machine; PyTorch's launcher gives processes 30 to end by themselves
@@ -55,7 +58,7 @@ def story(tmp_path_factory):
     @cache
     def tell(backend: str) -> Story:
         output = tmp_path_factory.mktemp(backend)
-        options = {**OPTIONS, "model": model}
+        options = {**OPTIONS, "model": model, **(MOVING_REFERENCE if backend in WITH_MOVING_REFERENCE else {})}
         whole = {**options, "name": "whole"}
         dying = {**options, "name": "dying", "kill": {"step": KILLED_AT, "process": 1}}
         first = launch(output, backend, 2, [whole, dying])
@@ -72,8 +75,11 @@ def story(tmp_path_factory):
         next(lost.glob("rng_state_1*")).unlink()
         resumed = {**options, "name": "dying", "resume": True}
         incomplete = {**options, "name": "lost", "resume": True, "refused": True}
+        moving = {**resumed, **MOVING_REFERENCE, "refused": True, "name": "moving"}
+        shutil.copytree(checkpoints / f"checkpoint-{KILLED_AT}", output / "moving" / f"checkpoint-{KILLED_AT}")
         saving = {**options, "name": "saving", "kill_while_saving": {"step": 2, "process": 1}}
-        return Story(first, launch(output, backend, 2, [resumed, incomplete, saving]), found)
+        sharded = [] if backend in WITH_MOVING_REFERENCE else [moving]
+        return Story(first, launch(output, backend, 2, [resumed, incomplete, *sharded, saving]), found)
 
     return tell
 
@@ -97,6 +103,13 @@ def test_resumed_run_ends_with_the_parameters_of_the_uninterrupted_run(backend, 
     last, reference = second.logs("dying")[-2], first.logs("whole")[-2]
     for name in ("loss", "reward", "grad_norm", "learning_rate", "num_tokens", "turns/mean"):
         assert last[name] == reference[name], name
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend not in WITH_MOVING_REFERENCE])
+def test_reference_that_moves_in_shards_is_not_resumed(backend, story):
+    notes = story(backend).second.notes("moving")
+    name = "FSDP" if backend == "fsdp2" else "DeepSpeed ZeRO-3"
+    assert all(f"`sync_ref_model=True` and {name}: it does not hold the shards" in note["error"] for note in notes)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
