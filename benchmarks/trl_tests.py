@@ -226,7 +226,7 @@ def write_stand_ins(directory: Path, wheel: str) -> None:
     configs = []
     for name, prompt in rows.items():
         (directory / "zen" / name).mkdir(parents=True)
-        for split, part in (("train", prompt[:6]), ("test", prompt[17:])):
+        for split, part in (("train", prompt[:4]), ("test", prompt[17:])):
             Dataset.from_dict({"prompt": part}).to_parquet(directory / "zen" / name / f"{split}.parquet")
         files = [{"split": split, "path": f"{name}/{split}.parquet"} for split in ("train", "test")]
         configs.append({"config_name": name, "data_files": files})
