@@ -1,6 +1,5 @@
 """Iterations without an update, and episodes that are left out: what is logged, and what is warned about."""
 
-
 import pytest
 import torch
 from tiny import VOCABULARY
