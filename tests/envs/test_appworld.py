@@ -23,6 +23,7 @@ from trl import ModelConfig, TrlParser
 
 from seeupo_trl import MultiTurnRollout, SeeUPOConfig, SeeUPOTrainer
 from seeupo_trl.envs.appworld import AppWorldEnvironment, load_appworld, opening_messages
+from seeupo_trl.envs.appworld.environment import CODE_BLOCK
 from seeupo_trl.envs.appworld.install import INSTALL, find_python, find_root
 from seeupo_trl.envs.appworld.launcher import AppWorldServerError, AppWorldTimeoutError
 from seeupo_trl.envs.appworld.server import AppWorldServers
@@ -172,6 +173,22 @@ def test_a_message_without_code_is_answered_and_the_episode_goes_on(environment,
     result = environment.step({"role": "assistant", "content": content})
     assert "no block of code" in output(result)
     assert not (result.terminated or result.truncated)
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        ("```python\nprint(1)```", "print(1)"),
+        ("I try: ```python\nx = 1\nprint(x)``` \nDone. ```python\nprint(2)\n```", "x = 1\nprint(x)"),
+        ("```python\nprint('a ``` b')\n  ```", "print('a ``` b')\n"),
+        ("```py\nx = 1\n```\nthen\n```python\nprint(2)```", "x = 1\n"),
+        ("```\nprint(1)```", None),
+        ("```python\nprint(1)", None),
+    ],
+)
+def test_a_block_may_begin_and_end_within_a_line(content, code):
+    block = CODE_BLOCK.search(content)
+    assert (block and block[1]) == code
 
 
 @needs_appworld

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+from datasets import Dataset
+from tiny import ON_CPU, load_tiny_model, save_tiny_model, tiny_tokenizer
 from trl.trainer.utils import print_prompt_completions_sample
 
+from seeupo_trl import SeeUPOConfig, SeeUPOTrainer
 from seeupo_trl.evaluation.logs import as_logged
 
 
@@ -57,3 +60,39 @@ def test_arguments_of_the_usual_kind_are_json_text():
 def test_conversations_without_calls_and_plain_text_stay_as_they_are():
     conversation = [{"role": "user", "content": "Hi."}]
     assert as_logged(conversation) == conversation and as_logged("Hi.") == "Hi."
+
+
+def test_what_arrow_fills_in_reaches_no_template_and_no_log(tmp_path, capsys):
+    """In a column of messages, all have the keys that one of them has."""
+    asks = [
+        {"role": "user", "content": "w1"},
+        {"role": "assistant", "content": None, "tool_calls": [call({"x": 1})]},
+        {"role": "tool", "name": "look", "content": "w2"},
+    ]
+    other = [{"role": "assistant", "content": "w3", "tool_calls": [call({"y": 2})]}, {"role": "user", "content": "w4"}]
+    dataset = Dataset.from_list([{"prompt": asks}, {"prompt": other}])
+    assert dataset[0]["prompt"][0]["tool_calls"] is None
+    path, seen = save_tiny_model(tmp_path / "model"), []
+
+    def reward(prompts, completions, **kwargs):
+        seen.extend(prompts)
+        return [float(i) for i in range(len(completions))]
+
+    trainer = SeeUPOTrainer(
+        model=load_tiny_model(path),
+        reward_funcs=reward,
+        args=SeeUPOConfig(
+            str(tmp_path / "run"),
+            per_device_train_batch_size=4,
+            num_generations=2,
+            max_completion_length=4,
+            max_steps=1,
+            log_completions=True,
+            **ON_CPU,
+        ),
+        train_dataset=dataset,
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    assert "None" not in capsys.readouterr().out
+    assert sorted(seen, key=len)[0] == other and sorted(seen, key=len)[-1] == asks

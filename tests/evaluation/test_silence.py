@@ -16,12 +16,16 @@ def model_path(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
+class Detached(SeeUPOTrainer):
+    """Its objective does not depend on the parameters."""
+
+    def turn_surrogate(self, *args):
+        return 0.0 * super().turn_surrogate(*args)
+
+
 def train(tmp_path, model_path, reward, detached=False, environment=None, **config):
-    model = load_tiny_model(model_path)
-    if detached:  # an output that depends on the parameters by nothing but a factor of 0
-        model.lm_head.register_forward_hook(lambda module, inputs, output: output.detach() + 0.0 * output)
-    trainer = SeeUPOTrainer(
-        model=model,
+    trainer = (Detached if detached else SeeUPOTrainer)(
+        model=load_tiny_model(model_path),
         reward_funcs=reward,
         args=SeeUPOConfig(
             str(tmp_path),

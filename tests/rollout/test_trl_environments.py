@@ -57,7 +57,7 @@ def test_coroutines_as_tools(compare_on):
         ("count", "0"),
         ("lend", "{'error': 'Tool lend not found.'}"),
         ("borrow", "{'error': 'search first'}"),
-        ("search", ["b 0", "b 1"]),
+        ("search", "b 0\nb 1"),
     ]
 
 
