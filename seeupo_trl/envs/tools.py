@@ -20,7 +20,6 @@ from transformers.utils import get_json_schema
 from trl.trainer.utils import start_event_loop_in_daemon
 
 from .base import MultiTurnEnvironment, Observation, StepResult
-from .call_thread import CallThread
 
 
 # What TRL shows where a row has no prompt, for `reset` to append to.
@@ -50,8 +49,7 @@ class ToolEnvironment(MultiTurnEnvironment):
 
     Attributes:
         environment (`object`):
-            The TRL environment. It is made, reset, called and asked for its reward in one and the same thread
-            (coroutines: on the event loop), because connections of some libraries work in one thread only.
+            The TRL environment.
         calls, failures (`int`):
             Tool calls in this episode, and how many of them failed.
         prompt (`list[dict]`):
@@ -71,8 +69,7 @@ class ToolEnvironment(MultiTurnEnvironment):
         tools: Sequence[Callable] = (),
         event_loop: asyncio.AbstractEventLoop | None = None,
     ):
-        self._thread = CallThread("seeupo-tools")
-        self.environment = self._in_its_thread(factory)
+        self.environment = factory()
         self.calls = self.failures = 0
         self.prompt: list[Message] = EMPTY_PROMPT
         self.event_loop = event_loop
@@ -113,18 +110,18 @@ class ToolEnvironment(MultiTurnEnvironment):
                 f"The tools of an environment need a conversation to be called in, but the prompt is {self.prompt!r}. "
                 "Give a list of messages."
             )
-        self.prompt = _append_to_prompt(self.prompt, self._in_its_thread(lambda: self.environment.reset(**task)))
+        self.prompt = _append_to_prompt(self.prompt, self.environment.reset(**task))
         return Observation(self.prompt, tools=self.schemas or None)
 
     def step(self, message: Message) -> StepResult:
         calls = message.get("tool_calls")
         if not calls:
             return StepResult([], terminated=True)
-        results = self._in_its_thread(lambda: self._execute(calls))
-        return StepResult([_tool_message(name, result) for name, result in results])
+        return StepResult([_tool_message(name, result) for name, result in self._execute(calls)])
 
     def close(self) -> None:
-        self._thread.end()
+        if isinstance(self.environment, MultiTurnEnvironment):  # given by mistake
+            self.environment.close()
 
     def reward(self) -> float | None:
         """What the environment says the episode is worth."""
@@ -132,11 +129,8 @@ class ToolEnvironment(MultiTurnEnvironment):
         if inspect.iscoroutinefunction(get_reward):
             reward = self._run(get_reward())
         else:
-            reward = self._in_its_thread(get_reward)
+            reward = get_reward()
         return None if reward is None else float(reward)
-
-    def _in_its_thread(self, function: Callable[[], Any]) -> Any:
-        return self._thread.submit(function).result()
 
     def _execute(self, calls: list[dict[str, Any]]) -> list[tuple[str, Any]]:
         """Names and results of the calls: of functions in the order of the calls, then those of coroutines."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..envs.base import MultiTurnEnvironment, Observation, StepResult, StopReason
 from ..trajectory import Trajectory, Turn
+from .environment_pool import Instance
 from .observations import copied
 
 
@@ -55,13 +56,13 @@ class Episode:
         task (`dict`):
             The dataset row.
 
-    `environment` is the one of the last attempt to begin the episode; once the episode has ended, it may be playing
+    `instance` is the one of the last attempt to begin the episode; once the episode has ended, it may be playing
     another one. `segments` and `shown` belong to [`~seeupo_trl.rollout.contexts.Contexts`].
     """
 
     key: int
     task: dict[str, Any]
-    environment: MultiTurnEnvironment | None = None
+    instance: Instance | None = None
     observation: Observation = field(default_factory=lambda: Observation([]))
     context_ids: list[int] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
@@ -78,6 +79,11 @@ class Episode:
     def active(self) -> bool:
         """Whether it is the policy's turn."""
         return self.stop_reason is None
+
+    @property
+    def environment(self) -> MultiTurnEnvironment | None:
+        """The environment that plays the episode; `None` where none could be made."""
+        return None if self.instance is None else self.instance.environment
 
     @property
     def opening_length(self) -> int:
@@ -124,23 +130,6 @@ class Episode:
             messages=self.messages,
             info=self.info,
         )
-
-
-@dataclass
-class ResetCall:
-    """
-    One attempt to begin an episode. It has its environment to itself: a call that comes back late must find nothing of
-    the next attempt.
-
-    Args:
-        episode ([`Episode`]):
-            The episode to begin.
-        environment ([`~seeupo_trl.envs.MultiTurnEnvironment`], *optional*):
-            The environment that was taken for it; `None` until there is one.
-    """
-
-    episode: Episode
-    environment: MultiTurnEnvironment | None = None
 
 
 def describe(error: Exception) -> str:
