@@ -120,6 +120,7 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
     # set while the Trainer's own optimizer step is due: the block it belongs to, or that there is no step to take
     _block_of_last_step: Block | None = None
     _is_idle = False
+    _opens_conversations = False
 
     def __init__(
         self,
@@ -180,6 +181,15 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
         saved_in = args.output_dir if args.save_trajectories else None
         self._trajectory_log = TrajectoryLog(saved_in, self._tokenizer, *processes)
         self._fixed_values = fixed_values(self)
+        self._close_environments = rollout.close
+        self._opens_conversations = rollout.brings_reward
+
+    def close(self) -> None:
+        """
+        Close the environments that were made by `environment_factory`. Happens by itself when the interpreter exits. A
+        trainer that goes on afterwards makes new ones.
+        """
+        self._close_environments()
 
     def _play_by(self, tool_rollout: ToolRollout) -> None:
         """Hand the TRL environments over to their rollout, unless there are images: those are for TRL's own loop."""
@@ -287,6 +297,7 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
             # TRL's own resets and tool calls, in place of which the rollout function is called
             hidden |= {"tools": [], "environment_factories": None}
             self.environments = None
+        if self._tool_rollout is not None or self._opens_conversations:
             inputs = [{"prompt": EMPTY_PROMPT, **row} for row in inputs]
         episodes = self._batch = EpisodeBatch(inputs)  # TRL calls the two hooks below, which fill it
         with replaced(self, **hidden):

@@ -20,6 +20,7 @@ from transformers.utils import get_json_schema
 from trl.trainer.utils import start_event_loop_in_daemon
 
 from .base import MultiTurnEnvironment, Observation, StepResult
+from .plain import real_number
 
 
 # What TRL shows where a row has no prompt, for `reset` to append to.
@@ -130,7 +131,7 @@ class ToolEnvironment(MultiTurnEnvironment):
             reward = self._run(get_reward())
         else:
             reward = get_reward()
-        return None if reward is None else float(reward)
+        return None if reward is None else real_number(reward)
 
     def _execute(self, calls: list[dict[str, Any]]) -> list[tuple[str, Any]]:
         """Names and results of the calls: of functions in the order of the calls, then those of coroutines."""

@@ -131,9 +131,9 @@ def describe_outcomes(
 
 
 def task_of(row: dict[str, Any]) -> str:
-    """The `id` or `task_id` of a dataset row, else 12 hexadecimal digits that its prompt determines."""
+    """The `id` or `task_id` of a dataset row, else 12 hexadecimal digits that its prompt (or all of it) determines."""
     for name in ("id", "task_id"):
         if isinstance(row.get(name), (str, int)):
             return str(row[name])
-    prompt = json.dumps(row.get("prompt"), sort_keys=True, default=str)
+    prompt = json.dumps(row.get("prompt", row), sort_keys=True, default=str)
     return hashlib.sha256(prompt.encode()).hexdigest()[:12]

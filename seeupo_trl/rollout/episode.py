@@ -95,6 +95,11 @@ class Episode:
         """A copy of the policy's last message, for the environment."""
         return copied(self.messages[-1])
 
+    def open(self, observation: Observation) -> None:
+        """The environment began the episode."""
+        self.observation = observation
+        self.info = dict(observation.info)
+
     def act(self, turn: Turn, message: Message) -> None:
         """The policy wrote a message."""
         self.turns.append(turn)
@@ -103,11 +108,15 @@ class Episode:
 
     def answer(self, result: StepResult) -> None:
         """The environment replied."""
+        self.turns[-1].reward = result.reward
         self.reward += result.reward
         self.info.update(result.info)
         self.new_messages = result.messages
         self.messages.extend(result.messages)
-        self.stop_reason = StopReason.completed if result.terminated or result.truncated else None
+        if result.terminated:
+            self.stop_reason = StopReason.completed
+        elif result.truncated:
+            self.stop_reason = StopReason.truncated
 
     def fail(self, error: Exception) -> None:
         """The environment failed: the episode is over and carries no reward."""

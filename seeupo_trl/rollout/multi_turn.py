@@ -309,7 +309,7 @@ class RolloutBatch:
         failed = []
         for episode, outcome in zip(episodes, outcomes, strict=True):
             try:
-                episode.observation = check_observation(outcome.value())
+                episode.open(check_observation(outcome.value()))
                 self._open_context(episode)
             except MISTAKES:
                 raise
