@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset, IterableDataset
 from torch import nn
@@ -30,6 +31,7 @@ from .distributed.checkpoints import ExactResume
 from .distributed.lock_step import LockStep
 from .envs.tools import EMPTY_PROMPT
 from .episode_batch import EpisodeBatch, check_finite, checked_batch, trajectories_from_masks
+from .evaluation.info_metrics import InfoMetrics, numbers_in
 from .evaluation.logs import episode_metrics, replace_last, tool_call_metrics, with_plain_arguments
 from .evaluation.outcome import describe_outcomes
 from .evaluation.summary import Evaluation
@@ -181,6 +183,7 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
         saved_in = args.output_dir if args.save_trajectories else None
         self._trajectory_log = TrajectoryLog(saved_in, self._tokenizer, *processes)
         self._fixed_values = fixed_values(self)
+        self._info_metrics = InfoMetrics()
         self._close_environments = rollout.close
         self._opens_conversations = rollout.brings_reward
 
@@ -357,6 +360,8 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
         self._batch.trajectories = trajectories
         if self._evaluation is None:  # which reports the same over all its batches
             self._add_metrics(episode_metrics(trajectories, self.accelerator).items())
+            numbers = [numbers_in(trajectory.info) for trajectory in trajectories if not trajectory.is_quarantined]
+            self._add_metrics(self._info_metrics.of(gather_object(numbers)).items())
         return tuple(output)
 
     def _calculate_rewards(self, *args, **kwargs) -> torch.Tensor:
@@ -407,7 +412,9 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
             self._evaluation = None
         # TRL averages over batches, whose sizes may differ
         self._metrics["eval"].update({name: [value] for name, value in evaluation.rewards().items()})
-        output.metrics.update({f"{metric_key_prefix}_{n}": value for n, value in evaluation.metrics().items()})
+        numbers = [outcome.numbers for outcome in evaluation.outcomes() if not outcome.is_quarantined]
+        metrics = evaluation.metrics() | self._info_metrics.of(numbers)
+        output.metrics.update({f"{metric_key_prefix}_{n}": value for n, value in metrics.items()})
         self._trajectory_log.write(metric_key_prefix, self.state.global_step, evaluation.num_episodes)
         return output
 

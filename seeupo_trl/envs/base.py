@@ -6,6 +6,7 @@ environment replies (`step`) with any number of messages, and so on until one si
 saw and wrote as tokens is the business of [`~seeupo_trl.rollout.MultiTurnRollout`].
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -147,6 +148,11 @@ class MultiTurnEnvironment(ABC):
         Returns:
             [`StepResult`]: the reply.
         """
+
+    @property
+    def takes_seed(self) -> bool:
+        """Whether `reset` has a parameter `seed`."""
+        return "seed" in inspect.signature(self.reset).parameters
 
     def close(self) -> None:  # noqa: B027 - optional to override
         """Release what the environment holds. Called once, when its pool is closed."""

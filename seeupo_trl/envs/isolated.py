@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -93,6 +94,14 @@ class IsolatedEnvironment(MultiTurnEnvironment):
         self._process: multiprocessing.process.BaseProcess | None = None
         self._socket: socket.socket | None = None
         self._answers: BinaryIO | None = None
+
+    @property
+    def takes_seed(self) -> bool:
+        """Whether the environment takes a seed, where its factory is a class or a `functools.partial` of one."""
+        factory = self._factory
+        while isinstance(factory, partial):
+            factory = factory.func
+        return isinstance(factory, type) and "seed" in inspect.signature(factory.reset).parameters
 
     def reset(self, **task: Any) -> Observation:
         """Begin an episode, in a new process where there is none."""

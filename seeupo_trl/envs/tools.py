@@ -7,11 +7,12 @@ makes such an object a [`~seeupo_trl.envs.MultiTurnEnvironment`]. It does what t
 1.15 and 1.16), to the letter of the messages: the same schemas, the same results and error texts, in the same order.
 
 The policy's mistakes (a wrong name, wrong arguments, an exception inside a tool) are text that it reads. An exception
-in `reset` or `get_reward` is a fault of the environment.
+in `reset` or `get_reward` is a fault of the environment, and so is one of a tool that works in the main thread only.
 """
 
 import asyncio
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from typing import Any
@@ -22,6 +23,8 @@ from trl.trainer.utils import start_event_loop_in_daemon
 from .base import MultiTurnEnvironment, Observation, StepResult
 from .plain import real_number
 
+
+logger = logging.getLogger(__name__)
 
 # What TRL shows where a row has no prompt, for `reset` to append to.
 EMPTY_PROMPT = [{"role": "user", "content": ""}]
@@ -154,6 +157,9 @@ class ToolEnvironment(MultiTurnEnvironment):
                 else:
                     raise ValueError(f"Tool {name} not found.")
             except Exception as error:
+                if _needs_main_thread(error):
+                    _warn_of_main_thread(type(self.environment).__name__)
+                    raise
                 results.append((name, self._failure(error)))
         if coroutines:
             awaited = self._run(_gather([coroutine for _, coroutine in coroutines]))
@@ -168,6 +174,33 @@ class ToolEnvironment(MultiTurnEnvironment):
     def _failure(self, error: Any) -> dict[str, str]:
         self.failures += 1
         return {"error": str(error)}
+
+
+# What Python says where something works in the main thread only.
+_MAIN_THREAD_ERRORS = (
+    "signal only works in main thread",
+    "set_wakeup_fd only works in main thread",
+    "There is no current event loop in thread",
+)
+
+
+def _needs_main_thread(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, says that it comes from the thread it happened in."""
+    while error is not None:
+        if isinstance(error, (ValueError, RuntimeError)) and any(text in str(error) for text in _MAIN_THREAD_ERRORS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@cache
+def _warn_of_main_thread(name: str) -> None:
+    logger.warning(
+        "A tool of %s works in the main thread only (it sets a signal, or asks for that thread's event loop), but "
+        "environments play in threads. Its episodes are left out of training: the policy is not to blame. Limit the "
+        "tool's time in another way (`env_timeout` gives up a call that hangs), or make it `async def`.",
+        name,
+    )
 
 
 @cache

@@ -10,6 +10,7 @@ import torch
 
 from ..envs.base import ENVIRONMENT_FAULTS
 from ..trajectory import Trajectory
+from .info_metrics import numbers_in
 
 
 @dataclass
@@ -39,6 +40,8 @@ class Outcome:
             Reward by reward function, without weight.
         advantage (`float`, *optional*, defaults to `0.0`):
             Normalised advantage.
+        numbers (`dict[str, float]`, *optional*, defaults to `{}`):
+            Numbers in the trajectory's `info`.
     """
 
     index: int
@@ -51,6 +54,7 @@ class Outcome:
     reward: float | None
     rewards: dict[str, float | None] = field(default_factory=dict)
     advantage: float = 0.0
+    numbers: dict[str, float] = field(default_factory=dict)
 
     @property
     def is_quarantined(self) -> bool:
@@ -125,6 +129,7 @@ def describe_outcomes(
                     for name, value in zip(reward_names, rewards, strict=True)
                 },
                 advantage=advantage,
+                numbers=numbers_in(trajectory.info),
             )
         )
     return outcomes

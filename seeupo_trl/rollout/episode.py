@@ -55,6 +55,8 @@ class Episode:
             Its number in the batch of this process.
         task (`dict`):
             The dataset row.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed for an environment that takes one.
 
     `instance` is the one of the last attempt to begin the episode; once the episode has ended, it may be playing
     another one. `segments` and `shown` belong to [`~seeupo_trl.rollout.contexts.Contexts`].
@@ -62,6 +64,7 @@ class Episode:
 
     key: int
     task: dict[str, Any]
+    seed: int = 0
     instance: Instance | None = None
     observation: Observation = field(default_factory=lambda: Observation([]))
     context_ids: list[int] = field(default_factory=list)

@@ -29,7 +29,11 @@ class MessageEnvironments:
 
     def reset(self, instance: Instance, episode: Episode) -> Any:
         """Begin an episode, and return what the environment's own `reset` does. Runs in the instance's thread."""
-        return instance.made().reset(**copied(episode.task))
+        environment = instance.made()
+        task = copied(episode.task)
+        if environment.takes_seed:
+            task.setdefault("seed", episode.seed)
+        return environment.reset(**task)
 
     def give_back(self, instance: Instance) -> None:
         """The episode of an environment has ended well."""

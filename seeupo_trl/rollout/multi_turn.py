@@ -39,7 +39,7 @@ from .message_environments import MessageEnvironments
 from .observations import CHARACTERS_PER_TOKEN, check_observation, check_step_result, cut_to_tokens
 from .output import rollout_output
 from .settings import RolloutSettings
-from .tasks import Tasks
+from .tasks import Tasks, seeds_for
 
 
 if TYPE_CHECKING:
@@ -244,7 +244,8 @@ class RolloutBatch:
 
     def play(self, tasks: list[dict[str, Any]]) -> None:
         """Play one episode for each task to its end. A collective operation."""
-        self.episodes = [Episode(key, task) for key, task in enumerate(tasks)]
+        seeds = seeds_for(self._trainer, len(tasks))
+        self.episodes = [Episode(key, *pair) for key, pair in enumerate(zip(tasks, seeds, strict=True))]
         waiting, playing = deque(self.episodes), []
         # parameters do not change during a rollout, so what was computed for one turn serves the next
         cache = CachedGeneration(self._trainer) if CachedGeneration.supports(self._trainer) else None

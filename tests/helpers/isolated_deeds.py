@@ -9,9 +9,6 @@ import socket
 import time
 from fractions import Fraction
 
-import numpy as np
-import torch
-
 from seeupo_trl.envs import MultiTurnEnvironment, Observation, StepResult
 
 
@@ -47,14 +44,16 @@ class Deeds(MultiTurnEnvironment):
             case "keys":
                 return StepResult([], terminated=True, info={"counts": {1: 2}})
             case "numbers":
+                import numpy as np  # every process would wait for these
+                import torch
+
                 info = {"array": np.arange(2), "tensor": torch.tensor(0.5), "pair": (1, None), "flag": np.bool_(True)}
                 return StepResult([], reward=np.float32(0.5), terminated=np.bool_(True), info=info)
             case "fraction":
                 return StepResult([], reward=Fraction(1, 2), terminated=True)
             case "task":
-                return StepResult(
-                    [], terminated=True, info={"types": sorted(type(v).__name__ for v in self.task.values())}
-                )
+                types = sorted(type(value).__name__ for value in self.task.values())
+                return StepResult([], terminated=True, info={"types": types})
             case "pickle":
                 Wire.send(pickle.dumps(Bomb(self.task["trace"])))
             case "half a line":
