@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset, IterableDataset
 from torch import nn
@@ -30,6 +31,7 @@ from .distributed.checkpoints import ExactResume, check_moving_reference
 from .distributed.lock_step import LockStep
 from .envs.tools import EMPTY_PROMPT
 from .episode_batch import EpisodeBatch, check_finite, checked_batch, trajectories_from_masks
+from .evaluation.info_metrics import InfoMetrics, numbers_in
 from .evaluation.logs import as_logged, episode_metrics, replace_last, tool_call_metrics
 from .evaluation.outcome import describe_outcomes
 from .evaluation.silence import Silence
@@ -125,6 +127,7 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
     _block_of_last_step: Block | None = None
     _is_idle = False
     _grad_norms: tuple[float, ...] = ()  # of the iteration's optimizer steps before the last one
+    _opens_conversations = False
 
     def __init__(
         self,
@@ -188,6 +191,16 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
         saved_in = args.output_dir if args.save_trajectories else None
         self._trajectory_log = TrajectoryLog(saved_in, self._tokenizer, *processes)
         self._fixed_values = fixed_values(self)
+        self._info_metrics = InfoMetrics()
+        self._close_environments = rollout.close
+        self._opens_conversations = rollout.brings_reward
+
+    def close(self) -> None:
+        """
+        Close the environments that were made by `environment_factory`. Happens by itself when the interpreter exits. A
+        trainer that goes on afterwards makes new ones.
+        """
+        self._close_environments()
 
     def _play_by(self, tool_rollout: ToolRollout) -> None:
         """Hand the TRL environments over to their rollout, unless there are images: those are for TRL's own loop."""
@@ -296,6 +309,7 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
             # TRL's own resets and tool calls, in place of which the rollout function is called
             hidden |= {"tools": [], "environment_factories": None}
             self.environments = None
+        if self._tool_rollout is not None or self._opens_conversations:
             inputs = [{"prompt": EMPTY_PROMPT, **row} for row in inputs]
         episodes = self._batch = EpisodeBatch(inputs)  # TRL calls the two hooks below, which fill it
         with replaced(self, **hidden):
@@ -360,6 +374,8 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
         if self._evaluation is None:  # which reports the same over all its batches
             metrics = episode_metrics(trajectories, self.accelerator)
             self._add_metrics(metrics.items())
+            numbers = [numbers_in(trajectory.info) for trajectory in trajectories if not trajectory.is_quarantined]
+            self._add_metrics(self._info_metrics.of(gather_object(numbers)).items())
             if self.model.training:
                 self._silence.hear_episodes(metrics, self._metrics["train"]["completions/clipped_ratio"][-1])
         return tuple(output)
@@ -425,7 +441,9 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
             self._evaluation = None
         # TRL averages over batches, whose sizes may differ
         self._metrics["eval"].update({name: [value] for name, value in evaluation.rewards().items()})
-        output.metrics.update({f"{metric_key_prefix}_{n}": value for n, value in evaluation.metrics().items()})
+        numbers = [outcome.numbers for outcome in evaluation.outcomes() if not outcome.is_quarantined]
+        metrics = evaluation.metrics() | self._info_metrics.of(numbers)
+        output.metrics.update({f"{metric_key_prefix}_{n}": value for n, value in metrics.items()})
         self._trajectory_log.write(metric_key_prefix, self.state.global_step, evaluation.num_episodes)
         return output
 

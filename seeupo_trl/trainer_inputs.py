@@ -34,12 +34,15 @@ class Rollout:
             What plays TRL environments, in place of TRL's own loop.
         brings_reward (`bool`, *optional*, defaults to `False`):
             Whether the episodes have a reward of their environment, for [`~seeupo_trl.environment_reward`].
+        close (`Callable`, *optional*):
+            Closes the environments that were made for the trainer.
     """
 
     rollout_func: Callable | None = None
     environment_factory: Callable | dict[str, Callable] | None = None
     tool_rollout: ToolRollout | None = None
     brings_reward: bool = False
+    close: Callable[[], None] = lambda: None
 
 
 def choose_rollout(
@@ -65,12 +68,14 @@ def choose_rollout(
     if plays_messages and (rollout_func is not None or tools):
         raise ValueError(_BRINGS_ITS_OWN_TOOLS)
     if plays_messages:
-        rollout_func, environment_factory = MultiTurnRollout(environment_factory), None
+        rollout = MultiTurnRollout(environment_factory)
+        return Rollout(partial(checked_rollout, rollout), brings_reward=True, close=rollout.close)
     if rollout_func is not None:
         brings_reward = isinstance(rollout_func, MultiTurnRollout)
         return Rollout(partial(checked_rollout, rollout_func), environment_factory, brings_reward=brings_reward)
     if tool_rollout is not None:
-        return Rollout(environment_factory=tool_rollout.factory_for_trl, tool_rollout=tool_rollout)
+        factory = tool_rollout.factory_for_trl
+        return Rollout(environment_factory=factory, tool_rollout=tool_rollout, close=tool_rollout.close)
     return Rollout()
 
 
@@ -92,13 +97,26 @@ def arguments_for_trl(args: SeeUPOConfig, uses_tools: bool) -> SeeUPOConfig:
 
 
 def with_environment_reward(reward_funcs: Any, args: SeeUPOConfig) -> list:
-    """Reward functions with the environment's own reward among them, at weight 1 where it was not given."""
+    """
+    Reward functions with the environment's own reward among them: the last one, at weight 1 where none is given.
+
+    Raises:
+        `ValueError`:
+            When there are more or fewer weights than rewards.
+    """
     reward_funcs = [] if reward_funcs is None else reward_funcs
     reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
     if environment_reward not in reward_funcs:
         reward_funcs.append(environment_reward)
-        if args.reward_weights is not None:
-            args.reward_weights = [*args.reward_weights, 1.0]
+        weights = args.reward_weights
+        if weights is not None and len(weights) not in (len(reward_funcs) - 1, len(reward_funcs)):
+            raise ValueError(
+                f"`reward_weights` has {len(weights)} weights for {len(reward_funcs) - 1} reward functions and the "
+                "environment's own reward, which comes last. Give one for each reward function, and then the "
+                "environment's is 1, or one more for it."
+            )
+        if weights is not None and len(weights) < len(reward_funcs):
+            args.reward_weights = [*weights, 1.0]
     return reward_funcs
 
 

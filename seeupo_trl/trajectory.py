@@ -24,11 +24,15 @@ class Turn:
             Tokens the policy generated, at least one.
         sampling_logps (`list[float]`, *optional*):
             Log-probability of each action token under the sampler, where the sampler reports it (vLLM does).
+        reward (`float`, *optional*):
+            The environment's reward of this step, where it answered the action. Not used for training: the return of
+            the episode is.
     """
 
     context_ids: list[int]
     action_ids: list[int]
     sampling_logps: list[float] | None = None
+    reward: float | None = None
 
     def extends(self, earlier: "Turn") -> bool:
         """Whether this turn's context begins with the context and action of an earlier turn."""

@@ -23,6 +23,7 @@ Columns ([`SCHEMA`]):
 | `sampling_logps` | log-probability of each action token, where the sampler reports it |
 | `reasoning`, `content`, `tool_calls` | the parsed action; calls as JSON |
 | `observations` | JSON list of the messages that answered the action |
+| `turn_reward` | the environment's reward of this step |
 | `reward`, `rewards` | weighted sum of the reward functions, and JSON of each without weight |
 | `advantage` | normalised advantage |
 | `stop_reason`, `success`, `info` | how the episode ended; what the environment reported, as JSON |
@@ -77,6 +78,7 @@ SCHEMA = pa.schema(
         ("content", pa.string()),
         ("tool_calls", pa.string()),
         ("observations", pa.string()),
+        ("turn_reward", pa.float64()),
         ("reward", pa.float64()),
         ("rewards", pa.string()),
         ("advantage", pa.float64()),

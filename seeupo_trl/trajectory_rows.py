@@ -66,6 +66,7 @@ def rows_of(
             "action_ids": turn.action_ids,
             "action_text": _plain_text(decode(turn.action_ids)),
             "sampling_logps": turn.sampling_logps,
+            "turn_reward": turn.reward,
         }
         if parsed is not None:
             message, observations = parsed[number - 1]
@@ -93,7 +94,8 @@ def restore_turns(rows: list[dict[str, Any]]) -> "list[Turn]":
             continue
         history = turns[-1].context_ids + turns[-1].action_ids if turns else []
         context_ids = history[: row["context_kept"]] + row["context_ids"]
-        turns.append(Turn(context_ids, row["action_ids"], row["sampling_logps"]))
+        # files of earlier versions have no rewards of turns
+        turns.append(Turn(context_ids, row["action_ids"], row["sampling_logps"], row.get("turn_reward")))
     return turns
 
 

@@ -6,6 +6,7 @@ environment replies (`step`) with any number of messages, and so on until one si
 saw and wrote as tokens is the business of [`~seeupo_trl.rollout.MultiTurnRollout`].
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -16,7 +17,8 @@ class StopReason(StrEnum):
     """
     Why an episode ended. Members are strings: `StopReason.completed == "completed"`.
 
-    - `completed`: the environment ended it (`terminated` or `truncated` of [`StepResult`]).
+    - `completed`: the task came to an end (`terminated` of [`StepResult`]).
+    - `truncated`: the environment cut it short (`truncated`, and not `terminated`).
     - `max_turns`: the policy has written as many messages as it may.
     - `context_overflow`: context and response reached the token limit.
     - `response_truncated`: a response hit `max_completion_length` before its end-of-sequence token.
@@ -25,6 +27,7 @@ class StopReason(StrEnum):
     """
 
     completed = "completed"
+    truncated = "truncated"
     max_turns = "max_turns"
     context_overflow = "context_overflow"
     response_truncated = "response_truncated"
@@ -49,10 +52,13 @@ class Observation:
         tools (`list[dict]`, *optional*):
             JSON schemas of the tools (`{"type": "function", "function": {...}}`) for the chat template. They stay the
             same for the whole episode.
+        info (`dict`, *optional*, defaults to `{}`):
+            Anything else, as in [`StepResult`].
     """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
+    info: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -65,13 +71,15 @@ class StepResult:
             New messages for the policy (tool results, user messages, several of either). Required unless the episode
             ends: the policy cannot answer nothing.
         reward (`float`, *optional*, defaults to `0.0`):
-            Reward of this step. The return of an episode is the sum over its steps.
+            Reward of this step: any finite real number, of NumPy or PyTorch as well. The return of an episode is the
+            sum over its steps.
         terminated (`bool`, *optional*, defaults to `False`):
             The episode reached an end of the task itself (solved, failed, answered).
         truncated (`bool`, *optional*, defaults to `False`):
             The environment cut the episode short (its own step limit).
         info (`dict`, *optional*, defaults to `{}`):
-            Anything else, for logs and reward functions; later steps overwrite equal keys of earlier ones.
+            Anything else, for logs and reward functions; later steps overwrite equal keys of earlier ones. Numbers
+            are logged as metrics `info/<name>`.
     """
 
     messages: list[dict[str, Any]]
@@ -86,8 +94,8 @@ class MultiTurnEnvironment(ABC):
     One environment instance plays one episode at a time, and is reset for the next one.
 
     Instances live in a pool: `reset` is called again and again on the same object, with different tasks, so it has to
-    forget everything about the episode before. Calls for one instance never overlap, but different instances run at
-    the same time in different threads: keep state in `self`, not in globals.
+    forget everything about the episode before. An instance is made, called and closed in one thread, one call after
+    another; different instances run at the same time in different threads: keep state in `self`, not in globals.
 
     Faults have owners. What the policy did wrong (a call of an unknown tool, malformed arguments) comes back as a
     message the policy can read. An exception raised by `reset` or `step` says the *environment* is broken: the
@@ -117,7 +125,8 @@ class MultiTurnEnvironment(ABC):
         Args:
             task (`Any`):
                 The dataset row: every column as a keyword argument, `prompt` included. Accept `**task` for the
-                columns the environment does not use.
+                columns the environment does not use. A `reset` with a parameter `seed` also gets a seed, the same
+                for all episodes of a group, unless the row has a column of that name.
 
         Returns:
             [`Observation`]: the opening messages and the tools.
@@ -139,6 +148,11 @@ class MultiTurnEnvironment(ABC):
         Returns:
             [`StepResult`]: the reply.
         """
+
+    @property
+    def takes_seed(self) -> bool:
+        """Whether `reset` has a parameter `seed`."""
+        return "seed" in inspect.signature(self.reset).parameters
 
     def close(self) -> None:  # noqa: B027 - optional to override
         """Release what the environment holds. Called once, when its pool is closed."""

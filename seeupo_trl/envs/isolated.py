@@ -3,23 +3,39 @@ An environment in a process of its own, which can be ended whatever it does.
 
 Threads are enough for most environments. A process is for those that must not share ours: code that holds the
 interpreter's lock or crashes, libraries with global state, memory that leaks.
+
+What the process sends is JSON, and nothing else is read: no object of the environment's comes to life here.
 """
 
+import ast
+import asyncio
+import inspect
+import json
 import logging
 import multiprocessing
 import os
+import pickle
+import socket
+import sys
 import threading
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from .base import MultiTurnEnvironment, Observation, StepResult
+from .plain import plain_data
 
 
 logger = logging.getLogger(__name__)
 
 START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 CLOSE_TIMEOUT = 5.0  # seconds that a process has to close its environment
+MAX_ANSWER_BYTES = 2**30
+
+
+class UnimportableScriptError(RuntimeError):
+    """The script cannot be imported by another process: a mistake of the script, not a fault of an environment."""
 
 
 class IsolatedEnvironment(MultiTurnEnvironment):
@@ -28,6 +44,11 @@ class IsolatedEnvironment(MultiTurnEnvironment):
 
     The process starts with the first episode. It is killed when a call takes too long, and replaced before the next
     episode. It ends with ours, however that ends.
+
+    What the environment returns is sent as JSON: messages, tools and `info` are texts, numbers, booleans, `None`,
+    lists and dicts with texts as keys. Tuples arrive as lists; numbers, arrays and tensors of other libraries as
+    numbers and lists. Anything else (a date, an image, an object) is an error that names it. The task and the policy's
+    message may be anything that can be pickled: they are sent by us.
 
     Args:
         environment_factory (`Callable[[], MultiTurnEnvironment]`):
@@ -38,6 +59,10 @@ class IsolatedEnvironment(MultiTurnEnvironment):
             Seconds that a call may take. Keep it below the rollout's `env_timeout`.
         max_episodes (`int`, *optional*):
             Replace the process after so many episodes, whatever it may have leaked. `None` keeps it.
+
+    Raises:
+        [`UnimportableScriptError`]:
+            At the first `reset`, when the process could not import the script without running it again.
 
     Example:
 
@@ -67,7 +92,16 @@ class IsolatedEnvironment(MultiTurnEnvironment):
         self._max_episodes = max_episodes
         self._episodes = 0
         self._process: multiprocessing.process.BaseProcess | None = None
-        self._connection: Connection | None = None
+        self._socket: socket.socket | None = None
+        self._answers: BinaryIO | None = None
+
+    @property
+    def takes_seed(self) -> bool:
+        """Whether the environment takes a seed, where its factory is a class or a `functools.partial` of one."""
+        factory = self._factory
+        while isinstance(factory, partial):
+            factory = factory.func
+        return isinstance(factory, type) and "seed" in inspect.signature(factory.reset).parameters
 
     def reset(self, **task: Any) -> Observation:
         """Begin an episode, in a new process where there is none."""
@@ -76,11 +110,11 @@ class IsolatedEnvironment(MultiTurnEnvironment):
         if self._process is None:
             self._start()
         self._episodes += 1
-        return self._call("reset", (), task)
+        return Observation(**self._call("reset", (), task))
 
     def step(self, message: dict[str, Any]) -> StepResult:
         """Hand over the policy's message."""
-        return self._call("step", (message,), {})
+        return StepResult(**self._call("step", (message,), {}))
 
     def close(self) -> None:
         """Close the environment and end the process."""
@@ -88,69 +122,165 @@ class IsolatedEnvironment(MultiTurnEnvironment):
             try:
                 self._call("close", (), {}, CLOSE_TIMEOUT)
             except Exception as error:
-                logger.warning("Could not close the environment in process %s: %s", self._process.pid, error)
+                logger.warning("Could not close the environment: %s", error)
             self._kill()
 
     def _start(self) -> None:
+        _check_importable(self._factory)
         context = multiprocessing.get_context(START_METHOD)
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._factory), daemon=True)
-        self._process.start()
-        theirs.close()
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self._process = context.Process(target=_serve, args=(theirs, self._factory), daemon=True)
+            try:
+                self._process.start()
+            except BaseException:
+                self._process = None
+                self._socket.close()
+                raise
+        self._answers = self._socket.makefile("rb")
         self._episodes = 0
 
     def _kill(self) -> None:
-        process, connection = self._process, self._connection
-        self._process = self._connection = None
+        process, self._process = self._process, None
         if process is not None:
             process.kill()
             process.join()
-            connection.close()
+            self._answers.close()
+            self._socket.close()
 
-    def _call(self, method: str, args: tuple, kwargs: dict[str, Any], timeout: float | None = None) -> Any:
+    def _call(self, method: str, args: tuple, kwargs: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
         timeout = timeout or self._timeout
         if self._process is None:
             raise RuntimeError("The environment's process has ended; call reset() first.")
         pid = self._process.pid
+        request = pickle.dumps((method, args, kwargs))
         try:
-            self._connection.send((method, args, kwargs))
-            if not self._connection.poll(timeout):
-                self._kill()
-                raise TimeoutError(f"{method}() took more than {timeout:g} seconds; process {pid} was killed")
-            error, result = self._connection.recv()
-        except (EOFError, OSError) as error:
-            if isinstance(error, TimeoutError):
-                raise
+            self._socket.settimeout(timeout)
+            self._socket.sendall(request)
+            line = self._answers.readline(MAX_ANSWER_BYTES)
+        except TimeoutError as error:
             self._kill()
-            raise RuntimeError(f"Process {pid} of the environment died during {method}().") from error
+            raise TimeoutError(f"{method}() took more than {timeout:g} seconds; process {pid} was killed") from error
+        except OSError:
+            line = b""
+        if not line.endswith(b"\n"):
+            self._kill()
+            raise RuntimeError(f"Process {pid} of the environment died during {method}().")
+        try:
+            answer = json.loads(line)
+            error, is_timeout, result = answer["error"], answer["is_timeout"], answer["result"]
+            if not isinstance(result, dict) or not result.keys() <= _FIELDS[method]:
+                raise TypeError("no result of this method")
+        except (ValueError, TypeError, KeyError, RecursionError) as problem:
+            self._kill()
+            raise RuntimeError(f"Process {pid} answered {method}() with something else: {problem}.") from problem
         if error is not None:
-            raise RuntimeError(error)
+            raise (TimeoutError if is_timeout else RuntimeError)(str(error))
         return result
 
 
-def _serve(connection: Connection, factory: Callable[[], MultiTurnEnvironment]) -> None:
+# What each method's answer consists of.
+_FIELDS = {
+    "reset": {"messages", "tools", "info"},
+    "step": {"messages", "reward", "terminated", "truncated", "info"},
+    "close": set(),
+}
+_RETURNS = {"reset": Observation, "step": StepResult}
+
+
+def _serve(connection: socket.socket, factory: Callable[[], MultiTurnEnvironment]) -> None:
     """The process: answers calls until it is told to close, or until ours is gone."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    requests = connection.makefile("rb")
+    event_loop = asyncio.new_event_loop()
     environment = None
     while True:
         try:
-            method, args, kwargs = connection.recv()
-        except EOFError:
+            method, args, kwargs = pickle.load(requests)
+        except (EOFError, OSError):
             return
+        answer = {"error": None, "is_timeout": False, "result": {}}
         try:
             if environment is None:
                 environment = factory()
-            answer = None, getattr(environment, method)(*args, **kwargs)
+            returned = getattr(environment, method)(*args, **kwargs)
+            if inspect.iscoroutine(returned):
+                returned = event_loop.run_until_complete(returned)
+            answer["result"] = _as_dict(method, returned)
+            line = json.dumps(answer)
         except BaseException as error:
-            answer = f"{type(error).__name__}: {error}", None
+            line = json.dumps({"error": _describe(error), "is_timeout": isinstance(error, TimeoutError), "result": {}})
         try:
-            connection.send(answer)
+            connection.sendall(line.encode() + b"\n")
         except OSError:
             return
-        except Exception as error:
-            connection.send((f"{method}() returned what cannot be sent between processes: {error}", None))
+
+
+def _as_dict(method: str, returned: Any) -> dict[str, Any]:
+    """What a method returned as plain data, by field."""
+    expected = _RETURNS.get(method)
+    if expected is None:
+        return {}
+    try:
+        if not isinstance(returned, expected):
+            raise TypeError(f"it is a {type(returned).__name__} and no {expected.__name__}")
+        return {name: plain_data(getattr(returned, name), name) for name in sorted(_FIELDS[method])}
+    except TypeError as error:
+        raise TypeError(f"{method}() returned what cannot be sent between processes: {error}.") from error
+
+
+def _describe(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
 
 
 def _end_with_parent() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)
+
+
+def _check_importable(factory: Callable[[], MultiTurnEnvironment]) -> None:
+    """
+    Refuse a script that a new process, which imports it, would run again from its beginning.
+
+    Raises:
+        [`UnimportableScriptError`]:
+            When the script's main thread is at a line of the top level that no `if` guards, or the factory is of a
+            notebook or a command line, which cannot be imported.
+    """
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if script is None or not Path(script).is_file():
+        if b"__main__" in pickle.dumps(factory):
+            raise UnimportableScriptError(
+                "The environment is defined in a notebook or on the command line, where another process cannot import "
+                "it from. Define it in a module (a .py file) and import it."
+            )
+        return
+    line = _top_level_line(script)
+    if line is not None and not _is_guarded(Path(script), line):
+        raise UnimportableScriptError(
+            f"{script} runs at line {line} without `if __name__ == '__main__':` around it. Each environment in a "
+            "process of its own imports the script, which would run it again from its beginning. Put what the script "
+            "runs below that line."
+        )
+
+
+def _top_level_line(script: str) -> int | None:
+    """The line of the script's top level at which the main thread is, if it is in the script at all."""
+    frame = sys._current_frames().get(threading.main_thread().ident)
+    script, line = os.path.abspath(script), None
+    while frame is not None:
+        if frame.f_code.co_name == "<module>" and os.path.abspath(frame.f_code.co_filename) == script:
+            line = frame.f_lineno
+        frame = frame.f_back
+    return line
+
+
+def _is_guarded(script: Path, line: int) -> bool:
+    """Whether an `if` stands around a line: which condition it has is the script's own affair."""
+    tree = ast.parse(script.read_bytes())
+    return any(
+        isinstance(node, (ast.If, ast.Match)) and node.lineno <= line <= node.end_lineno for node in ast.walk(tree)
+    )

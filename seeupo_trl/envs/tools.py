@@ -8,12 +8,13 @@ makes such an object a [`~seeupo_trl.envs.MultiTurnEnvironment`]. It does what t
 One thing is added: a list that is no content in parts, of which templates print nothing, becomes JSON.
 
 The policy's mistakes (a wrong name, wrong arguments, an exception inside a tool) are text that it reads. An exception
-in `reset` or `get_reward` is a fault of the environment.
+in `reset` or `get_reward` is a fault of the environment, and so is one of a tool that works in the main thread only.
 """
 
 import asyncio
 import inspect
 import json
+import logging
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from typing import Any
@@ -22,8 +23,10 @@ from transformers.utils import get_json_schema
 from trl.trainer.utils import start_event_loop_in_daemon
 
 from .base import MultiTurnEnvironment, Observation, StepResult
-from .call_thread import CallThread
+from .plain import real_number
 
+
+logger = logging.getLogger(__name__)
 
 # What TRL shows where a row has no prompt, for `reset` to append to.
 EMPTY_PROMPT = [{"role": "user", "content": ""}]
@@ -52,8 +55,7 @@ class ToolEnvironment(MultiTurnEnvironment):
 
     Attributes:
         environment (`object`):
-            The TRL environment. It is made, reset, called and asked for its reward in one and the same thread
-            (coroutines: on the event loop), because connections of some libraries work in one thread only.
+            The TRL environment.
         calls, failures (`int`):
             Tool calls in this episode, and how many of them failed.
         prompt (`list[dict]`):
@@ -73,8 +75,7 @@ class ToolEnvironment(MultiTurnEnvironment):
         tools: Sequence[Callable] = (),
         event_loop: asyncio.AbstractEventLoop | None = None,
     ):
-        self._thread = CallThread("seeupo-tools")
-        self.environment = self._in_its_thread(factory)
+        self.environment = factory()
         self.calls = self.failures = 0
         self.prompt: list[Message] = EMPTY_PROMPT
         self.event_loop = event_loop
@@ -115,18 +116,18 @@ class ToolEnvironment(MultiTurnEnvironment):
                 f"The tools of an environment need a conversation to be called in, but the prompt is {self.prompt!r}. "
                 "Give a list of messages."
             )
-        self.prompt = _append_to_prompt(self.prompt, self._in_its_thread(lambda: self.environment.reset(**task)))
+        self.prompt = _append_to_prompt(self.prompt, self.environment.reset(**task))
         return Observation(self.prompt, tools=self.schemas or None)
 
     def step(self, message: Message) -> StepResult:
         calls = message.get("tool_calls")
         if not calls:
             return StepResult([], terminated=True)
-        results = self._in_its_thread(lambda: self._execute(calls))
-        return StepResult([_tool_message(name, content) for name, content in results])
+        return StepResult([_tool_message(name, content) for name, content in self._execute(calls)])
 
     def close(self) -> None:
-        self._thread.end()
+        if isinstance(self.environment, MultiTurnEnvironment):  # given by mistake
+            self.environment.close()
 
     def reward(self) -> float | None:
         """What the environment says the episode is worth."""
@@ -134,11 +135,8 @@ class ToolEnvironment(MultiTurnEnvironment):
         if inspect.iscoroutinefunction(get_reward):
             reward = self._run(get_reward())
         else:
-            reward = self._in_its_thread(get_reward)
-        return None if reward is None else float(reward)
-
-    def _in_its_thread(self, function: Callable[[], Any]) -> Any:
-        return self._thread.submit(function).result()
+            reward = get_reward()
+        return None if reward is None else real_number(reward)
 
     def _execute(self, calls: list[dict[str, Any]]) -> list[tuple[str, str | list]]:
         """Names and contents of the results: of functions in the order of the calls, then those of coroutines."""
@@ -161,6 +159,9 @@ class ToolEnvironment(MultiTurnEnvironment):
                 else:
                     raise ValueError(f"Tool {name} not found.")
             except Exception as error:
+                if _needs_main_thread(error):
+                    _warn_of_main_thread(type(self.environment).__name__)
+                    raise
                 results.append((name, self._failure(error)))
         if coroutines:
             awaited = self._run(_gather([coroutine for _, coroutine in coroutines]))
@@ -200,6 +201,33 @@ def content_of(result: Any) -> str | list:
     if result and all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in result):
         return result
     return json.dumps(result, ensure_ascii=False, default=str)
+
+
+# What Python says where something works in the main thread only.
+_MAIN_THREAD_ERRORS = (
+    "signal only works in main thread",
+    "set_wakeup_fd only works in main thread",
+    "There is no current event loop in thread",
+)
+
+
+def _needs_main_thread(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, says that it comes from the thread it happened in."""
+    while error is not None:
+        if isinstance(error, (ValueError, RuntimeError)) and any(text in str(error) for text in _MAIN_THREAD_ERRORS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@cache
+def _warn_of_main_thread(name: str) -> None:
+    logger.warning(
+        "A tool of %s works in the main thread only (it sets a signal, or asks for that thread's event loop), but "
+        "environments play in threads. Its episodes are left out of training: the policy is not to blame. Limit the "
+        "tool's time in another way (`env_timeout` gives up a call that hangs), or make it `async def`.",
+        name,
+    )
 
 
 @cache

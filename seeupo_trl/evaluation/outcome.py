@@ -10,6 +10,7 @@ import torch
 
 from ..envs.base import ENVIRONMENT_FAULTS
 from ..trajectory import Trajectory
+from .info_metrics import numbers_in
 
 
 @dataclass
@@ -39,6 +40,8 @@ class Outcome:
             Reward by reward function, without weight.
         advantage (`float`, *optional*, defaults to `0.0`):
             Normalised advantage.
+        numbers (`dict[str, float]`, *optional*, defaults to `{}`):
+            Numbers in the trajectory's `info`.
     """
 
     index: int
@@ -51,6 +54,7 @@ class Outcome:
     reward: float | None
     rewards: dict[str, float | None] = field(default_factory=dict)
     advantage: float = 0.0
+    numbers: dict[str, float] = field(default_factory=dict)
 
     @property
     def is_quarantined(self) -> bool:
@@ -125,15 +129,16 @@ def describe_outcomes(
                     for name, value in zip(reward_names, rewards, strict=True)
                 },
                 advantage=advantage,
+                numbers=numbers_in(trajectory.info),
             )
         )
     return outcomes
 
 
 def task_of(row: dict[str, Any]) -> str:
-    """The `id` or `task_id` of a dataset row, else 12 hexadecimal digits that its prompt determines."""
+    """The `id` or `task_id` of a dataset row, else 12 hexadecimal digits that its prompt (or all of it) determines."""
     for name in ("id", "task_id"):
         if isinstance(row.get(name), (str, int)):
             return str(row[name])
-    prompt = json.dumps(row.get("prompt"), sort_keys=True, default=str)
+    prompt = json.dumps(row.get("prompt", row), sort_keys=True, default=str)
     return hashlib.sha256(prompt.encode()).hexdigest()[:12]

@@ -1,10 +1,11 @@
 """
 The environments of a process: made, called at the same time, each call under a time limit, and closed.
 
-Every call runs in a thread of its own, because a call that does not come back can be given up only together with its
-thread: Python cannot end it. Such a thread, and the environment in it, is left behind and does nothing more; should
-the call return one day, the environment is closed. Coroutines (`async def reset`) all run on one event loop, so that
-environments may share an asynchronous client.
+Each environment lives in a thread of its own ([`Instance`]): it is made, called and closed there, one call after
+another, because what some libraries open (a connection of sqlite3, a browser of Playwright) works in one thread only.
+A call that does not come back can be given up only together with its thread: Python cannot end it. Such a thread, and
+the environment in it, is left behind; should the call return one day, the environment is closed, not before.
+Coroutines (`async def reset`) all run on one event loop, so that environments may share an asynchronous client.
 
 A call that holds the interpreter's lock for ever (a loop in C code) stops every thread; such environments belong in
 processes of their own, see [`~seeupo_trl.envs.IsolatedEnvironment`].
@@ -29,62 +30,141 @@ logger = logging.getLogger(__name__)
 CLOSE_TIMEOUT = 10.0  # seconds
 
 
-class EnvironmentPool:
-    """Environments, from when they are made until they fail or all are closed. Others decide who plays what."""
+class NotAnEnvironmentError(TypeError):
+    """The factory does not make environments: a mistake of the script, not a fault of an environment."""
 
-    def __init__(self):
-        self._environments: list[MultiTurnEnvironment] = []
-        self._callers = _Callers()
-        weakref.finalize(self, _shut_down, self._environments, self._callers)
 
-    def make(self, factory: Callable[[], MultiTurnEnvironment]) -> MultiTurnEnvironment:
+class Instance(CallThread):
+    """
+    An environment and the thread that it lives in. Made by [`EnvironmentPool`].
+
+    Args:
+        factory (`Callable[[], MultiTurnEnvironment]`):
+            Makes the environment.
+        event_loop ([`CommonEventLoop`]):
+            Runs coroutines.
+
+    Attributes:
+        environment ([`~seeupo_trl.envs.MultiTurnEnvironment`], *optional*):
+            The environment; `None` until it is made.
+        is_stuck (`bool`):
+            Whether it was given up in the middle of a call.
+    """
+
+    def __init__(self, factory: Callable[[], MultiTurnEnvironment], event_loop: "CommonEventLoop"):
+        self.environment: MultiTurnEnvironment | None = None
+        self.is_stuck = False
+        self._factory = factory
+        self._event_loop = event_loop
+        self._coroutine: Future | None = None
+        super().__init__("seeupo-environment")
+
+    def made(self) -> MultiTurnEnvironment:
         """
-        A new environment.
-
-        Args:
-            factory (`Callable[[], MultiTurnEnvironment]`):
-                Makes it.
+        The environment, which is made now if there is none yet. To be called in the thread.
 
         Raises:
             `NotAnEnvironmentError`:
                 When the factory returns something else.
         """
-        environment = factory()
-        if not isinstance(environment, MultiTurnEnvironment):
-            raise NotAnEnvironmentError(
-                f"environment_factory returned a {type(environment).__name__}; it must return an instance of a "
-                "subclass of seeupo_trl.envs.MultiTurnEnvironment."
-            )
-        self._environments.append(environment)
-        return environment
+        if self.environment is None:
+            environment = self._factory()
+            if not isinstance(environment, MultiTurnEnvironment):
+                raise NotAnEnvironmentError(
+                    f"environment_factory returned a {type(environment).__name__}; it must return an instance of a "
+                    "subclass of seeupo_trl.envs.MultiTurnEnvironment."
+                )
+            self.environment = environment
+        return self.environment
 
-    def discard(self, environment: MultiTurnEnvironment) -> None:
-        """Close an environment that failed: whatever state it is in, it does not get another task."""
-        self._environments.remove(environment)
-        _close_all([environment], self._callers)
+    def call(self, function: Callable[[], Any]) -> Future:
+        """Run a function in the thread; a coroutine that it returns is run on the event loop."""
+        return self.submit(partial(self._complete, function))
 
-    def call(self, functions: list[Callable[[], Any]], timeout: float | None) -> list["CallOutcome"]:
+    def give_up(self) -> None:
+        """Wait for the present call no longer. A coroutine is cancelled."""
+        self.is_stuck = True
+        if self._coroutine is not None:
+            self._coroutine.cancel()
+
+    def close(self) -> Future:
+        """Close the environment when its present call has returned, and end the thread."""
+        closed = self.call(self._close)
+        closed.add_done_callback(self._report)
+        self.end()
+        return closed
+
+    def _complete(self, function: Callable[[], Any]) -> Any:
+        result = function()
+        if not inspect.iscoroutine(result):
+            return result
+        self._coroutine = self._event_loop.run(result)
+        try:
+            return self._coroutine.result()
+        finally:
+            self._coroutine = None
+
+    def _close(self) -> Any:
+        return None if self.environment is None else self.environment.close()
+
+    def _report(self, closed: Future) -> None:
+        if closed.exception() is not None:
+            logger.warning("Could not close %s: %s", type(self.environment).__name__, closed.exception())
+
+
+class EnvironmentPool:
+    """Environments, from when they are made until they fail or all are closed. Others decide who plays what."""
+
+    def __init__(self):
+        self._instances: list[Instance] = []
+        self._event_loop = CommonEventLoop()
+        weakref.finalize(self, _shut_down, self._instances, self._event_loop)
+
+    def new_instance(self, factory: Callable[[], MultiTurnEnvironment]) -> Instance:
         """
-        Run functions at the same time.
+        An environment, which is made in its thread when [`Instance.made`] is called there.
 
         Args:
-            functions (`list[Callable]`):
-                Functions without arguments. A coroutine that one returns is run on the common event loop.
+            factory (`Callable[[], MultiTurnEnvironment]`):
+                Makes it.
+        """
+        instance = Instance(factory, self._event_loop)
+        self._instances.append(instance)
+        return instance
+
+    def discard(self, instance: Instance) -> None:
+        """Close an environment that failed: whatever state it is in, it does not get another task."""
+        if instance in self._instances:  # not if the pool was closed
+            self._instances.remove(instance)
+            _close_all([instance])
+
+    def call(self, calls: list[tuple[Instance, Callable[[], Any]]], timeout: float | None) -> list["CallOutcome"]:
+        """
+        Run functions at the same time, each in the thread of its environment.
+
+        Args:
+            calls (`list[tuple[Instance, Callable]]`):
+                Different instances, and functions without arguments. A coroutine that one returns is run on the
+                common event loop.
             timeout (`float`, *optional*):
                 Seconds until those that have not returned are given up. `None` waits for ever.
 
         Returns:
             `list[CallOutcome]`: one for each function.
         """
-        return self._callers.call(functions, timeout)
+        futures = [instance.call(function) for instance, function in calls]
+        wait(futures, timeout)
+        outcomes = [CallOutcome(future, timeout) for future in futures]
+        for (instance, _), outcome in zip(calls, outcomes, strict=True):
+            if outcome.is_stuck:
+                instance.give_up()
+        if any(outcome.is_stuck for outcome in outcomes):
+            self._event_loop.replace_if_blocked()
+        return outcomes
 
     def close(self) -> None:
         """Close all environments."""
-        _shut_down(self._environments, self._callers)
-
-
-class NotAnEnvironmentError(TypeError):
-    """The factory does not make environments: a mistake of the script, not a fault of an environment."""
+        _shut_down(self._instances, self._event_loop)
 
 
 class CallOutcome:
@@ -95,7 +175,7 @@ class CallOutcome:
         error (`Exception`, *optional*):
             What it raised; a `TimeoutError` if it did not return in time.
         is_stuck (`bool`):
-            Whether it has not returned yet.
+            Whether it had not returned.
     """
 
     def __init__(self, future: Future, timeout: float | None):
@@ -117,107 +197,50 @@ class CallOutcome:
             raise self.error
         return self._future.result()
 
-    def when_it_returns(self, function: Callable[[], None]) -> None:
-        """Run `function` now, or in the call's own thread, should a stuck call return after all."""
-        self._future.add_done_callback(lambda _: function())
 
-
-class _Callers:
-    """Threads that run calls, and the event loop for coroutines. Idle threads are used again."""
+class CommonEventLoop:
+    """An event loop in a thread of its own, which starts with the first coroutine."""
 
     def __init__(self):
-        self._idle: list[_Caller] = []
-        self._loop: _EventLoop | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._lock = threading.Lock()
 
-    def call(self, functions: list[Callable[[], Any]], timeout: float | None) -> list[CallOutcome]:
-        with self._lock:
-            idle = [self._idle.pop() for _ in functions[: len(self._idle)]]
-        callers = idle + [_Caller(self.run_coroutine) for _ in functions[len(idle) :]]
-        futures = [caller.call(function) for caller, function in zip(callers, functions, strict=True)]
-        wait(futures, timeout)
-        outcomes = [CallOutcome(future, timeout) for future in futures]
-        for caller, outcome in zip(callers, outcomes, strict=True):
-            if outcome.is_stuck:
-                caller.give_up()
-            else:
-                with self._lock:
-                    self._idle.append(caller)
-        if self._loop is not None and any(outcome.is_stuck for outcome in outcomes) and not self._loop.answers():
-            self._loop = None  # a coroutine blocks it; the calls to come get a new one
-        return outcomes
-
-    def run_coroutine(self, coroutine: Any) -> Future:
+    def run(self, coroutine: Any) -> Future:
+        """Run a coroutine."""
         with self._lock:
             if self._loop is None:
-                self._loop = _EventLoop()
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop.loop)
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, daemon=True, name="seeupo-event-loop").start()
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def close(self) -> None:
-        for caller in self._idle:
-            caller.give_up()
-        self._idle.clear()
+    def replace_if_blocked(self) -> None:
+        """Leave a loop that a coroutine blocks; coroutines to come get a new one."""
         if self._loop is not None:
-            self._loop.stop()
-            self._loop = None
-
-
-class _Caller(CallThread):
-    """A thread whose calls may be given up."""
-
-    def __init__(self, run_coroutine: Callable[[Any], Future]):
-        self._run_coroutine = run_coroutine
-        self._coroutine: Future | None = None
-        super().__init__("seeupo-environment")
-
-    def call(self, function: Callable[[], Any]) -> Future:
-        """Run a function; a coroutine that it returns is run on the event loop."""
-        return self.submit(partial(self._complete, function))
-
-    def give_up(self) -> None:
-        """End the thread once its present call has returned; a coroutine is cancelled."""
-        self.end()
-        if self._coroutine is not None:
-            self._coroutine.cancel()
-
-    def _complete(self, function: Callable[[], Any]) -> Any:
-        result = function()
-        if not inspect.iscoroutine(result):
-            return result
-        self._coroutine = self._run_coroutine(result)
-        try:
-            return self._coroutine.result()
-        finally:
-            self._coroutine = None
-
-
-class _EventLoop:
-    """An event loop in a thread of its own."""
-
-    def __init__(self):
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True, name="seeupo-event-loop").start()
-
-    def answers(self) -> bool:
-        """Whether the loop still turns."""
-        answered = threading.Event()
-        self.loop.call_soon_threadsafe(answered.set)
-        return answered.wait(1.0)
+            answered = threading.Event()
+            self._loop.call_soon_threadsafe(answered.set)
+            if not answered.wait(1.0):
+                self._loop = None
 
     def stop(self) -> None:
-        self.loop.call_soon_threadsafe(self.loop.stop)
+        """Stop the loop."""
+        with self._lock:
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._loop = None
 
 
-def _shut_down(environments: list[MultiTurnEnvironment], callers: _Callers) -> None:
-    _close_all(environments, callers)
-    environments.clear()
-    callers.close()
+def _shut_down(instances: list[Instance], event_loop: CommonEventLoop) -> None:
+    _close_all(instances)
+    instances.clear()
+    event_loop.stop()
 
 
-def _close_all(environments: list[MultiTurnEnvironment], callers: _Callers) -> None:
-    if not environments:
-        return
-    outcomes = callers.call([environment.close for environment in environments], CLOSE_TIMEOUT)
-    for environment, outcome in zip(environments, outcomes, strict=True):
-        if outcome.error is not None:
-            logger.warning("Could not close %s: %s", type(environment).__name__, outcome.error)
+def _close_all(instances: list[Instance]) -> None:
+    """Close environments, and wait for those that are not stuck."""
+    closing = [(instance, instance.close()) for instance in instances]
+    in_time = [(instance, closed) for instance, closed in closing if not instance.is_stuck]
+    wait([closed for _, closed in in_time], CLOSE_TIMEOUT)
+    for instance, closed in in_time:
+        if not closed.done():
+            name = type(instance.environment).__name__
+            logger.warning("%s did not close within %g seconds.", name, CLOSE_TIMEOUT)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..envs.base import MultiTurnEnvironment, Observation, StepResult, StopReason
 from ..trajectory import Trajectory, Turn
+from .environment_pool import Instance
 from .observations import copied
 
 
@@ -54,15 +55,18 @@ class Episode:
             Its number in the batch of this process.
         task (`dict`):
             The dataset row.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed for an environment that takes one.
 
-    `environment` is the one of the last attempt to begin the episode; once the episode has ended, it may be playing
+    `instance` is the one of the last attempt to begin the episode; once the episode has ended, it may be playing
     another one. `stopped_early` says that the last turn ended before the end of its message, at a stop string or at a
     token that is no end of a message. `segments` and `shown` belong to [`~seeupo_trl.rollout.contexts.Contexts`].
     """
 
     key: int
     task: dict[str, Any]
-    environment: MultiTurnEnvironment | None = None
+    seed: int = 0
+    instance: Instance | None = None
     observation: Observation = field(default_factory=lambda: Observation([]))
     context_ids: list[int] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
@@ -82,6 +86,11 @@ class Episode:
         return self.stop_reason is None
 
     @property
+    def environment(self) -> MultiTurnEnvironment | None:
+        """The environment that plays the episode; `None` where none could be made."""
+        return None if self.instance is None else self.instance.environment
+
+    @property
     def opening_length(self) -> int:
         """Tokens of the opening conversation."""
         return len(self.turns[0].context_ids if self.turns else self.context_ids)
@@ -91,6 +100,11 @@ class Episode:
         """A copy of the policy's last message, for the environment."""
         return copied(self.messages[-1])
 
+    def open(self, observation: Observation) -> None:
+        """The environment began the episode."""
+        self.observation = observation
+        self.info = dict(observation.info)
+
     def act(self, turn: Turn, message: Message) -> None:
         """The policy wrote a message."""
         self.turns.append(turn)
@@ -99,11 +113,15 @@ class Episode:
 
     def answer(self, result: StepResult) -> None:
         """The environment replied."""
+        self.turns[-1].reward = result.reward
         self.reward += result.reward
         self.info.update(result.info)
         self.new_messages = result.messages
         self.messages.extend(result.messages)
-        self.stop_reason = StopReason.completed if result.terminated or result.truncated else None
+        if result.terminated:
+            self.stop_reason = StopReason.completed
+        elif result.truncated:
+            self.stop_reason = StopReason.truncated
 
     def fail(self, error: Exception) -> None:
         """The environment failed: the episode is over and carries no reward."""
@@ -126,23 +144,6 @@ class Episode:
             messages=self.messages,
             info=self.info,
         )
-
-
-@dataclass
-class ResetCall:
-    """
-    One attempt to begin an episode. It has its environment to itself: a call that comes back late must find nothing of
-    the next attempt.
-
-    Args:
-        episode ([`Episode`]):
-            The episode to begin.
-        environment ([`~seeupo_trl.envs.MultiTurnEnvironment`], *optional*):
-            The environment that was taken for it; `None` until there is one.
-    """
-
-    episode: Episode
-    environment: MultiTurnEnvironment | None = None
 
 
 def describe(error: Exception) -> str:

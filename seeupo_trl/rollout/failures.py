@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import gather_object
 
+from ..envs.isolated import UnimportableScriptError
 from .chat_format import RewritingTemplateError
 from .contexts import HistoryError
 from .environment_pool import NotAnEnvironmentError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 # Errors that are the script's, not an environment's: they end the run at once.
-MISTAKES = (NotAnEnvironmentError, RewritingTemplateError, HistoryError)
+MISTAKES = (NotAnEnvironmentError, UnimportableScriptError, RewritingTemplateError, HistoryError)
 
 
 def raise_if_too_many_failed(episodes: list[Episode], max_failure_rate: float, trainer: "GRPOTrainer") -> None:

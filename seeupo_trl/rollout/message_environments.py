@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..envs.base import MultiTurnEnvironment
-from .environment_pool import EnvironmentPool
-from .episode import ResetCall
+from .environment_pool import EnvironmentPool, Instance
+from .episode import Episode
 from .observations import copied
 
 
@@ -21,24 +21,25 @@ class MessageEnvironments:
     def __init__(self, factory: Callable[[], MultiTurnEnvironment]):
         self.pool = EnvironmentPool()
         self._factory = factory
-        self._idle: list[MultiTurnEnvironment] = []
+        self._idle: list[Instance] = []
 
-    def reset(self, call: ResetCall) -> Any:
-        """Begin an episode, and return what the environment's own `reset` does. Runs in a thread of the pool."""
-        call.environment = self._take()
-        return call.environment.reset(**copied(call.episode.task))
+    def take(self, episode: Episode) -> Instance:
+        """Who plays an episode."""
+        return self._idle.pop() if self._idle else self.pool.new_instance(self._factory)
 
-    def give_back(self, environment: MultiTurnEnvironment) -> None:
+    def reset(self, instance: Instance, episode: Episode) -> Any:
+        """Begin an episode, and return what the environment's own `reset` does. Runs in the instance's thread."""
+        environment = instance.made()
+        task = copied(episode.task)
+        if environment.takes_seed:
+            task.setdefault("seed", episode.seed)
+        return environment.reset(**task)
+
+    def give_back(self, instance: Instance) -> None:
         """The episode of an environment has ended well."""
-        self._idle.append(environment)
+        self._idle.append(instance)
 
     def close(self) -> None:
         """Close all environments."""
         self.pool.close()
         self._idle.clear()
-
-    def _take(self) -> MultiTurnEnvironment:
-        try:
-            return self._idle.pop()
-        except IndexError:  # other threads take environments at the same time
-            return self.pool.make(self._factory)

@@ -30,8 +30,8 @@ from ..trajectory import Turn
 from .cached_generation import CachedGeneration
 from .chat_format import ChatFormat
 from .contexts import History, contexts_for
-from .environment_pool import CallOutcome, EnvironmentPool
-from .episode import Episode, ResetCall
+from .environment_pool import CallOutcome, EnvironmentPool, Instance
+from .episode import Episode
 from .failures import MISTAKES, raise_if_too_many_failed
 from .generation import generate_responses
 from .limits import EpisodeLimits
@@ -45,7 +45,7 @@ from .observations import (
 )
 from .output import rollout_output
 from .settings import RolloutSettings
-from .tasks import Tasks
+from .tasks import Tasks, seeds_for
 from .turn_ends import TurnEnds
 
 
@@ -212,14 +212,17 @@ class Environments(Protocol):
     Who plays the episodes of a batch: [`~seeupo_trl.rollout.message_environments.MessageEnvironments`] or
     [`~seeupo_trl.rollout.trl_environments.TrlEnvironments`].
 
-    `reset` begins an episode and leaves the environment in its call; `give_back` takes it when the episode has ended.
+    `take` chooses an instance, `reset` has it begin the episode, in its own thread; `give_back` takes it when the
+    episode has ended.
     """
 
     pool: EnvironmentPool
 
-    def reset(self, call: ResetCall) -> Any: ...
+    def take(self, episode: Episode) -> Instance: ...
 
-    def give_back(self, environment: MultiTurnEnvironment) -> None: ...
+    def reset(self, instance: Instance, episode: Episode) -> Any: ...
+
+    def give_back(self, instance: Instance) -> None: ...
 
 
 class RolloutBatch:
@@ -261,7 +264,8 @@ class RolloutBatch:
 
     def play(self, tasks: list[dict[str, Any]]) -> None:
         """Play one episode for each task to its end. A collective operation."""
-        self.episodes = [Episode(key, task) for key, task in enumerate(tasks)]
+        seeds = seeds_for(self._trainer, len(tasks))
+        self.episodes = [Episode(key, *pair) for key, pair in enumerate(zip(tasks, seeds, strict=True))]
         waiting, playing = deque(self.episodes), []
         # parameters do not change during a rollout, so what was computed for one turn serves the next
         cache = CachedGeneration(self._trainer) if CachedGeneration.supports(self._trainer) else None
@@ -291,17 +295,17 @@ class RolloutBatch:
             metrics[name].append(float(self._counts[name]))
         return rollout_output(self.episodes, self._trainer, self._chat.tokenizer.eos_token_id)
 
-    def call(self, functions: list[Callable[[], Any]]) -> list[CallOutcome]:
+    def call(self, calls: list[tuple[Instance, Callable[[], Any]]]) -> list[CallOutcome]:
         """Have environments do something, all at the same time and each within `env_timeout`."""
         start = time.perf_counter()
         timeout = self._settings.env_timeout
-        outcomes = self._environments.pool.call(functions, None if timeout == math.inf else timeout)
+        outcomes = self._environments.pool.call(calls, None if timeout == math.inf else timeout)
         self._counts["time/environments"] += time.perf_counter() - start
         return outcomes
 
-    def fail(self, episode: Episode, outcome: CallOutcome, error: Exception) -> None:
+    def fail(self, episode: Episode, error: Exception) -> None:
         """End an episode whose environment failed. The environment does not play again."""
-        outcome.when_it_returns(partial(self._environments.pool.discard, episode.environment))
+        self._environments.pool.discard(episode.instance)
         episode.fail(error)
 
     def _begin(self, episodes: list[Episode]) -> None:
@@ -320,24 +324,20 @@ class RolloutBatch:
 
     def _reset(self, episodes: list[Episode]) -> list[tuple[Episode, Exception]]:
         """Have an environment begin each episode, and return those in which that failed."""
-        calls = [ResetCall(episode) for episode in episodes]
-        outcomes = self.call([partial(self._environments.reset, call) for call in calls])
+        for episode in episodes:
+            episode.instance = self._environments.take(episode)
+        outcomes = self.call([(e.instance, partial(self._environments.reset, e.instance, e)) for e in episodes])
         failed = []
-        for episode, call, outcome in zip(episodes, calls, outcomes, strict=True):
-            episode.environment = call.environment
+        for episode, outcome in zip(episodes, outcomes, strict=True):
             try:
-                episode.observation = check_observation(outcome.value())
+                episode.open(check_observation(outcome.value()))
                 self._open_context(episode)
             except MISTAKES:
                 raise
             except Exception as error:
-                outcome.when_it_returns(partial(self._discard_environment_of, call))
+                self._environments.pool.discard(episode.instance)
                 failed.append((episode, error))
         return failed
-
-    def _discard_environment_of(self, call: ResetCall) -> None:
-        if call.environment is not None:  # there is none where the factory failed
-            self._environments.pool.discard(call.environment)
 
     def _open_context(self, episode: Episode) -> None:
         characters = sum(number_of_characters(message) for message in episode.observation.messages)
@@ -371,7 +371,7 @@ class RolloutBatch:
 
     def _step(self, episodes: list[Episode]) -> None:
         """Hand the policy's messages to the environments, and build the next contexts."""
-        outcomes = self.call([partial(episode.environment.step, episode.last_message) for episode in episodes])
+        outcomes = self.call([(e.instance, partial(e.environment.step, e.last_message)) for e in episodes])
         for episode, outcome in zip(episodes, outcomes, strict=True):
             try:
                 episode.answer(self._cut(check_step_result(outcome.value())))
@@ -380,10 +380,10 @@ class RolloutBatch:
             except MISTAKES:
                 raise
             except Exception as error:
-                self.fail(episode, outcome, error)
+                self.fail(episode, error)
             else:
                 if not episode.active:
-                    self._environments.give_back(episode.environment)
+                    self._environments.give_back(episode.instance)
 
     def _go_on(self, episode: Episode) -> None:
         """Build the next context, if the episode may have another turn."""
@@ -403,7 +403,7 @@ class RolloutBatch:
 
     def _end(self, episode: Episode, stop_reason: StopReason) -> None:
         episode.stop_reason = stop_reason
-        self._environments.give_back(episode.environment)
+        self._environments.give_back(episode.instance)
 
 
 def environment_reward(environment_reward: list[float | None], **kwargs: Any) -> list[float | None]:

@@ -7,12 +7,12 @@ or cut, because what a tool prints is often out of the environment's hands.
 
 import copy
 import json
-import math
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..envs.base import Observation, StepResult
+from ..envs.plain import real_number
 from ..envs.tools import content_of
 
 
@@ -37,8 +37,11 @@ def check_observation(observation: Any) -> Observation:
     tools = observation.tools
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise TypeError(f"Observation.tools must be a list of JSON schemas; got {_brief(tools)}.")
+    if not isinstance(observation.info, dict):
+        raise TypeError(f"Observation.info must be a dict; got {_brief(observation.info)}.")
     # schemas are long, and JSON's own copy is ten times faster than one in Python
-    return Observation(_check_messages(observation.messages), mended(without_none(json.loads(json.dumps(tools)))))
+    tools = mended(without_none(json.loads(json.dumps(tools))))
+    return Observation(_check_messages(observation.messages), tools, dict(observation.info))
 
 
 def check_step_result(result: Any) -> StepResult:
@@ -51,15 +54,17 @@ def check_step_result(result: Any) -> StepResult:
     """
     if not isinstance(result, StepResult):
         raise TypeError(f"step() must return a StepResult; it returned {_brief(result)}.")
-    if not isinstance(result.reward, (int, float)) or not math.isfinite(result.reward):
-        raise ValueError(f"StepResult.reward must be a finite number; got {_brief(result.reward)}.")
+    try:
+        reward = real_number(result.reward)
+    except ValueError as error:
+        raise ValueError(f"StepResult.reward must be a finite number; got {_brief(result.reward)}.") from error
     if not isinstance(result.info, dict):
         raise TypeError(f"StepResult.info must be a dict; got {_brief(result.info)}.")
     if not result.messages and not (result.terminated or result.truncated):
         raise ValueError("step() returned no messages although the episode goes on.")
     return StepResult(
         messages=_check_messages(result.messages),
-        reward=float(result.reward),
+        reward=reward,
         terminated=bool(result.terminated),
         truncated=bool(result.truncated),
         info=dict(result.info),

@@ -1,10 +1,15 @@
-"""The dataset rows that environments are reset with."""
+"""The dataset rows and seeds that environments are reset with."""
 
 import json
+import random
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .episode import shorten
+
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
 
 
 class Tasks:
@@ -53,6 +58,26 @@ class Tasks:
                 "dataset the trainer reads, the evaluation dataset included."
             )
         return [self._by_prompt[_as_key(prompt)] for prompt in prompts]
+
+
+def seeds_for(trainer: "GRPOTrainer", num_episodes: int) -> list[int]:
+    """
+    Seeds for the episodes of a batch: the same for the episodes of a group, which begin alike so that they can be
+    compared, another in each iteration, the same in all evaluations.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]):
+            The trainer, whose `seed` they depend on.
+        num_episodes (`int`):
+            Number of episodes of this process.
+    """
+    training = trainer.model.training
+    group_size = trainer.num_generations if training else trainer.num_generations_eval
+    when = trainer.state.global_step if training else "evaluation"
+    first = trainer.accelerator.process_index * num_episodes
+    groups = [number // group_size for number in range(first, first + num_episodes)]
+    by_group = {group: random.Random(f"{trainer.args.seed} {when} {group}").getrandbits(31) for group in set(groups)}
+    return [by_group[group] for group in groups]
 
 
 def _as_key(prompt: Any) -> str:

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from ..envs.base import MultiTurnEnvironment
 from ..envs.tools import EMPTY_PROMPT, ToolEnvironment
 from .chat_format import ChatFormat
-from .environment_pool import EnvironmentPool
-from .episode import Episode, ResetCall
+from .environment_pool import EnvironmentPool, Instance
+from .episode import Episode
 from .limits import EpisodeLimits
 from .multi_turn import RolloutBatch
 from .observations import copied
@@ -79,11 +79,7 @@ class ToolRollout:
         factory = self.factories[name]
         if isinstance(factory, type):
             return issubclass(factory, MultiTurnEnvironment)
-        environment = self._environments.first_of(name).environment
-        if not isinstance(environment, MultiTurnEnvironment):
-            return False
-        environment.close()
-        return True
+        return isinstance(self._environments.first_of(name).environment, MultiTurnEnvironment)
 
     def with_its_rewards(self, reward_funcs: list[Any]) -> list[Any]:
         """
@@ -143,15 +139,19 @@ class TrlEnvironments:
         self._factories = {kind: partial(ToolEnvironment, make, tools=tools) for kind, make in factories.items()}
         self._firsts: dict[str | None, ToolEnvironment] = {}
         # by kind and number; None while an instance plays, and where there is none yet
-        self._instances: dict[str | None, list[ToolEnvironment | None]] = {kind: [] for kind in factories}
+        self._instances: dict[str | None, list[Instance | None]] = {kind: [] for kind in factories}
         self._instance_of: list[tuple[str | None, int]] = []  # kind and number for each episode of the batch
         self._event_loop = None
 
     def first_of(self, kind: str | None) -> ToolEnvironment:
         """The instance that was made first of its kind."""
         if kind not in self._firsts:
-            self._firsts[kind] = self.pool.make(self._factories[kind])
-            self._instances[kind].append(self._firsts[kind])
+            instance = self.pool.new_instance(self._factories[kind])
+            (outcome,) = self.pool.call([(instance, instance.made)], None)
+            if outcome.error is not None:
+                self.pool.discard(instance)
+            self._firsts[kind] = outcome.value()
+            self._instances[kind].append(instance)
         return self._firsts[kind]
 
     def begin_batch(self, trainer: "GRPOTrainer") -> None:
@@ -166,20 +166,22 @@ class TrlEnvironments:
         for kind, count in counts.items():
             self._instances[kind] += [None] * (count - len(self._instances[kind]))
 
-    def reset(self, call: ResetCall) -> Any:
-        """Begin an episode, and return what `reset` does. Runs in a thread of the pool."""
-        kind, number = self._instance_of[call.episode.key]
-        environment, self._instances[kind][number] = self._instances[kind][number], None
-        if environment is None:
-            environment = self.pool.make(self._factories[kind])
+    def take(self, episode: Episode) -> Instance:
+        """Who plays an episode."""
+        kind, number = self._instance_of[episode.key]
+        instance, self._instances[kind][number] = self._instances[kind][number], None
+        return self.pool.new_instance(self._factories[kind]) if instance is None else instance
+
+    def reset(self, instance: Instance, episode: Episode) -> Any:
+        """Begin an episode, and return what `reset` does. Runs in the instance's thread."""
+        environment = instance.made()
         environment.event_loop = self._event_loop
-        call.environment = environment
-        task = copied(call.episode.task)
-        if kind is not None:
+        task = copied(episode.task)
+        if None not in self._factories:
             del task["environment"]
         return environment.reset(**task)
 
-    def give_back(self, environment: MultiTurnEnvironment) -> None:
+    def give_back(self, instance: Instance) -> None:
         """Nothing to do: it stays with its episode until the batch has been scored."""
 
     def end_batch(self, episodes: list[Episode]) -> None:
@@ -187,7 +189,7 @@ class TrlEnvironments:
         for episode in episodes:
             if episode.error is None:
                 kind, number = self._instance_of[episode.key]
-                self._instances[kind][number] = episode.environment
+                self._instances[kind][number] = episode.instance
 
     def columns(self, episodes: list[Episode]) -> dict[str, list[Any]]:
         """What [`ToolRollout`] returns beside the columns of [`MultiTurnRollout`]."""
@@ -237,12 +239,12 @@ def tool_rollout_for(
     for name, factory in rollout.factories.items():
         if not rollout.plays_messages(name):
             continue
+        rollout.close()
         if is_dict:
             raise ValueError(
                 f"`environment_factory[{name!r}]` is {factory!r}, which makes a MultiTurnEnvironment. A dict takes "
                 "TRL environments only; give one MultiTurnEnvironment that chooses by the row's columns in `reset`."
             )
-        rollout.close()
         return None
     return rollout
 
@@ -250,12 +252,12 @@ def tool_rollout_for(
 def _score(batch: RolloutBatch) -> None:
     """Have the environments say what their episodes are worth; one that cannot has failed."""
     owners = [e for e in batch.episodes if e.error is None and e.environment.owns_reward]
-    outcomes = batch.call([episode.environment.reward for episode in owners])
+    outcomes = batch.call([(episode.instance, episode.environment.reward) for episode in owners])
     for episode, outcome in zip(owners, outcomes, strict=True):
         try:
             episode.reward = outcome.value()
         except Exception as error:
-            batch.fail(episode, outcome, error)
+            batch.fail(episode, error)
 
 
 def _reward_of(

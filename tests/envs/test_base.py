@@ -23,6 +23,7 @@ def test_stop_reasons_are_strings():
     assert json.dumps(StopReason.context_overflow) == '"context_overflow"'
     assert {reason.value for reason in StopReason} == {
         "completed",
+        "truncated",
         "max_turns",
         "context_overflow",
         "response_truncated",

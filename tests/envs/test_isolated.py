@@ -1,5 +1,6 @@
 """Environments in processes of their own: they can be ended whatever they do, and end with us."""
 
+import datetime
 import os
 import signal
 import subprocess
@@ -10,12 +11,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from isolated_deeds import Deeds
+from isolated_deeds import Coroutines, Deeds
 from scripted_trainer import make_scripted_trainer
 from talk import row
 
 from seeupo_trl import MultiTurnRollout
 from seeupo_trl.envs import IsolatedEnvironment
+from seeupo_trl.envs.isolated import UnimportableScriptError
+from seeupo_trl.rollout.failures import MISTAKES
 
 
 MESSAGE = {"role": "assistant", "content": "Yes."}
@@ -38,14 +41,15 @@ def is_running(pid):
 
 def test_it_plays_like_the_environment_itself(environment):
     plain = Deeds()
-    assert environment.reset(deed=None) == plain.reset(deed=None)
+    opening, own = environment.reset(deed=None), plain.reset(deed=None)
+    assert opening.info.pop("process") != own.info.pop("process") and opening == own
     for _ in range(2):
         mine, theirs = environment.step(MESSAGE), plain.step(MESSAGE)
         assert mine.info.pop("process") != theirs.info.pop("process") == os.getpid()
         assert mine == theirs
 
 
-@pytest.mark.parametrize("deed", ["hang", "hold the lock"])
+@pytest.mark.parametrize("deed", ["hang", "hold the lock", "half a line"])
 def test_a_call_without_end_is_killed_and_the_next_episode_plays(environment, deed):
     environment.reset(deed=None)
     pid = environment.step(MESSAGE).info["process"]
@@ -65,15 +69,113 @@ def test_a_call_without_end_is_killed_and_the_next_episode_plays(environment, de
         ("die", r"Process \d+ of the environment died during step\(\)"),
         ("exit", "SystemExit: 3"),
         ("raise", "OSError: connection lost"),
-        ("unpicklable", "cannot be sent between processes"),
+        ("unpicklable", "cannot be sent between processes: it is a function and no StepResult"),
+        (
+            "a date",
+            r"cannot be sent between processes: info\['when'\]\[0\] is a date; only texts",
+        ),
+        ("keys", r"info\['counts'\] has the key 1, a int; keys must be texts"),
+        ("fraction", "reward is a Fraction"),
     ],
 )
 def test_faults_are_errors_of_the_call_and_the_next_episode_plays(environment, deed, error):
     environment.reset(deed=deed)
-    with pytest.raises(RuntimeError, match=error):
+    with pytest.raises((RuntimeError, TimeoutError), match=error):
         environment.step(MESSAGE)
     environment.reset(deed=None)
     assert environment.step(MESSAGE).reward == 0.5
+
+
+def test_nothing_that_the_process_sends_is_unpickled(environment, tmp_path):
+    trace = tmp_path / "trace"
+    environment.reset(deed="pickle", trace=str(trace))
+    with pytest.raises(RuntimeError, match=r"Process \d+ answered step\(\) with something else"):
+        environment.step(MESSAGE)
+    assert not trace.exists()
+    environment.reset(deed=None)
+    assert environment.step(MESSAGE).reward == 0.5
+
+
+def test_numbers_of_other_libraries_arrive_as_plain_ones(environment):
+    environment.reset(deed="numbers")
+    result = environment.step(MESSAGE)
+    assert result.reward == 0.5 and result.terminated is True
+    assert result.info == {"array": [0, 1], "tensor": 0.5, "pair": [1, None], "flag": True}
+
+
+def test_a_task_may_hold_what_can_be_pickled(environment):
+    environment.reset(deed="task", day=datetime.date(2020, 1, 1), position=(1, 2))
+    assert environment.step(MESSAGE).info == {"types": ["date", "tuple"]}
+
+
+def test_a_time_out_of_the_environment_stays_one(environment):
+    environment.reset(deed="time out")
+    with pytest.raises(TimeoutError, match="the server is slow"):
+        environment.step(MESSAGE)
+
+
+def test_coroutines_run_in_the_process():
+    environment = IsolatedEnvironment(Coroutines)
+    assert environment.reset().info["process"] != os.getpid()
+    assert environment.step(MESSAGE).reward == 0.5
+    environment.close()
+
+
+SCRIPT = """
+from isolated_deeds import Deeds
+
+from seeupo_trl.envs import IsolatedEnvironment
+from seeupo_trl.envs.call_thread import CallThread
+
+print("The script begins.", flush=True)
+
+
+def play():
+    environment = IsolatedEnvironment(Deeds)
+    # in a thread, as rollouts do
+    CallThread("seeupo-environment").submit(environment.reset).result()
+    print(environment.step({{"role": "assistant", "content": ""}}).reward, flush=True)
+    environment.close()
+
+
+{call}
+"""
+
+
+def run_script(tmp_path, call):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(call=call))
+    return subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("call", ["play()", "try:\n    play()\nfinally:\n    print()"])
+def test_a_script_that_would_run_again_in_the_process_is_refused_before_it_does(tmp_path, call):
+    done = run_script(tmp_path, call)
+    assert done.returncode == 1 and done.stdout.count("The script begins.") == 1
+    assert "without `if __name__ == '__main__':` around it" in done.stderr
+    assert UnimportableScriptError in MISTAKES, "a rollout does not try again, and ends at once"
+
+
+def test_a_guarded_script_plays(tmp_path):
+    done = run_script(tmp_path, 'if __name__ == "__main__":\n    play()')
+    assert done.returncode == 0 and "0.5" in done.stdout, done.stderr[-2000:]
+
+
+def test_an_environment_of_the_command_line_is_refused():
+    code = """
+from seeupo_trl.envs import IsolatedEnvironment, MultiTurnEnvironment
+
+
+class Here(MultiTurnEnvironment):
+    def reset(self, **task): ...
+
+    def step(self, message): ...
+
+
+IsolatedEnvironment(Here).reset()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "is defined in a notebook or on the command line" in done.stderr
 
 
 def test_a_process_is_replaced_after_a_number_of_episodes():

@@ -3,12 +3,17 @@
 import asyncio
 import gc
 import math
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -64,6 +69,12 @@ class Chaotic(Talk):
                 result.messages = 12
             case "nan":
                 result.reward = math.nan
+            case "a complex reward":
+                result.reward = 1j
+            case "two rewards":
+                result.reward = np.ones(2)
+            case "a reward beyond floats":
+                result.reward = 10**400
             case "a text as reward":
                 result.reward = "1.0"
             case "info of another type":
@@ -103,6 +114,9 @@ def play(make_trainer, deeds, environment=Chaotic, script=("Yes.<|im_end|>",) * 
         ("bytes", "env_error", "TypeError: The content of a message must be a text; got bytes"),
         ("messages of another type", "env_error", "TypeError: Messages must be a list of dicts"),
         ("nan", "env_error", "ValueError: StepResult.reward must be a finite number; got float nan"),
+        ("a complex reward", "env_error", "StepResult.reward must be a finite number; got complex"),
+        ("two rewards", "env_error", "StepResult.reward must be a finite number; got ndarray"),
+        ("a reward beyond floats", "env_error", "StepResult.reward must be a finite number; got int"),
         ("a text as reward", "env_error", "ValueError: StepResult.reward must be a finite number; got str '1.0'"),
         ("info of another type", "env_error", "TypeError: StepResult.info must be a dict; got list [1]"),
         ("tools of nonsense", "env_error", "TypeError: Observation.tools must be a list of JSON schemas; got str"),
@@ -124,6 +138,182 @@ def test_an_environment_may_raise_a_time_out_of_its_own(make_trainer):
 
     output, _ = play(make_trainer, ["slow", None], Slow)
     assert output["stop_reason"] == ["env_timeout", "completed"]
+
+
+REWARDS = [1, True, 1.0, np.float32(1), np.float16(1), np.int64(1), np.bool_(True), np.array(1.0)]
+REWARDS += [torch.tensor(1.0), torch.tensor(1), torch.tensor(1.0, dtype=torch.bfloat16), Fraction(1), Decimal(1)]
+
+
+@pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: f"{type(reward).__name__}")
+def test_any_real_number_is_a_reward(make_trainer, reward):
+    class Rewarding(Talk):
+        def step(self, message):
+            return StepResult([], reward=reward, terminated=True)
+
+    output, _ = play(make_trainer, [None], Rewarding)
+    assert output["environment_reward"] == [1.0] and type(output["environment_reward"][0]) is float
+    assert [turn.reward for turn in output["trajectories"][0].turns] == [1.0]
+
+
+# --- one thread an instance ------------------------------------------------------------------------------------------
+
+
+class Database(Talk):
+    """Opens a connection in `reset`; sqlite3 lets no other thread use it, nor close it."""
+
+    def __init__(self):
+        super().__init__()
+        self.connection = sqlite3.connect(":memory:")
+        self.threads = {threading.get_ident()}
+
+    def reset(self, wait=0.0, **task):
+        self.threads.add(threading.get_ident())
+        self.wait = wait
+        self.connection.execute("CREATE TABLE IF NOT EXISTS messages (text TEXT)")
+        return super().reset(**task)
+
+    def step(self, message):
+        self.threads.add(threading.get_ident())
+        time.sleep(self.wait)
+        self.connection.execute("INSERT INTO messages VALUES (?)", (message["content"],))
+        return super().step(message)
+
+    def close(self):
+        self.threads.add(threading.get_ident())
+        self.connection.close()
+        super().close()
+
+
+def test_an_instance_lives_in_one_thread(make_trainer):
+    made = []
+
+    def factory():
+        made.append(Database())
+        return made[-1]
+
+    # episodes of different lengths and durations, so that idle instances and threads get mixed
+    rows = [row(*[[user("Go on.")]] * (i % 4), number=i, wait=0.01 * (i % 3)) for i in range(12)]
+    trainer = make_trainer(rows, script=["Yes.<|im_end|>"] * 5, max_completion_length=20)
+    rollout = MultiTurnRollout(factory, tasks=rows, max_concurrent_envs=5)
+    for _ in range(2):
+        output = rollout([r["prompt"] for r in rows], trainer)
+        assert output["stop_reason"] == ["completed"] * 12
+    rollout.close()
+    assert [len(environment.threads) for environment in made] == [1] * 5
+    assert [environment.closed for environment in made] == [1] * 5
+
+
+@dataclass
+class Alike(MultiTurnEnvironment):
+    """All instances are equal."""
+
+    closed: int = 0
+
+    def reset(self, fails=False, **task):
+        self.fails = fails
+        return Observation([user("Begin.")])
+
+    def step(self, message):
+        if self.fails:
+            raise OSError("connection lost")
+        return StepResult([], terminated=True)
+
+    def close(self):
+        closed.append(id(self))
+
+
+closed = []
+
+
+def test_environments_that_are_equal_are_closed_once_each(make_trainer):
+    closed.clear()
+    rows = [row(number=i, fails=i == 2) for i in range(4)]
+    trainer = make_trainer(rows, script=["Yes.<|im_end|>"] * 2, max_completion_length=20)
+    rollout = MultiTurnRollout(Alike, tasks=rows, env_reset_retries=0)
+    rollout([r["prompt"] for r in rows], trainer)
+    assert len(closed) == 1
+    rollout.close()
+    assert len(closed) == len(set(closed)) == 4
+
+
+def test_calls_of_an_instance_never_overlap_also_when_the_pool_is_closed(make_trainer, caplog):
+    events, go_on = [], threading.Event()
+
+    class Stuck(Chaotic):
+        def step(self, message):
+            if self.deed:
+                events.append("step begins")
+                go_on.wait(HANG)
+                events.append("step ends")
+            return super().step(message)
+
+        def close(self):
+            if self.deed:
+                events.append("close")
+
+    output, trainer = play(make_trainer, ["stuck", None], Stuck)
+    assert output["stop_reason"] == ["env_timeout", "completed"]
+    trainer.played_by.close()
+    assert events == ["step begins"]
+    go_on.set()
+    deadline = time.monotonic() + 10
+    while len(events) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert events == ["step begins", "step ends", "close"]
+    assert not caplog.records or "ValueError" not in caplog.text
+
+
+# --- what gymnasium has ----------------------------------------------------------------------------------------------
+
+
+def test_an_episode_that_the_environment_cuts_short_is_truncated(make_trainer):
+    class Short(Talk):
+        def step(self, message):
+            return StepResult([], reward=0.5, truncated=True, terminated=self.task["number"] == 1)
+
+    output, _ = play(make_trainer, [None, None], Short)
+    assert output["stop_reason"] == ["truncated", "completed"]
+    assert output["environment_reward"] == [0.5, 0.5]
+
+
+def test_rewards_of_steps_are_kept_on_the_turns(make_trainer):
+    output, _ = play(make_trainer, [None], replies=2)
+    assert [turn.reward for turn in output["trajectories"][0].turns] == [0.25, 0.25, 1.0]
+
+
+class Seeded(Talk):
+    def reset(self, *, seed, **task):
+        observation = super().reset(**task)
+        observation.info = {"seed": seed, "level": 3}
+        return observation
+
+
+def test_episodes_of_a_group_begin_with_one_seed_and_groups_with_different_ones(make_trainer):
+    output, trainer = play(make_trainer, [None] * 4, Seeded)
+    first, second, third, fourth = [t.info["seed"] for t in output["trajectories"]]
+    assert trainer.num_generations == 2 and first == second != third == fourth
+    assert [t.info["level"] for t in output["trajectories"]] == [3] * 4
+    trainer.state.global_step += 1
+    rollout = MultiTurnRollout(Seeded, tasks=[row(number=0)])
+    (later,) = rollout([row(number=0)["prompt"]], trainer)["trajectories"]
+    assert later.info["seed"] not in (first, third)
+
+
+def test_a_seed_of_the_row_is_the_rows_and_who_takes_none_gets_none(make_trainer):
+    rows = [row(seed=7)]
+    trainer = make_trainer(rows, script=["Yes.<|im_end|>"] * 2, max_completion_length=20)
+    output = MultiTurnRollout(Seeded, tasks=rows)([rows[0]["prompt"]], trainer)
+    assert output["trajectories"][0].info["seed"] == 7
+
+    class Plain(Talk):
+        def reset(self, **task):
+            observation = super().reset(**task)
+            observation.info = {"columns": sorted(task)}
+            return observation
+
+    rows = [row()]
+    output = MultiTurnRollout(Plain, tasks=rows)([rows[0]["prompt"]], trainer)
+    assert output["trajectories"][0].info["columns"] == ["prompt", "replies"]
 
 
 # --- retries and the failure rate ------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """TRL environments: time limits, quarantine and waves, which TRL's own loop has not, and what is refused early."""
 
+import signal
 import threading
 from functools import partial
 
@@ -46,7 +47,7 @@ def test_a_fault_costs_its_own_episode_only(play_unreliable, fault, reason):
 
 
 def test_a_coroutine_that_hangs_times_out(play_unreliable):
-    with pytest.raises(RuntimeError, match="All 2 environments of the batch failed. The first error: TimeoutError"):
+    with pytest.raises(RuntimeError, match="All 4 environments of the batch failed. The first error: TimeoutError"):
         play_unreliable(None, response=call("wait"))
 
 
@@ -89,6 +90,28 @@ def test_an_environment_lives_in_one_thread(make, factory):
         seen = play(trainer, [row("a")] * 4)
         assert seen["metrics"]["tools/failure_frequency"] == [0.0]
         assert seen["metrics"]["rewards/Database/mean"] == [2.0]
+
+
+def test_a_tool_for_the_main_thread_is_nobodys_mistake_but_the_environments(make, caplog):
+    class Alarmed(Counter):
+        def increment(self, step: int) -> int:
+            """
+            Adds within a second.
+
+            Args:
+                step: Anything.
+            """
+            try:
+                signal.signal(signal.SIGALRM, lambda *_: None)
+            except ValueError as error:
+                raise RuntimeError("no alarm") from error
+
+    trainer = make(ScriptedSeeUPO, Alarmed, SCRIPTS, env_reset_retries=0)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="All 4 environments of the batch failed"):
+            play(trainer, [row("one")] * 2)
+    warnings = [record.message for record in caplog.records if "works in the main thread only" in record.message]
+    assert len(warnings) == 1 and "A tool of Alarmed" in warnings[0]
 
 
 def test_environments_of_a_batch_run_at_the_same_time(make):

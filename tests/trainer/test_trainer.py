@@ -1,5 +1,6 @@
 """The trainer around the update: message-level environments, evaluation, logs that mean what docs/metrics.md says."""
 
+import math
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tiny import ON_CPU, load_tiny_model, tiny_tokenizer
 
 from seeupo_trl import MultiTurnRollout, SeeUPOConfig, SeeUPOTrainer, StepResult
 from seeupo_trl.envs import StopReason
+from seeupo_trl.evaluation.info_metrics import InfoMetrics
 
 
 METRICS_PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -122,6 +124,76 @@ def test_environment_may_bring_the_tasks(make_trainer):
     assert trainer.state.global_step == 2
     with pytest.raises(ValueError, match="`max_steps` must be set"):
         make_trainer(train_dataset=None, options={"max_steps": -1})
+
+
+def test_a_dataset_needs_no_prompt_where_the_environment_opens_the_conversation(make_trainer):
+    rows = Dataset.from_dict({"turns": [1, 2, 3, 2]})
+    options = {"per_device_eval_batch_size": 4, "num_generations_eval": 2, "log_completions": True}
+    trainer = make_trainer(train_dataset=rows, eval_dataset=rows, options=options)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert trainer.evaluate()["eval_episodes/tasks"] == 4
+
+
+@pytest.mark.parametrize(
+    ("functions", "weights", "expected"),
+    [(0, [2.0], [2.0]), (1, [2.0], [2.0, 1.0]), (1, [2.0, 0.5], [2.0, 0.5]), (1, None, [1.0, 1.0])],
+)
+def test_weights_of_rewards_may_include_the_environments_own(make_trainer, functions, weights, expected):
+    def length(completions, **kwargs):
+        return [0.0] * len(completions)
+
+    trainer = make_trainer(reward_funcs=[length] * functions or None, options={"reward_weights": weights})
+    assert trainer.reward_weights.tolist() == expected
+
+
+def test_a_wrong_number_of_weights_is_refused_with_the_right_numbers(make_trainer):
+    with pytest.raises(
+        ValueError, match="`reward_weights` has 2 weights for 0 reward functions and the environment's"
+    ):
+        make_trainer(options={"reward_weights": [2.0, 1.0]})
+
+
+def test_the_trainer_closes_its_environments(make_trainer):
+    closed = []
+
+    class Closing(CountDown):
+        def close(self):
+            closed.append(self)
+
+    trainer = make_trainer(environment_factory=Closing)
+    trainer.train()
+    assert not closed
+    trainer.close()
+    assert len(closed) == 8 == len(set(map(id, closed)))
+    trainer.close()
+    assert len(closed) == 8
+
+
+def test_numbers_in_info_are_metrics(make_trainer):
+    class Reporting(CountDown):
+        def step(self, message):
+            result = super().step(message)
+            left = torch.tensor(float(self.left))
+            result.info |= {"left": left, "success": True, "words": "three", "nan": math.nan}
+            return result
+
+    rows = {"prompt": [[{"role": "user", "content": "w0"}]] * 2, "turns": [1, 3]}
+    options = {"per_device_eval_batch_size": 2, "num_generations_eval": 2, "logging_steps": 1}
+    trainer = make_trainer(environment_factory=Reporting, eval_dataset=Dataset.from_dict(rows), options=options)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "turn_updates" in log]
+    assert all(log["info/success"] == 1 and log["info/left"] >= 0 for log in logs)
+    assert not {"info/words", "info/nan"} & set(logs[0])
+    assert trainer.evaluate()["eval_info/success"] == 1
+
+
+def test_no_more_than_32_numbers_are_logged(caplog):
+    metrics = InfoMetrics()
+    assert metrics.of([{f"a{i:02}": 1.0 for i in range(30)}, {"a00": 3.0}])["info/a00"] == 2.0
+    values = metrics.of([{"b1": 1.0, "b2": 1.0, "b3": 1.0}])
+    assert values == {"info/b1": 1.0, "info/b2": 1.0}
+    assert "not logged as metrics: b3" in caplog.text and len(metrics.of([{"c": 1.0, "a00": 0.0}])) == 1
 
 
 def test_environment_of_messages_brings_its_own_tools(make_trainer):

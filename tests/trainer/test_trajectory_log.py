@@ -46,6 +46,19 @@ def test_turns_are_restored_exactly_and_stored_once(history, tmp_path):
     assert stored == {"append": 200 + 11 * 5, "rewritten": 200 + 11 * 15, "unrelated": 200 + 11 * 50}[history]
 
 
+def test_rewards_of_turns_are_kept_and_files_without_them_can_be_read(tmp_path):
+    log = TrajectoryLog(tmp_path, tiny_tokenizer())
+    turns = [Turn(WORDS[:1], WORDS[1:2], reward=0.5), Turn(WORDS[:3], WORDS[3:4])]
+    log.add([outcome(turns=2)], [Trajectory(turns)])
+    path = log.write("train", 1)
+    rows = read_trajectories(tmp_path).to_pylist()
+    assert [row["turn_reward"] for row in rows] == [0.5, None] and restore_turns(rows) == turns
+    pq.write_table(pq.read_table(path).drop_columns(["turn_reward"]), path)
+    rows = read_trajectories(tmp_path).to_pylist()
+    assert [row["turn_reward"] for row in rows] == [None, None]
+    assert [turn.action_ids for turn in restore_turns(rows)] == [WORDS[1:2], WORDS[3:4]]
+
+
 def test_text_columns_are_what_the_tokens_say(tmp_path):
     messages = [
         {"role": "assistant", "content": "w2", "reasoning_content": "w1", "tool_calls": [{"function": {"name": "f"}}]},

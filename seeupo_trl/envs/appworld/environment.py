@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "dev", "test_normal", "test_challenge")
 
+# AppWorld makes a path of it
+TASK_ID = re.compile(r"[A-Za-z0-9_-]+")
+
 # A block may begin and end within a line: models write "Code: ```python" and "print(1)```".
 CODE_BLOCK = re.compile(
     r"```(?:python|py)[ \t]*\n(.*?)(?:^[ \t]*```|```[ \t]*$)", re.DOTALL | re.MULTILINE | re.IGNORECASE
@@ -153,6 +156,10 @@ class AppWorldEnvironment(MultiTurnEnvironment):
                 When there is no server, or it does not know the task.
         """
         self._release()
+        if not TASK_ID.fullmatch(task_id):
+            raise ValueError(
+                f"task_id is {task_id[:100]!r}; an id such as '82e2fac_1' is letters, digits, '_' and '-'."
+            )
         self._task_id = task_id
         self._return = 0.0
         self._server = self.servers.lease()
@@ -282,6 +289,10 @@ def load_appworld(
     ids = [line.split(":")[0].strip() for line in task_list.read_text().splitlines() if line.strip()]
     rows = []
     for id in ids:
+        if not TASK_ID.fullmatch(id):
+            raise ValueError(
+                f"{task_list} names the task {id[:100]!r}, which is no id of letters, digits, '_' and '-'."
+            )
         folder = data / "tasks" / id
         specs = json.loads((folder / "specs.json").read_text())
         supervisor = specs["supervisor"] if "supervisor" in specs else specs["main_user"]  # older data

@@ -75,7 +75,7 @@ class AppWorldServer:
         self._directory = Path(tempfile.mkdtemp(dir=launcher.directory))
         (self._directory / "data").symlink_to(root / "data")
         if keep_outputs is not None:
-            keep_outputs.mkdir(parents=True, exist_ok=True)
+            keep_outputs.mkdir(mode=0o700, parents=True, exist_ok=True)
             (self._directory / "experiments").mkdir()
             (self._directory / "experiments" / "outputs").symlink_to(keep_outputs.resolve())
         self.pid = int(launcher.request("start", self._directory))

@@ -1,0 +1,58 @@
+"""What environments return as plain data: numbers of any library as Python's own, and what JSON can hold."""
+
+import math
+from typing import Any
+
+
+def real_number(value: Any) -> float:
+    """
+    Any finite real number as a `float`: Python's, NumPy's, a tensor of one element, a fraction.
+
+    Raises:
+        `ValueError`:
+            When it is none.
+    """
+    number = math.nan
+    # float() also reads texts, which are no numbers
+    if not isinstance(value, (str, bytes, bytearray)):
+        try:
+            number = float(value)
+        except Exception:  # whatever the object's own conversion raises
+            pass
+    if not math.isfinite(number):
+        raise ValueError("not a finite real number")
+    return number
+
+
+def plain_data(value: Any, name: str) -> Any:
+    """
+    A value as JSON holds it: text, numbers, booleans, `None`, lists and dicts with text as keys. Tuples become lists,
+    arrays and tensors become numbers and lists.
+
+    Args:
+        value (`Any`):
+            Anything.
+        name (`str`):
+            What it is, for the error.
+
+    Raises:
+        `TypeError`:
+            When something in it is nothing of that.
+    """
+    if value is None or isinstance(value, (bool, str, int, float)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [plain_data(item, f"{name}[{number}]") for number, item in enumerate(value)]
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"{name} has the key {str(key)[:100]}, a {type(key).__name__}; keys must be texts")
+        return {key: plain_data(item, f"{name}[{key!r}]") for key, item in value.items()}
+    # arrays and tensors of libraries that are not imported here
+    as_list = getattr(value, "tolist", None)
+    if callable(as_list):
+        return plain_data(as_list(), name)
+    raise TypeError(
+        f"{name} is a {type(value).__name__}; only texts, numbers, booleans, None, lists and dicts (and arrays, as "
+        "lists) can be sent"
+    )
