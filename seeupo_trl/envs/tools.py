@@ -15,6 +15,7 @@ import asyncio
 import inspect
 import json
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from typing import Any
@@ -160,7 +161,8 @@ class ToolEnvironment(MultiTurnEnvironment):
                     raise ValueError(f"Tool {name} not found.")
             except Exception as error:
                 if _needs_main_thread(error):
-                    _warn_of_main_thread(type(self.environment).__name__)
+                    with _warning_lock:  # a cached function may run in several threads at first
+                        _warn_of_main_thread(type(self.environment).__name__)
                     raise
                 results.append((name, self._failure(error)))
         if coroutines:
@@ -218,6 +220,9 @@ def _needs_main_thread(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+_warning_lock = threading.Lock()
 
 
 @cache

@@ -47,7 +47,7 @@ def test_a_fault_costs_its_own_episode_only(play_unreliable, fault, reason):
 
 
 def test_a_coroutine_that_hangs_times_out(play_unreliable):
-    with pytest.raises(RuntimeError, match="All 4 environments of the batch failed. The first error: TimeoutError"):
+    with pytest.raises(RuntimeError, match="All 2 environments of the batch failed. The first error: TimeoutError"):
         play_unreliable(None, response=call("wait"))
 
 
