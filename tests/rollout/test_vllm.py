@@ -22,6 +22,7 @@ if torch.cuda.is_available():
     pytest.skip("these tests drive vLLM's CPU build", allow_module_level=True)
 
 import vllm
+from tool_calls import increment
 from vllm_on_cpu import save_talker
 from vllm_runs import (
     FRAME,
@@ -34,7 +35,6 @@ from vllm_runs import (
     digits,
     engine,
     free,
-    increment,
     lectures,
     questions,
     the_last_two,
