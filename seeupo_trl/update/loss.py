@@ -272,7 +272,7 @@ def _sampler_weights(actions: Actions, mode: str, clip_min: float | None, clip_m
 
 def _on_policy_mask(actions: Actions, weights: torch.Tensor, threshold: float) -> torch.Tensor:
     """1 for the actions that off-policy masking keeps, 0 for those it drops, shape `(n,)`."""
-    behaviour = [old if logps is None else logps for logps, old in zip(actions.sampled, actions.old, strict=True)]
-    return torch.stack(
-        [keep_on_policy(*args, threshold) for args in zip(weights, actions.new, behaviour, strict=True)]
-    )
+    new, old = actions.split(actions.new), actions.split(actions.old)
+    behaviour = [logps if sampled is None else sampled for logps, sampled in zip(old, actions.sampled, strict=True)]
+    kept = [keep_on_policy(*args, threshold) for args in zip(weights, new, behaviour, strict=True)]
+    return torch.stack(kept)

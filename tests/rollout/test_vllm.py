@@ -157,7 +157,7 @@ def test_the_corrections_of_each_mode_follow_from_the_logps_of_the_turn(talker, 
     add_micro_batch = UpdateMetrics.add_micro_batch
 
     def watched(self, block, indices, actions, loss, *args):
-        mode, trajectories = trainer.config.vllm_importance_sampling_mode, trainer._batch.trained
+        mode, trajectories = trainer.vllm_importance_sampling_mode, trainer._batch.trained
         for index, weight in zip(indices, loss.sampler_weights.tolist(), strict=True):
             found[mode].append((trajectories[index].turns[block.first - 1], weight))
         return add_micro_batch(self, block, indices, actions, loss, *args)
@@ -166,7 +166,7 @@ def test_the_corrections_of_each_mode_follow_from_the_logps_of_the_turn(talker, 
     step = trainer.training_step
 
     def in_the_next_mode(*args):
-        trainer.config.vllm_importance_sampling_mode = modes[trainer.state.global_step]
+        trainer.vllm_importance_sampling_mode = modes[trainer.state.global_step]
         return step(*args)
 
     trainer.training_step = in_the_next_mode
