@@ -70,21 +70,23 @@ class LogProbs:
 
     def now(self, keys: Iterable[Key]) -> dict[Key, torch.Tensor]:
         """Log-probabilities under the present parameters. Must be called on every process."""
+        return logps_of(self.scores(keys))
+
+    def scores(self, keys: Iterable[Key]) -> dict[Key, TurnScores]:
+        """Like [`now`], with the entropies."""
         return self._score(keys, self._scorer, self.model)
 
     def score_reference(self, keys: Iterable[Key], reference: Reference) -> None:
         """Fill [`reference`]. Must be called on every process."""
         with reference.active():
-            self.reference = self._score(keys, reference.scorer, reference.model)
+            self.reference = logps_of(self._score(keys, reference.scorer, reference.model))
 
-    def scores(self, keys: Iterable[Key]) -> dict[Key, TurnScores]:
-        """Like [`now`], with the entropies."""
-        return self._score_with(keys, self._scorer, self.model)
-
-    def _score(self, keys: Iterable[Key], scorer: Scorer, model: nn.Module) -> dict[Key, torch.Tensor]:
-        return {key: score.logps for key, score in self._score_with(keys, scorer, model).items()}
-
-    def _score_with(self, keys: Iterable[Key], scorer: Scorer, model: nn.Module) -> dict[Key, TurnScores]:
+    def _score(self, keys: Iterable[Key], scorer: Scorer, model: nn.Module) -> dict[Key, TurnScores]:
         scores, tokens = score_without_gradient(self._buffer, keys, scorer, model, self._lock_step, self._max_rows)
         self.num_tokens += tokens
         return scores
+
+
+def logps_of(scores: dict[Key, TurnScores]) -> dict[Key, torch.Tensor]:
+    """The log-probabilities of some turns' scores."""
+    return {key: score.logps for key, score in scores.items()}

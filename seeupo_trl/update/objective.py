@@ -127,25 +127,6 @@ def share_without_variance(rewards_per_func: torch.Tensor, weights: torch.Tensor
     return (advantages == 0).all(dim=1).double().mean().item()
 
 
-def sequence_log_ratio(new_logps: torch.Tensor, old_logps: torch.Tensor, ratio: str = "geometric") -> torch.Tensor:
-    """
-    Log of the sequence-level importance ratio of one action (Eq. 6).
-
-    Args:
-        new_logps (`torch.Tensor` of shape `(|a|,)`):
-            Log-probabilities of the action's tokens under the current parameters.
-        old_logps (`torch.Tensor` of shape `(|a|,)`):
-            Log-probabilities of the same tokens under the policy of the denominator.
-        ratio (`str`, *optional*, defaults to `"geometric"`):
-            `"geometric"` divides the sum over tokens by their number, as GSPO does; `"product"` does not.
-
-    Returns:
-        `torch.Tensor` of shape `()`
-    """
-    difference = new_logps - old_logps
-    return difference.mean() if ratio == "geometric" else difference.sum()
-
-
 def segment_sums(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """
     Sums over the actions that lie one after another in a tensor.
@@ -166,7 +147,22 @@ def segment_sums(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 def sequence_log_ratios(
     new_logps: torch.Tensor, old_logps: torch.Tensor, lengths: torch.Tensor, ratio: str = "geometric"
 ) -> torch.Tensor:
-    """[`sequence_log_ratio`] of `n` actions that lie one after another, as in [`segment_sums`]; shape `(n,)`."""
+    """
+    Logs of the sequence-level importance ratios of `n` actions (Eq. 6) that lie one after another.
+
+    Args:
+        new_logps (`torch.Tensor` of shape `(S,)`):
+            Log-probabilities of the actions' tokens under the current parameters.
+        old_logps (`torch.Tensor` of shape `(S,)`):
+            Log-probabilities of the same tokens under the policy of the denominator.
+        lengths (`torch.Tensor` of shape `(n,)`):
+            Numbers of tokens of the actions; they add up to `S`.
+        ratio (`str`, *optional*, defaults to `"geometric"`):
+            `"geometric"` divides the sum over an action's tokens by their number, as GSPO does; `"product"` does not.
+
+    Returns:
+        `torch.Tensor` of shape `(n,)`
+    """
     sums = segment_sums(new_logps - old_logps, lengths)
     return sums / lengths if ratio == "geometric" else sums
 

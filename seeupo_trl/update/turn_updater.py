@@ -23,7 +23,7 @@ from ..scoring.interface import DUMMY_KEY, Scorer, TurnScores
 from ..scoring.turn_buffer import Block, Key, TurnBuffer
 from ..seeupo_config import SeeUPOConfig
 from .entropy_bonus import EntropyBonus
-from .log_probs import LogProbs, Reference
+from .log_probs import LogProbs, Reference, logps_of
 from .loss import Actions, LossSettings, Surrogate, turn_loss, turn_surrogate
 from .metrics import TurnUpdate, UpdateMetrics
 from .objective import sequence_log_ratios
@@ -315,18 +315,11 @@ class TurnUpdater:
         scores = self.log_probs.scores(key for i in indices for key in self.buffer.turns_in(i, block))
         if not indices:
             return
-        logps = {key: score.logps for key, score in scores.items()}
-        turns = [self.buffer.turns_in(i, block) for i in indices]
-        new = _in_a_row(turns, logps)
-        actions = Actions(
-            lengths=_lengths(turns, logps),
-            new=new,
-            old=new,
-            entropies=_in_a_row(turns, {key: score.entropies for key, score in scores.items()}),
-            start=new if self._corrects_sampler else None,
-            sampled=[self._sampled(i, block) for i in indices] if self._needs_sampled else None,
-        )
-        loss = turn_loss(actions, new.new_zeros(len(indices)), self.settings)
+        logps = logps_of(scores)
+        self.log_probs.start.update(logps)
+        self.log_probs.old.update(logps)
+        actions = self._actions(indices, block, scores)
+        loss = turn_loss(actions, actions.new.new_zeros(len(indices)), self.settings)
         self.record.metrics.add_micro_batch(None, indices, actions, loss, 0.0, self.weights)
 
     def _no_loss(self, scores: TurnScores) -> torch.Tensor:
@@ -341,22 +334,11 @@ class TurnUpdater:
         """`-J_t` and its regularisers, summed over a micro-batch and divided by N; entropies of how many tokens."""
         block = step.block
         indices = sorted({index for index, _ in scores})
-        logps = {key: score.logps for key, score in scores.items()}
-        constants = {key: values.detach() for key, values in logps.items()}
+        constants = {key: values.detach() for key, values in logps_of(scores).items()}
         self._multiply_by_ratios(indices, constants)
         self._take_denominators(step, constants)
 
-        turns = [self.buffer.turns_in(i, block) for i in indices]
-        start, reference = self.log_probs.start, self.log_probs.reference
-        actions = Actions(
-            lengths=_lengths(turns, logps),
-            new=_in_a_row(turns, logps),
-            old=_in_a_row(turns, self.log_probs.old),
-            entropies=_in_a_row(turns, {key: score.entropies for key, score in scores.items()}),
-            start=_in_a_row(turns, start) if self._corrects_sampler else None,
-            sampled=[self._sampled(i, block) for i in indices] if self._needs_sampled else None,
-            reference=None if self.reference is None else _in_a_row(turns, reference),
-        )
+        actions = self._actions(indices, block, scores)
         entropy_weight = self.entropy_bonus.weight if self.entropy_bonus.is_enabled else None
         settings = replace(self.settings, entropy_weight=entropy_weight)
         weights = actions.new.new_tensor([self.weights[i] for i in indices])  # (n,)
@@ -364,9 +346,23 @@ class TurnUpdater:
         updates, entropy, tokens = self.record.metrics.add_micro_batch(
             block, indices, actions, loss, self._scale, self.weights
         )
-        for keys, update in zip(turns, updates, strict=True):
-            self.record.turns.update(dict.fromkeys(keys, update))
+        for index, update in zip(indices, updates, strict=True):
+            self.record.turns.update(dict.fromkeys(self.buffer.turns_in(index, block), update))
         return loss.losses.sum() * self._scale, entropy, tokens
+
+    def _actions(self, indices: list[int], block: Block, scores: dict[Key, TurnScores]) -> Actions:
+        """What some trajectories do in a block, with the scores of a pass and what it is compared with."""
+        turns = [self.buffer.turns_in(i, block) for i in indices]
+        new = logps_of(scores)
+        return Actions(
+            lengths=_lengths(turns, new),
+            new=_in_a_row(turns, new),
+            old=_in_a_row(turns, self.log_probs.old),
+            entropies=_in_a_row(turns, {key: score.entropies for key, score in scores.items()}),
+            start=_in_a_row(turns, self.log_probs.start) if self._corrects_sampler else None,
+            sampled=[self._sampled(i, block) for i in indices] if self._needs_sampled else None,
+            reference=None if self.reference is None else _in_a_row(turns, self.log_probs.reference),
+        )
 
 
 def _in_a_row(turns: list[list[Key]], values: dict[Key, torch.Tensor]) -> torch.Tensor:

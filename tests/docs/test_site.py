@@ -154,7 +154,7 @@ def test_returns_and_raises_have_type_and_text(package):
         "envs.tools.ToolEnvironment",
         "trajectory.Trajectory",
         "trajectory.Turn",
-        "update.objective.sequence_log_ratio",
+        "update.objective.sequence_log_ratios",
         "update.objective.clipped_surrogate",
     ],
 )

@@ -14,7 +14,7 @@ from seeupo_trl.update.objective import (
     keep_on_policy,
     normalize_over_batch,
     sampler_correction,
-    sequence_log_ratio,
+    sequence_log_ratios,
 )
 
 
@@ -64,8 +64,9 @@ def test_normalisation_passes_over_missing_advantages():
 
 def test_sequence_ratio_is_normalised_by_length_unless_it_is_the_product():
     new, old = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -2.1])
-    assert sequence_log_ratio(new, old).item() == pytest.approx(0.3)
-    assert sequence_log_ratio(new, old, "product").item() == pytest.approx(0.6)
+    length = torch.tensor([2])
+    assert sequence_log_ratios(new, old, length).item() == pytest.approx(0.3)
+    assert sequence_log_ratios(new, old, length, "product").item() == pytest.approx(0.6)
 
 
 def test_surrogate_is_the_pessimistic_bound():
