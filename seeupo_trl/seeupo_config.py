@@ -115,6 +115,12 @@ class SeeUPOConfig(GRPOConfig):
         max_concurrent_envs (`int`, *optional*):
             Most environments of [`MultiTurnRollout`] that exist at once on a process; further episodes begin when
             others end. Without a limit all episodes of a generation batch play at once.
+        lock_step_rollouts (`bool`, *optional*, defaults to `False`):
+            Whether all episodes of a batch take their turns together in [`MultiTurnRollout`]. Without it an episode
+            waits for no other, where the backend answers single requests.
+        request_timeout (`float`, *optional*, defaults to `1800.0`):
+            Seconds that a vLLM server has for a response in [`MultiTurnRollout`]; then the request is sent again,
+            three times in all.
         env_timeout (`float`, *optional*, defaults to `120.0`):
             Seconds that a call of an environment may take in [`MultiTurnRollout`]; then its episode ends with
             `env_timeout`.
@@ -274,6 +280,14 @@ class SeeUPOConfig(GRPOConfig):
     max_concurrent_envs: int | None = field(
         default=None,
         metadata={"help": "Most environments that exist at once on a process. Unset: one for each episode."},
+    )
+    lock_step_rollouts: bool = field(
+        default=RolloutSettings.lock_step_rollouts,
+        metadata={"help": "Whether all episodes of a batch take their turns together, each waiting for the slowest."},
+    )
+    request_timeout: float | None = field(
+        default=RolloutSettings.request_timeout,
+        metadata={"help": "Seconds that a vLLM server has for a response. Null (in a yaml config) sets no limit."},
     )
     env_timeout: float | None = field(
         default=RolloutSettings.env_timeout,

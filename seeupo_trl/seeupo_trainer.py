@@ -38,6 +38,8 @@ from .evaluation.silence import Silence
 from .evaluation.summary import Evaluation
 from .grpo_compatibility import check_overrides, fixed_values, loss_settings
 from .rollout.checks import checked_rollout
+from .rollout.sampler import Sampler
+from .rollout.samplers import sampler_of_backend
 from .rollout.settings import RolloutSettings
 from .rollout.trl_environments import ToolRollout
 from .rollout.turn_ends import TurnEnds, replaced
@@ -295,6 +297,15 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
         `is_left_out`, and replaced by another `trajectory` of the same prompt with its row of `rewards_per_func`.
         """
         return episodes
+
+    def rollout_sampler(self, ends: TurnEnds, settings: RolloutSettings) -> Sampler | None:
+        """
+        Who answers the requests of a rollout; override it to sample from an engine of your own. Called on every
+        process before each rollout. Arguments and result as in
+        [`~seeupo_trl.rollout.samplers.sampler_of_backend`], which this calls: with `None`, episodes play in lock step
+        through the trainer's `_generate_single_turn`.
+        """
+        return sampler_of_backend(self, ends, settings)
 
     def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, Any]:
         # every step gets a generation batch of its own: nothing to split, nothing to reuse

@@ -14,11 +14,14 @@ processes of their own, see [`~seeupo_trl.envs.IsolatedEnvironment`].
 import asyncio
 import inspect
 import logging
+import math
 import threading
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from ..envs.base import MultiTurnEnvironment
@@ -152,24 +155,130 @@ class EnvironmentPool:
         Returns:
             `list[CallOutcome]`: one for each function.
         """
-        futures = [instance.call(function) for instance, function in calls]
-        wait(futures, timeout)
-        outcomes = [CallOutcome(future, timeout) for future in futures]
-        for (instance, _), outcome in zip(calls, outcomes, strict=True):
-            if outcome.is_stuck:
-                instance.give_up()
-        if any(outcome.is_stuck for outcome in outcomes):
+        pending = PendingCalls(self, timeout)
+        for key, (instance, function) in enumerate(calls):
+            pending.make(key, instance, function)
+        outcomes = {}
+        while pending:
+            outcomes.update(pending.wait(None))
+        return [outcomes[key] for key in range(len(calls))]
+
+    def give_up(self, instances: Iterable[Instance]) -> None:
+        """Wait no longer for the present calls of some environments."""
+        instances = list(instances)
+        for instance in instances:
+            instance.give_up()
+        if instances:
             self._event_loop.replace_if_blocked()
-        return outcomes
 
     def close(self) -> None:
         """Close all environments."""
         _shut_down(self._instances, self._event_loop)
 
 
+class PendingCalls:
+    """
+    Calls of environments that have not been answered yet.
+
+    Args:
+        pool ([`EnvironmentPool`]):
+            Where the environments are from.
+        timeout (`float`, *optional*):
+            Seconds until a call that has not returned is given up. `None` waits for ever.
+    """
+
+    def __init__(self, pool: EnvironmentPool, timeout: float | None):
+        self._pool = pool
+        self._timeout = timeout
+        self._calls: dict[Future, tuple[int, Instance, float]] = {}  # the oldest first: key, instance, when it began
+        self._done: SimpleQueue[tuple[Future, float]] = SimpleQueue()
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def make(self, key: int, instance: Instance, function: Callable[[], Any]) -> None:
+        """
+        Run a function in the thread of an environment.
+
+        Args:
+            key (`int`):
+                Comes back with the outcome.
+            instance ([`Instance`]):
+                The environment.
+            function (`Callable`):
+                A function without arguments. A coroutine that it returns is run on the common event loop.
+        """
+        start = time.perf_counter()
+        future = instance.call(function)
+        self._calls[future] = (key, instance, start)
+        future.add_done_callback(lambda future: self._done.put((future, time.perf_counter())))
+
+    def wait(self, timeout: float | None) -> list[tuple[int, "CallOutcome"]]:
+        """
+        Wait until a call returns, is given up, or `timeout` seconds are over (`None`: for ever). Returns the keys and
+        outcomes of all that have.
+        """
+        outcomes = []
+        until = math.inf if timeout is None else time.perf_counter() + timeout
+        while self._calls and not outcomes:
+            outcomes = [*self._returned(min(until, self._deadline())), *self._overdue()]
+            if time.perf_counter() >= until:
+                break
+        return outcomes
+
+    def give_up(self) -> None:
+        """Wait for none of them any longer; their environments do not play again."""
+        instances = [instance for _, instance, _ in self._calls.values()]
+        self._calls.clear()
+        self._pool.give_up(instances)
+        for instance in instances:
+            self._pool.discard(instance)
+
+    def _deadline(self) -> float:
+        """When the oldest call is given up."""
+        if self._timeout is None:
+            return math.inf
+        _, _, start = next(iter(self._calls.values()))
+        return start + self._timeout
+
+    def _returned(self, until: float) -> list[tuple[int, "CallOutcome"]]:
+        """Those that have returned; waits for one."""
+        outcomes = []
+        left = None if until == math.inf else max(until - time.perf_counter(), 0.0)
+        try:
+            while True:
+                future, end = self._done.get(timeout=0.0 if outcomes else left)
+                if future in self._calls:  # not if it was given up
+                    key, _, start = self._calls.pop(future)
+                    outcomes.append((key, CallOutcome(future, self._timeout, end - start)))
+        except Empty:
+            return outcomes
+
+    def _overdue(self) -> list[tuple[int, "CallOutcome"]]:
+        """Those that are given up now."""
+        outcomes, stuck = [], []
+        while self._calls and self._deadline() <= time.perf_counter():
+            future = next(iter(self._calls))
+            key, instance, start = self._calls.pop(future)
+            outcome = CallOutcome(future, self._timeout, time.perf_counter() - start)
+            outcomes.append((key, outcome))
+            if outcome.is_stuck:
+                stuck.append(instance)
+        self._pool.give_up(stuck)
+        return outcomes
+
+
 class CallOutcome:
     """
     What became of a call.
+
+    Args:
+        future (`Future`):
+            The call. One that is not done is given up.
+        timeout (`float`, *optional*):
+            Seconds that it had.
+        seconds (`float`):
+            Seconds that it took.
 
     Attributes:
         error (`Exception`, *optional*):
@@ -178,8 +287,9 @@ class CallOutcome:
             Whether it had not returned.
     """
 
-    def __init__(self, future: Future, timeout: float | None):
+    def __init__(self, future: Future, timeout: float | None, seconds: float):
         self._future = future
+        self.seconds = seconds
         self.error: Exception | None = None
         self.is_stuck = not future.done()
         if self.is_stuck:

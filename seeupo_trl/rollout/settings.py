@@ -41,6 +41,10 @@ class RolloutSettings:
             Texts that end a turn of the policy, see [`seeupo_trl.rollout.turn_ends`].
         stop_token_ids (`Sequence[int]`, *optional*, defaults to `()`):
             Tokens that end a turn of the policy, besides those that end its messages.
+        lock_step_rollouts (`bool`, *optional*, defaults to `False`):
+            Whether all episodes of a batch take their turns together, also where the backend answers single requests.
+        request_timeout (`float`, *optional*, defaults to `1800.0`):
+            Seconds that a vLLM server has for a response; then the request is sent again, three times in all.
     """
 
     history: History = "append"
@@ -53,14 +57,17 @@ class RolloutSettings:
     max_observation_tokens: float = 32768
     stop_strings: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
+    lock_step_rollouts: bool = False
+    request_timeout: float = 1800.0
 
     def __post_init__(self):
         check_history(self.history)
         for name in ("max_turns", "max_context_length", "max_concurrent_envs", "max_observation_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least 1, or math.inf for no limit.")
-        if self.env_timeout <= 0:
-            raise ValueError(f"env_timeout is {self.env_timeout}; give a positive number of seconds.")
+        for name in ("env_timeout", "request_timeout"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a positive number of seconds.")
         if not 0 <= self.env_reset_retries < math.inf:
             raise ValueError(f"env_reset_retries is {self.env_reset_retries}; give a number of retries, 0 or more.")
         if not 0 <= self.max_env_failure_rate <= 1:

@@ -71,13 +71,22 @@ def seeds_for(trainer: "GRPOTrainer", num_episodes: int) -> list[int]:
         num_episodes (`int`):
             Number of episodes of this process.
     """
-    training = trainer.model.training
-    group_size = trainer.num_generations if training else trainer.num_generations_eval
-    when = trainer.state.global_step if training else "evaluation"
+    group_size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
     first = trainer.accelerator.process_index * num_episodes
     groups = [number // group_size for number in range(first, first + num_episodes)]
-    by_group = {group: random.Random(f"{trainer.args.seed} {when} {group}").getrandbits(31) for group in set(groups)}
+    by_group = {group: random.Random(f"{occasion(trainer)} {group}").getrandbits(31) for group in set(groups)}
     return [by_group[group] for group in groups]
+
+
+def occasion(trainer: "GRPOTrainer") -> str:
+    """
+    What all seeds of a rollout depend on: the run's seed, and which iteration it is, or that it is an evaluation.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]):
+            The trainer.
+    """
+    return f"{trainer.args.seed} {trainer.state.global_step if trainer.model.training else 'evaluation'}"
 
 
 def _as_key(prompt: Any) -> str:

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..envs.base import MultiTurnEnvironment
 from ..envs.tools import EMPTY_PROMPT, ToolEnvironment
+from .batch import RolloutBatch
 from .chat_format import ChatFormat
 from .environment_pool import EnvironmentPool, Instance
 from .episode import Episode
 from .limits import EpisodeLimits
-from .multi_turn import RolloutBatch
+from .lock_step import call
 from .observations import copied
 from .settings import RolloutSettings
 
@@ -252,7 +253,7 @@ def tool_rollout_for(
 def _score(batch: RolloutBatch) -> None:
     """Have the environments say what their episodes are worth; one that cannot has failed."""
     owners = [e for e in batch.episodes if e.error is None and e.environment.owns_reward]
-    outcomes = batch.call([(episode.instance, episode.environment.reward) for episode in owners])
+    outcomes = call(batch, [(episode.instance, episode.environment.reward) for episode in owners])
     for episode, outcome in zip(owners, outcomes, strict=True):
         try:
             episode.reward = outcome.value()

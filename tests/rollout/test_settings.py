@@ -12,7 +12,10 @@ from seeupo_trl.rollout.settings import RolloutSettings
 
 
 SETTINGS = [field.name for field in fields(RolloutSettings)]
-LIMITS = ["max_turns", "max_context_length", "max_concurrent_envs", "env_timeout", "max_observation_tokens"]
+LIMITS = [
+    *("max_turns", "max_context_length", "max_concurrent_envs", "env_timeout", "max_observation_tokens"),
+    "request_timeout",
+]
 
 
 def documented(owner, name):
@@ -66,6 +69,8 @@ def test_none_is_as_the_trainer_says_in_a_rollout(name):
             max_observation_tokens=None,
             stop_strings=["</a>"],
             stop_token_ids=[3],
+            lock_step_rollouts=True,
+            request_timeout=None,
         )
     )
     said, default = RolloutSettings.from_arguments(arguments), getattr(RolloutSettings(), name)

@@ -1,0 +1,223 @@
+"""
+The episodes of one batch: what an episode may do, how it goes on, and what it ends with.
+
+*When* something happens is decided elsewhere: [`~seeupo_trl.rollout.free`] lets every episode go on by itself,
+[`~seeupo_trl.rollout.lock_step`] takes all of them through one turn after another.
+"""
+
+import random
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from ..envs.base import StepResult, StopReason
+from ..trajectory import Turn
+from .chat_format import ChatFormat
+from .contexts import contexts_for
+from .environment_pool import CallOutcome, EnvironmentPool, Instance
+from .episode import Episode
+from .failures import MISTAKES, raise_if_too_many_failed
+from .free import play_freely
+from .limits import EpisodeLimits
+from .lock_step import play_in_lock_step
+from .observations import (
+    CHARACTERS_PER_TOKEN,
+    check_observation,
+    check_step_result,
+    cut_message,
+    number_of_characters,
+)
+from .output import rollout_output
+from .progress import Progress
+from .sampler import Request
+from .samplers import open_sampler
+from .settings import RolloutSettings
+from .tasks import occasion, seeds_for
+from .turn_ends import TurnEnds
+
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+
+class Environments(Protocol):
+    """
+    Who plays the episodes of a batch: [`~seeupo_trl.rollout.message_environments.MessageEnvironments`] or
+    [`~seeupo_trl.rollout.trl_environments.TrlEnvironments`].
+
+    `take` chooses an instance, `reset` has it begin the episode, in its own thread; `give_back` takes it when the
+    episode has ended.
+    """
+
+    pool: EnvironmentPool
+
+    def take(self, episode: Episode) -> Instance: ...
+
+    def reset(self, instance: Instance, episode: Episode) -> Any: ...
+
+    def give_back(self, instance: Instance) -> None: ...
+
+
+class RolloutBatch:
+    """
+    The episodes of one batch.
+
+    Args:
+        environments ([`Environments`]):
+            Has an environment begin an episode, and takes it back when that has ended.
+        settings ([`~seeupo_trl.rollout.settings.RolloutSettings`]):
+            Options of the rollout.
+        limits ([`~seeupo_trl.rollout.limits.EpisodeLimits`]):
+            How long an episode may become.
+        chat ([`~seeupo_trl.rollout.chat_format.ChatFormat`]):
+            The policy's chat format.
+        trainer ([`~trl.GRPOTrainer`]):
+            The trainer whose policy plays.
+
+    `episodes` are there once they are played. `begin`, `begun`, `request`, `act`, `step` and `answered` take an
+    episode on, in this order and from `request` on again and again as long as it is `active`.
+    """
+
+    def __init__(
+        self,
+        environments: Environments,
+        settings: RolloutSettings,
+        limits: EpisodeLimits,
+        chat: ChatFormat,
+        trainer: "GRPOTrainer",
+    ):
+        self.episodes: list[Episode] = []
+        self.settings = settings
+        self.trainer = trainer
+        self.environments = environments
+        self.ends = TurnEnds.of(settings, trainer, chat.tokenizer, chat.end_of_message)
+        self.counts: Counter = Counter()
+        self.progress = Progress()
+        self._limits = limits
+        self._chat = chat
+        self._contexts = contexts_for(settings.history, chat)
+        self._occasion = occasion(trainer)
+        self._first = 0  # number of this process's first episode in the batch of all
+
+    def play(self, tasks: list[dict[str, Any]]) -> None:
+        """Play one episode for each task to its end. A collective operation."""
+        seeds = seeds_for(self.trainer, len(tasks))
+        self._first = self.trainer.accelerator.process_index * len(tasks)
+        self.episodes = [Episode(key, *pair) for key, pair in enumerate(zip(tasks, seeds, strict=True))]
+        sampler = open_sampler(self.trainer, self.ends, self.settings)
+        with self.progress.shown(self.trainer, len(self.episodes)):
+            if sampler is None:
+                play_in_lock_step(self)
+            else:
+                play_freely(self, sampler)
+
+    def output(self) -> dict[str, list[Any] | None]:
+        """What TRL takes from a rollout function. A collective operation, which raises if too many episodes failed."""
+        raise_if_too_many_failed(self.episodes, self.settings.max_env_failure_rate, self.trainer)
+        metrics = self.trainer._metrics["train" if self.trainer.model.training else "eval"]
+        values = {name: self.counts[name] for name in ("env/resets_retried", "env/observations_cut")}
+        for name, value in (values | self.progress.metrics()).items():
+            metrics[name].append(float(value))
+        return rollout_output(self.episodes, self.trainer, self._chat.tokenizer.eos_token_id)
+
+    def begin(self, episode: Episode) -> Callable[[], Any]:
+        """Choose an environment for an episode; what it has to do to begin it."""
+        episode.instance = self.environments.take(episode)
+        return partial(self.environments.reset, episode.instance, episode)
+
+    def begun(self, episode: Episode, outcome: CallOutcome) -> Exception | None:
+        """Take the opening of an episode. Returns what went wrong: another environment may begin it then."""
+        try:
+            episode.open(check_observation(outcome.value()))
+            self._open_context(episode)
+        except MISTAKES:
+            raise
+        except Exception as error:
+            self.environments.pool.discard(episode.instance)
+            return error
+        return None
+
+    def request(self, episode: Episode) -> Request:
+        """What the policy is asked for, with a seed that no other response of the run has."""
+        opening = episode.turns[0].context_ids if episode.turns else episode.context_ids
+        number = self._first + episode.key
+        name = f"{self._occasion} {number} {len(episode.turns)} {zlib.crc32(np.array(opening).tobytes())}"
+        return Request(episode.key, episode.context_ids, random.Random(name).getrandbits(31))
+
+    def act(self, episode: Episode, action_ids: list[int], logps: list[float] | None) -> None:
+        """Take the policy's response as its message. One that was cut ends the episode: no environment reads it."""
+        self.progress.count_tokens(len(action_ids))
+        limit, reason = self._limits.length_of(episode)
+        room = limit - len(episode.context_ids)
+        overflow = len(action_ids) > room
+        if overflow:
+            action_ids = action_ids[: int(room)]
+            logps = None if logps is None else logps[: int(room)]
+        message: dict[str, Any] = {}
+        if action_ids:
+            message = self._chat.parse(action_ids, episode.context_ids, episode.observation.tools)
+            message = self.ends.trimmed(message)
+            episode.act(Turn(episode.context_ids, action_ids, logps), message)
+        is_whole = self.ends.are_in(action_ids) and not overflow
+        episode.stopped_early = is_whole and action_ids[-1] not in self._chat.eos_token_ids
+        if not is_whole and not (self._limits.executes_truncated_calls and "tool_calls" in message):
+            at_limit = len(action_ids) == room
+            self._end(episode, reason if at_limit else StopReason.response_truncated)
+        elif message.get("tool_calls") and len(episode.turns) > self._limits.max_tool_calling_iterations:
+            self._end(episode, StopReason.max_turns)
+
+    def step(self, episode: Episode) -> Callable[[], Any]:
+        """What an episode's environment has to do with the policy's message."""
+        return partial(episode.environment.step, episode.last_message)
+
+    def answered(self, episode: Episode, outcome: CallOutcome) -> None:
+        """Take the answer of an episode's environment, and build the next context."""
+        try:
+            episode.answer(self._cut(check_step_result(outcome.value())))
+            if episode.active:
+                self._go_on(episode)
+        except MISTAKES:
+            raise
+        except Exception as error:
+            self.fail(episode, error)
+        else:
+            if not episode.active:
+                self.environments.give_back(episode.instance)
+
+    def fail(self, episode: Episode, error: Exception) -> None:
+        """End an episode whose environment failed. The environment does not play again."""
+        self.environments.pool.discard(episode.instance)
+        episode.fail(error)
+
+    def _open_context(self, episode: Episode) -> None:
+        characters = sum(number_of_characters(message) for message in episode.observation.messages)
+        if characters > self._limits.max_context_length * CHARACTERS_PER_TOKEN:
+            self._end(episode, StopReason.context_overflow)  # without tokenising it
+            return
+        episode.context_ids = self._contexts.first(episode)
+        if len(episode.context_ids) > self._limits.longest_context:
+            self._end(episode, StopReason.context_overflow)
+
+    def _go_on(self, episode: Episode) -> None:
+        """Build the next context, if the episode may have another turn."""
+        if len(episode.turns) >= self._limits.max_turns:
+            episode.stop_reason = StopReason.max_turns
+            return
+        episode.context_ids = self._contexts.next(episode)
+        if not self._limits.leave_room(episode):
+            _, episode.stop_reason = self._limits.length_of(episode)
+
+    def _cut(self, result: StepResult) -> StepResult:
+        limit = self.settings.max_observation_tokens
+        if limit != float("inf"):
+            for message in result.messages:
+                self.counts["env/observations_cut"] += cut_message(message, limit, self._chat.tokenizer)
+        return result
+
+    def _end(self, episode: Episode, stop_reason: StopReason) -> None:
+        episode.stop_reason = stop_reason
+        self.environments.give_back(episode.instance)
