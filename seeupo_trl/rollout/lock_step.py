@@ -78,6 +78,7 @@ def call(batch: "RolloutBatch", calls: list[tuple[Instance, Callable[[], Any]]])
 
 def _begin(batch: "RolloutBatch", episodes: list[Episode]) -> None:
     """Begin episodes, and try those whose environment fails again with another one."""
+    batch.progress.begun(episodes)
     failed: list[tuple[Episode, Exception]] = []
     for attempt in range(batch.settings.env_reset_retries + 1):
         if attempt:

@@ -15,6 +15,9 @@ from seeupo_trl import MultiTurnRollout, SeeUPOConfig, SeeUPOTrainer
 from seeupo_trl.scoring.turn_buffer import TurnBuffer
 
 
+pytestmark = pytest.mark.usefixtures("both_schedules")
+
+
 CALL = '<tool_call>\n{"name": "look", "arguments": {"thing": "a"}}\n</tool_call>'
 SILENT = {"enable_thinking": False}
 
@@ -179,7 +182,8 @@ class Thinker(SeeUPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, *args):
         self.shown = [*getattr(self, "shown", []), *map(tuple, prompt_ids)]
-        texts = [thought(f"{len(ids) % 7}", "Yes." if i % 2 else "No.") for i, ids in enumerate(prompt_ids)]
+        first = getattr(self, "answering", 0)
+        texts = [thought(f"{len(ids) % 7}", "Yes." if i % 2 else "No.") for i, ids in enumerate(prompt_ids, first)]
         return [self.processing_class(text)["input_ids"] for text in texts], None
 
 

@@ -24,6 +24,9 @@ from tiny import ON_CPU, load_tiny_model, tiny_tokenizer
 from seeupo_trl import MultiTurnEnvironment, MultiTurnRollout, Observation, SeeUPOConfig, SeeUPOTrainer, StepResult
 
 
+pytestmark = pytest.mark.usefixtures("both_schedules")
+
+
 HANG = 30.0  # far beyond every time limit below
 LIMIT = 1.0
 
@@ -385,7 +388,7 @@ def test_the_run_stops_when_too_many_environments_fail(make_trainer, failing, al
 # --- concurrency -----------------------------------------------------------------------------------------------------
 
 
-def test_no_more_environments_exist_at_once_than_allowed(make_trainer):
+def test_no_more_environments_exist_at_once_than_allowed(make_trainer, both_schedules):
     made = []
 
     class Counted(Chaotic):
@@ -397,9 +400,9 @@ def test_no_more_environments_exist_at_once_than_allowed(make_trainer):
     trainer = make_trainer(rows, script=["Yes.<|im_end|>"] * 4)
     output = MultiTurnRollout(Counted, tasks=rows, max_concurrent_envs=2)([r["prompt"] for r in rows], trainer)
     assert [len(t.turns) for t in output["trajectories"]] == [1, 4, 2, 1, 3, 2]
-    assert len(made) == 2 and max(map(len, trainer.contexts)) == 2
-    # an episode begins as soon as another one has ended
-    assert [len(batch) for batch in trainer.contexts] == [2, 2, 2, 2, 2, 2, 1]
+    assert len(made) == 2
+    if both_schedules == "lock step":  # an episode begins as soon as another one has ended
+        assert [len(batch) for batch in trainer.contexts] == [2, 2, 2, 2, 2, 2, 1]
 
 
 def test_a_slot_whose_environment_hangs_is_free_again(make_trainer):

@@ -10,6 +10,9 @@ from talk import TOOLS, result, row, user
 from seeupo_trl.rollout.chat_format import ChatFormat
 
 
+pytestmark = pytest.mark.usefixtures("both_schedules")
+
+
 def turns_in(mask):
     """Number of maximal runs of ones."""
     return sum(1 for i, bit in enumerate(mask) if bit and (i == 0 or not mask[i - 1]))

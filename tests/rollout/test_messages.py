@@ -8,6 +8,9 @@ from scripted_trainer import play
 from talk import TOOLS, row, user
 
 
+pytestmark = pytest.mark.usefixtures("both_schedules")
+
+
 def test_environments_read_parsed_tool_calls(make_trainer):
     rows = [row(tools=json.dumps(TOOLS))]
     script = ['Let me see.\n<tool_call>\n{"name": "look", "arguments": {"thing": "sky"}}\n</tool_call><|im_end|>']

@@ -11,6 +11,9 @@ from tool_environments import Counter, Database, Unreliable
 from seeupo_trl import MultiTurnEnvironment
 
 
+pytestmark = pytest.mark.usefixtures("both_schedules")
+
+
 @pytest.fixture
 def make(tmp_path):
     return partial(make_tool_trainer, tmp_path)
@@ -92,7 +95,7 @@ def test_an_environment_lives_in_one_thread(make, factory):
         assert seen["metrics"]["rewards/Database/mean"] == [2.0]
 
 
-def test_a_tool_for_the_main_thread_is_nobodys_mistake_but_the_environments(make, caplog):
+def test_a_tool_for_the_main_thread_is_nobodys_mistake_but_the_environments(make, caplog, both_schedules):
     class Alarmed(Counter):
         def increment(self, step: int) -> int:
             """
@@ -106,6 +109,7 @@ def test_a_tool_for_the_main_thread_is_nobodys_mistake_but_the_environments(make
             except ValueError as error:
                 raise RuntimeError("no alarm") from error
 
+    Alarmed.__name__ += both_schedules  # a class is named once
     trainer = make(ScriptedSeeUPO, Alarmed, SCRIPTS, env_reset_retries=0)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="All 4 environments of the batch failed"):
