@@ -293,7 +293,7 @@ def test_only_a_string_of_the_response_ends_it(make_trainer, make_sampler):
     assert respond(make_sampler(trainer, ends=ends), [context]) == [whole]
 
 
-# --- requests that come and go ----------------------------------------------------------------------------------------
+# --- requests that come and go -------------------------------------------------------------------------------------
 
 
 def test_episodes_go_on_at_their_own_pace(make_trainer, make_sampler):
