@@ -51,6 +51,8 @@ OF_LOGITS = (
     TypicalLogitsWarper,
 )
 
+BLOCK = 256  # tokens whose probabilities are added up first, so that few sums stand one after the other
+
 
 @dataclass
 class Plan:
@@ -170,8 +172,18 @@ def invert(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(B,)`
     """
-    cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    # rounded up to the total, a number would be past every token
-    places = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, places, right=True)[:, 0]
+    probabilities = scores.softmax(-1)
+    probabilities = nn.functional.pad(probabilities, (0, -probabilities.shape[1] % BLOCK))
+    blocks = probabilities.unflatten(1, (-1, BLOCK))  # (B, blocks, BLOCK)
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    places = uniforms[:, None] * ends[:, -1:]
+    block = _first_beyond(ends, places)
+    places -= torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
+    within = blocks[torch.arange(len(block), device=block.device), block[:, 0]].cumsum(-1, dtype=torch.float64)
+    return (block * BLOCK + _first_beyond(within, places))[:, 0]
+
+
+def _first_beyond(cumulative: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Where cumulative sums exceed a number for the first time. Rounding may put the number past all of them."""
+    last = torch.nextafter(cumulative[:, -1:], torch.zeros_like(places))
+    return torch.searchsorted(cumulative, torch.minimum(places, last), right=True)
