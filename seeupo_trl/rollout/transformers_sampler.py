@@ -10,7 +10,8 @@ sampled.
 
 import inspect
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -100,6 +101,7 @@ class TransformersSampler:
         self._pass: DecodingPass | None = None  # as long as the same rows are decoded where they are
         self._ordered: list[Row] = []  # as in the pass
         self._stack = ExitStack()
+        self._stack.enter_context(_casts_are_kept())
         self._policy = self._stack.enter_context(
             unwrap_model_for_generation(
                 trainer.model_wrapped,
@@ -319,3 +321,17 @@ class TransformersSampler:
 def _causal_lm(model: nn.Module) -> nn.Module:
     """The model whose forward pass `generate` calls."""
     return model.get_base_model() if is_peft_model(model) else model
+
+
+@contextmanager
+def _casts_are_kept() -> Iterator[None]:
+    """
+    Have parameters that autocast casts for one forward pass stay cast for the next ones, as if all passes were in one
+    autocast context. Casting them anew took a fifth of a decode step of 32 rows on a CPU.
+    """
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()

@@ -2,19 +2,24 @@
 
 import math
 import random
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from launching import run_on_two_processes
 from peft import LoraConfig
 from tiny import ON_CPU, VOCABULARY, load_tiny_model, save_tiny_model, tiny_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from seeupo_trl.rollout import transformers_sampler
 from seeupo_trl.rollout.sampler import Request
+from seeupo_trl.rollout.segment_attention import attention, mask_after
 from seeupo_trl.rollout.transformers_sampler import TransformersSampler
 from seeupo_trl.rollout.turn_ends import TurnEnds
 
@@ -198,6 +203,44 @@ def test_under_autocast(make_trainer, make_sampler):
     responses = respond(sampler, groups())
     assert sum(map(list.__eq__, responses, expected)) >= 0.8 * len(expected)
     assert {layer[0].dtype for segment in sampler._tree for layer in segment.layers} <= {torch.bfloat16}
+
+
+def test_parameters_are_cast_once_a_rollout(make_trainer, make_sampler):
+    class Casts(TorchDispatchMode):
+        def __init__(self, shapes):
+            super().__init__()
+            self.shapes, self.count = shapes, 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default:
+                self.count += tuple(args[0].shape) in self.shapes
+            return func(*args, **(kwargs or {}))
+
+    trainer = make_trainer(bf16=True, generation={**GREEDY, "min_new_tokens": 9})
+    trainer.model_wrapped = trainer.accelerator.prepare(trainer.model)
+    matrices = [tuple(module.weight.shape) for module in trainer.model.modules() if isinstance(module, nn.Linear)]
+    for _ in range(2):
+        sampler = make_sampler(trainer)
+        sampler.submit(Request(0, [EOS, 40, 41], 0))
+        with Casts(matrices) as first:
+            sampler.poll(0)
+        with Casts(matrices) as others:
+            sampler.poll(None)
+        assert first.count >= len(matrices) and others.count == 0
+        sampler.close()
+
+
+def test_attention_is_that_of_the_definition_on_either_path():
+    torch.manual_seed(0)
+    query, key = torch.randn(3, 2, 4, 8, dtype=torch.float64), torch.randn(3, 2, 9, 8, dtype=torch.float64)
+    mask = mask_after(torch.tensor([9, 1, 5]), 9, torch.float64)
+    for value in (torch.randn(3, 2, 9, 8, dtype=torch.float64), torch.randn(3, 2, 9, 5, dtype=torch.float64)):
+        output, lse = attention(query, key, value, mask, scale=0.3)
+        for row, length in enumerate([9, 1, 5]):
+            weights = (0.3 * query[row] @ key[row, :, :length].transpose(1, 2)).exp()
+            torch.testing.assert_close(lse[row], weights.sum(-1).log())
+            expected = weights / weights.sum(-1, keepdim=True) @ value[row, :, :length]
+            torch.testing.assert_close(output[row], expected)
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------
@@ -467,6 +510,23 @@ def test_rows_may_be_as_different_in_length_as_they_are(make_trainer, make_sampl
     contexts = [words(random.Random(length), length) for length in (1, 3, 100, 127, 128, 129, 260)]
     sampler = make_sampler(trainer)
     assert respond(sampler, contexts) == anew(trainer, contexts)
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_processes_answer_their_own_requests_under_zero3(tiny_path, tmp_path):
+    """One has two requests, the other eleven; parameters are gathered once for all of them."""
+    pytest.importorskip("deepspeed")
+    model = tmp_path / "model"
+    shutil.copytree(tiny_path, model)
+    GenerationConfig(eos_token_id=ENDS, pad_token_id=VOCABULARY.index("<pad>")).save_pretrained(model)
+    found = run_on_two_processes("generation_run.py", tmp_path, str(model), backend="zero3")
+    assert [len(process["gathered=True"]["asked"]) for process in found] == [2, 11]
+    for process in found:
+        assert process["gathered=True"]["asked"] == process["gathered=True"]["anew"]
+        assert "collective" in process["gathered=False"]["reason"]
 
 
 # --- errors, and where it cannot be used ----------------------------------------------------------------------------
