@@ -10,6 +10,9 @@ were given, padding included, counted at full lengths on a model of one layer; F
 size of `--count-model`. Seconds and peak memory are those of `--run-model` with all lengths multiplied by `--scale`,
 each in a process of its own; memory is what the rollout adds to the process.
 
+*decode* generates responses of lognormal length for groups of equal contexts with SmolLM2-135M's shapes. "lock step"
+is `CachedGeneration`, one call for all; "one by one" is `TransformersSampler`. Tokens are those of the responses.
+
 *own* plays `--episodes` BFCL episodes at once with a policy that answers in no time. What the rollout takes for itself
 is the CPU time of the process without the time in the environments' methods and in the policy.
 """
@@ -29,13 +32,25 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StoppingCriteria,
+)
 from trl import GRPOConfig, GRPOTrainer
 from update_cost import MODELS, peak_memory
 from update_schedules import SHAPES, Shape
 
-from seeupo_trl.rollout import MultiTurnRollout, environment_reward
+from seeupo_trl.rollout import MultiTurnRollout, environment_reward, transformers_sampler
 from seeupo_trl.rollout.cached_generation import CachedGeneration
+from seeupo_trl.rollout.sampler import Request
+from seeupo_trl.rollout.transformers_sampler import TransformersSampler
+from seeupo_trl.rollout.turn_ends import TurnEnds
 
 
 GROUP_SIZE = 8
@@ -193,6 +208,117 @@ def generation_table(args: argparse.Namespace) -> None:
             )
 
 
+# --- Decoding --------------------------------------------------------------------------------------------------------
+
+
+def smollm2_135m(dtype: torch.dtype, device: str) -> LlamaForCausalLM:
+    """A model of SmolLM2-135M's size with random weights."""
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        eos_token_id=EOS,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(dtype)
+
+
+class EndsAt(StoppingCriteria):
+    """Ends each row of a batch at a length of its own."""
+
+    def __init__(self, lengths: torch.Tensor):
+        self.lengths, self.count = lengths, 0
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.count += 1
+        return self.count >= self.lengths
+
+
+def decode_in_lock_step(trainer: GRPOTrainer, contexts: list[list[list[int]]], lengths: torch.Tensor) -> None:
+    cached, generate = CachedGeneration(trainer), trainer.model.generate
+    for turn, rows in enumerate(contexts):
+        criteria = [EndsAt(lengths[turn].to(trainer.model.device))]
+        trainer.model.generate = lambda criteria=criteria, **inputs: generate(stopping_criteria=criteria, **inputs)
+        cached.generate(range(len(rows)), rows)
+    del trainer.model.generate
+
+
+def decode_one_by_one(trainer: GRPOTrainer, contexts: list[list[list[int]]], lengths: torch.Tensor) -> None:
+    """Every episode's next context is there as soon as its response is."""
+    plan = transformers_sampler.plan_response
+    seeds = iter(range(10**6))
+    turns = dict.fromkeys(range(len(contexts[0])), 0)
+
+    def plan_with_length(*args):
+        found = plan(*args)
+        found.max_tokens = length_of[args[-1]]
+        return found
+
+    transformers_sampler.plan_response = plan_with_length
+    sampler = TransformersSampler(trainer, TurnEnds(trainer.processing_class, trainer.eos_token_ids))
+    length_of = {}
+    waiting = list(turns)
+    while turns:
+        for key in waiting:
+            seed = next(seeds)
+            length_of[seed] = int(lengths[turns[key], key])
+            sampler.submit(Request(key, contexts[turns[key]][key], seed))
+        waiting = []
+        for response in sampler.poll(None):
+            turns[response.key] += 1
+            if turns[response.key] < len(contexts):
+                waiting.append(response.key)
+            else:
+                sampler.forget(response.key)
+                del turns[response.key]
+    sampler.close()
+    transformers_sampler.plan_response = plan
+
+
+def decode_table(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    model = smollm2_135m(getattr(torch, args.dtype), args.device)
+    rng = torch.Generator().manual_seed(0)
+    rows, turns = args.rows, args.decode_turns
+    lengths = torch.distributions.LogNormal(0.0, 1.0).icdf(torch.rand(turns, rows, generator=rng))
+    lengths = (lengths * args.median).round().clamp(1, 8 * args.median).int()
+
+    def tokens(count):
+        return torch.randint(2, 49152, (count,), generator=rng).tolist()
+
+    first = [prompt for _ in range(rows // GROUP_SIZE) for prompt in [tokens(args.context)] * GROUP_SIZE]
+    contexts = [first]
+    for turn in range(1, turns):  # histories that were sampled long before, of the responses' lengths
+        contexts.append([row + tokens(int(lengths[turn - 1, i]) + 40) for i, row in enumerate(contexts[-1])])
+    print(f"\nDecoding, {rows} rows in groups of {GROUP_SIZE}, contexts of {args.context} tokens, {turns} turn(s),")
+    print(f"{int(lengths.sum()):,} response tokens, the longest {int(lengths.max())}; {args.dtype} on {args.device}\n")
+    print("| | s | ms a token | times faster |")
+    print("|---|---:|---:|---:|")
+    slower = None
+    with tempfile.TemporaryDirectory() as directory:
+        for name, decode in (("lock step", decode_in_lock_step), ("one by one", decode_one_by_one)):
+            trainer = make_trainer(
+                model, small_tokenizer(), directory, max_completion_length=8 * args.median, temperature=1.0
+            )
+            decode(trainer, [[row[:40] for row in first]], torch.full((1, rows), 3))  # compiles nothing, but warms up
+            start = time.perf_counter()
+            decode(trainer, contexts, lengths)
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+            slower = slower or seconds
+            each = 1000 * seconds / int(lengths.sum())
+            print(f"| {name} | {seconds:.1f} | {each:.2f} | {slower / seconds:.2f} |", flush=True)
+
+
 # --- The rollout's own time ------------------------------------------------------------------------------------------
 
 CALLS = [
@@ -305,7 +431,7 @@ def own_table(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=("generation", "own"), default=["generation", "own"])
+    parser.add_argument("--parts", nargs="+", choices=("generation", "decode", "own"), default=["generation", "own"])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["bfcl", "think"])
     parser.add_argument("--groups", type=int, default=1)
     parser.add_argument("--count-model", choices=MODELS, default="0.6B", help="model whose FLOPs are counted")
@@ -316,6 +442,11 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=64)
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--generation-seconds", type=float, default=1.0, help="assumed time of a round of generation")
+    parser.add_argument("--rows", type=int, default=32, help="of the part `decode`")
+    parser.add_argument("--context", type=int, default=500, help="tokens of a context of the part `decode`")
+    parser.add_argument("--median", type=int, default=40, help="median length of a response of the part `decode`")
+    parser.add_argument("--decode-turns", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2, help="of the part `decode`")
     parser.add_argument("--tokenizer", help="directory of a tokenizer; SmolLM2's by default")
     parser.add_argument("--profile", action="store_true", help="print where the rollout's time goes")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
@@ -332,6 +463,8 @@ def main() -> None:
         return
     if "generation" in args.parts:
         generation_table(args)
+    if "decode" in args.parts:
+        decode_table(args)
     if "own" in args.parts:
         own_table(args)
 

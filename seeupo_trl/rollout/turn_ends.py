@@ -117,6 +117,12 @@ class TurnEnds:
             lengths.append(enough)
         return min(lengths, default=len(response_ids))
 
+    def have_just_ended(self, responses: list[list[int]]) -> list[bool]:
+        """Whether each response, in which no stop string was before its last token, has one now."""
+        if not self.strings:
+            return [False] * len(responses)
+        return self._strings_in([response_ids[-self._window :] for response_ids in responses])
+
     def trimmed(self, message: Message) -> Message:
         """A message whose text ends with its stop string: the token that completed it may hold more than that."""
         for name in ("content", "reasoning_content"):

@@ -1,6 +1,6 @@
 """
-One process of `test_cached_generation.py`: in a rollout, generates with and without keys and values kept from turn to
-turn.
+One process of `test_cached_generation.py` and `test_transformers_sampler.py`: in a rollout, generates with and without
+keys and values kept from turn to turn, and by single requests.
 
 `accelerate launch --config_file CONFIG generation_run.py OUTPUT MODEL`
 """
@@ -17,6 +17,9 @@ from tiny import ON_CPU
 from trl import GRPOConfig, GRPOTrainer
 
 from seeupo_trl.rollout.cached_generation import CachedGeneration
+from seeupo_trl.rollout.sampler import Request
+from seeupo_trl.rollout.transformers_sampler import TransformersSampler
+from seeupo_trl.rollout.turn_ends import TurnEnds
 
 
 # Prompts and numbers of turns of each process's episodes: one process has few, and sits idle in the end.
@@ -37,6 +40,17 @@ def play(generate, episodes, rounds, eos_token_id):
     return played
 
 
+def ask(sampler, keys, contexts):
+    """Responses to single requests; nothing is asked of a throw-away row."""
+    for key, context in zip(keys, contexts, strict=True):
+        if key is not None:
+            sampler.submit(Request(key, context, seed=key))
+    responses = {}
+    while found := sampler.poll(None):
+        responses.update((response.key, response.action_ids) for response in found)
+    return [responses[key] for key in keys if key is not None]
+
+
 def compare(prompts, trainer):
     """A rollout function that plays the episodes in both ways, and lets the trainer have something else."""
     episodes = PROMPTS[trainer.accelerator.process_index]
@@ -51,6 +65,13 @@ def compare(prompts, trainer):
         supported = CachedGeneration.supports(trainer)
         kept = play(CachedGeneration(trainer).generate, episodes, rounds, eos)
         found[f"gathered={gathered}"] = {"supported": supported, "anew": anew, "kept": kept}
+        reason = TransformersSampler.reason_against(trainer)
+        found[f"gathered={gathered}"]["reason"] = reason
+        if reason is None:
+            sampler = TransformersSampler(trainer, TurnEnds(trainer.processing_class, trainer.eos_token_ids))
+            asked = play(lambda keys, contexts: ask(sampler, keys, contexts), episodes, rounds, eos)  # noqa: B023
+            sampler.close()
+            found[f"gathered={gathered}"]["asked"] = asked
     Path(sys.argv[1], f"rank{trainer.accelerator.process_index}.json").write_text(json.dumps(found))
     return {"prompt_ids": [[30]] * len(prompts), "completion_ids": [[31, 32]] * len(prompts), "logprobs": None}
 

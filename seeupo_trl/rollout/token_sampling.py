@@ -1,0 +1,189 @@
+"""
+The next tokens of many rows, sampled as transformers would and with a seed for each response.
+
+The processors of logits, the ends of a response and its longest length come from the model's own `generate`, which is
+called for every request up to the point where it would begin to decode. Processors that look at no tokens are applied
+to all rows at once, others to the row's own tokens.
+
+A response's `n`-th token takes the `n`-th uniform number of its seed and the distribution's inverse. So it does not
+depend on what else is sampled at the time.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import (
+    EosTokenCriteria,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from .turn_ends import TurnEnds
+
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+
+# Processors that look at the logits alone.
+OF_LOGITS = (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+BLOCK = 256  # tokens whose probabilities are added up first, so that few sums stand one after the other
+
+
+@dataclass
+class Plan:
+    """
+    How a response is sampled.
+
+    Args:
+        of_tokens (`LogitsProcessorList`):
+            Processors that look at the tokens of the context and of the response; they come first.
+        of_logits (`LogitsProcessorList`):
+            Processors that look at the logits alone.
+        do_sample (`bool`):
+            Whether to sample, not to take the most likely token.
+        max_tokens (`int`):
+            Most tokens of the response.
+        eos_token_ids (`set[int]`):
+            Tokens that end it.
+        uniforms (`np.ndarray` of shape `(max_tokens,)`):
+            A number in [0, 1) for each token.
+    """
+
+    of_tokens: LogitsProcessorList
+    of_logits: LogitsProcessorList
+    do_sample: bool
+    max_tokens: int
+    eos_token_ids: set[int]
+    uniforms: np.ndarray = field(repr=False)
+
+
+def plan_response(model: nn.Module, trainer: "GRPOTrainer", ends: TurnEnds, context_ids: list[int], seed: int) -> Plan:
+    """
+    How a model's `generate` would sample from a context.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The policy.
+        trainer ([`~trl.GRPOTrainer`]):
+            The trainer, for its options of generation.
+        ends ([`~seeupo_trl.rollout.turn_ends.TurnEnds`]):
+            Where turns end.
+        context_ids (`list[int]`):
+            Token ids.
+        seed (`int`):
+            Seed of the response, 0 or more.
+    """
+    found: dict[str, Any] = {}
+
+    def in_place_of_decoding(model: nn.Module, input_ids: torch.Tensor, **prepared: Any) -> torch.Tensor:
+        found.update(prepared)
+        return input_ids
+
+    with ends.applied_to(trainer):
+        input_ids = torch.tensor([context_ids], device=trainer.accelerator.device)
+        model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=trainer.generation_config,
+            custom_generate=in_place_of_decoding,
+        )
+    processors, config = found["logits_processor"], found["generation_config"]
+    first = len(processors)
+    while first and type(processors[first - 1]) in OF_LOGITS:
+        first -= 1
+    eos_token_ids = set(ends.token_ids)
+    for criterion in found["stopping_criteria"]:
+        if isinstance(criterion, EosTokenCriteria):
+            eos_token_ids.update(criterion.eos_token_id.tolist())
+    max_tokens = config.max_length - len(context_ids)
+    return Plan(
+        LogitsProcessorList(processors[:first]),
+        LogitsProcessorList(processors[first:]),
+        config.do_sample,
+        max_tokens,
+        eos_token_ids,
+        np.random.default_rng(seed).random(max_tokens),
+    )
+
+
+def choose(scores: torch.Tensor, plans: list[Plan], tokens: list[list[int]], num_sampled: list[int]) -> list[int]:
+    """
+    The next token of each row.
+
+    Args:
+        scores (`torch.Tensor` of shape `(B, V)`):
+            Logits in float32, which are overwritten.
+        plans (`list[Plan]`):
+            How each row is sampled, by the same options.
+        tokens (`list[list[int]]`):
+            Token ids of context and response so far of each row.
+        num_sampled (`list[int]`):
+            How many of these are the response's.
+
+    Returns:
+        `list[int]`
+    """
+    for i, plan in enumerate(plans):
+        if plan.of_tokens:
+            scores[i] = plan.of_tokens(torch.tensor([tokens[i]], device=scores.device), scores[i : i + 1])[0]
+    none = torch.empty(len(plans), 0, dtype=torch.long, device=scores.device)
+    scores = plans[0].of_logits(none, scores)
+    if not plans[0].do_sample:
+        return scores.argmax(-1).tolist()
+    uniforms = [plan.uniforms[count] for plan, count in zip(plans, num_sampled, strict=True)]
+    return invert(scores, torch.tensor(uniforms, dtype=torch.float64, device=scores.device)).tolist()
+
+
+def invert(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """
+    Tokens at given places of the cumulative distribution.
+
+    Args:
+        scores (`torch.Tensor` of shape `(B, V)`):
+            Logits.
+        uniforms (`torch.Tensor` of shape `(B,)`):
+            Numbers in [0, 1), float64.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`
+    """
+    probabilities = scores.softmax(-1)
+    probabilities = nn.functional.pad(probabilities, (0, -probabilities.shape[1] % BLOCK))
+    blocks = probabilities.unflatten(1, (-1, BLOCK))  # (B, blocks, BLOCK)
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    places = uniforms[:, None] * ends[:, -1:]
+    block = _first_beyond(ends, places)
+    places -= torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
+    within = blocks[torch.arange(len(block), device=block.device), block[:, 0]].cumsum(-1, dtype=torch.float64)
+    return (block * BLOCK + _first_beyond(within, places))[:, 0]
+
+
+def _first_beyond(cumulative: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Where cumulative sums exceed a number for the first time. Rounding may put the number past all of them."""
+    last = torch.nextafter(cumulative[:, -1:], torch.zeros_like(places))
+    return torch.searchsorted(cumulative, torch.minimum(places, last), right=True)
