@@ -112,6 +112,9 @@ class SeeUPOConfig(GRPOConfig):
             What the policy is shown of earlier turns in [`MultiTurnRollout`]. `"append"`: everything as it was.
             `"strip_reasoning"`: without the reasoning of the turns before the last user message, as the chat templates
             of reasoning models do. A function of the messages can be given to [`MultiTurnRollout`] itself.
+        max_episode_tokens (`int`, *optional*):
+            Most tokens of everything that follows the opening conversation of an episode in [`MultiTurnRollout`],
+            actions and the environment's messages together. TRL environments have `max_completion_length` for that.
         max_concurrent_envs (`int`, *optional*):
             Most environments of [`MultiTurnRollout`] that exist at once on a process; further episodes begin when
             others end. Without a limit all episodes of a generation batch play at once.
@@ -277,6 +280,10 @@ class SeeUPOConfig(GRPOConfig):
             "choices": HISTORIES,
         },
     )
+    max_episode_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens of an episode after its opening conversation. Unset: no limit."},
+    )
     max_concurrent_envs: int | None = field(
         default=None,
         metadata={"help": "Most environments that exist at once on a process. Unset: one for each episode."},
@@ -424,7 +431,7 @@ class SeeUPOConfig(GRPOConfig):
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is not one of {', '.join(map(repr, allowed))}.")
 
         limits = ("max_turn_updates", "max_turns", "max_context_length", "max_tokens_per_microbatch")
-        for name in (*limits, "max_concurrent_envs", "max_observation_tokens"):
+        for name in (*limits, "max_episode_tokens", "max_concurrent_envs", "max_observation_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, or `None` for no limit; got {value}.")

@@ -49,6 +49,7 @@ from .seeupo_config import SeeUPOConfig
 from .trainer_inputs import (
     arguments_for_trl,
     check_dataset,
+    check_limits,
     check_optimizer,
     choose_rollout,
     placeholder_dataset,
@@ -211,6 +212,7 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
             self._environment_pool = {name: [] for name in tool_rollout.factories}
             tool_rollout.close()
             return
+        check_limits(self.config)
         self._tool_rollout = tool_rollout
         self.rollout_func = partial(checked_rollout, tool_rollout)
         self.reward_funcs = tool_rollout.with_its_rewards(self.reward_funcs)

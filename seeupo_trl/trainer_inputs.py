@@ -142,6 +142,25 @@ def check_dataset(dataset: Any, args: SeeUPOConfig) -> None:
         )
 
 
+def check_limits(args: SeeUPOConfig) -> None:
+    """
+    Refuse a limit that the loop of TRL environments does not have.
+
+    Args:
+        args ([`SeeUPOConfig`]):
+            Configuration of the trainer.
+
+    Raises:
+        `ValueError`:
+            When `max_episode_tokens` is set.
+    """
+    if args.max_episode_tokens is not None:
+        raise ValueError(
+            f"`max_episode_tokens={args.max_episode_tokens}` has no effect on TRL environments, whose episodes may "
+            "use `max_completion_length` tokens in all. Set that instead."
+        )
+
+
 def check_optimizer(optimizer: Optimizer | None) -> None:
     """Refuse an optimizer of the user's own that steps each layer during the backward pass."""
     name = type(optimizer).__name__

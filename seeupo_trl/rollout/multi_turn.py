@@ -68,6 +68,9 @@ class MultiTurnRollout:
             Most tokens of context and response together, in place of the model's number of positions; never more than
             vLLM takes. The length of one response is limited by the trainer's `max_completion_length`; a vLLM server
             takes no context that leaves less room than that.
+        max_episode_tokens (`int`, *optional*):
+            Most tokens of everything that follows the opening conversation, actions and the environment's messages
+            together, as they stand in the context. An episode that has used them ends with `context_overflow`.
         max_concurrent_envs (`int`, *optional*):
             Most environments that exist at once on a process; further episodes begin when others end. Without a limit
             all episodes of a batch play at once.
@@ -141,6 +144,7 @@ class MultiTurnRollout:
         history: History | None = None,
         max_turns: int | None = None,
         max_context_length: int | None = None,
+        max_episode_tokens: int | None = None,
         max_concurrent_envs: int | None = None,
         env_timeout: float | None = None,
         env_reset_retries: int | None = None,
@@ -161,6 +165,7 @@ class MultiTurnRollout:
             "history": history,
             "max_turns": max_turns,
             "max_context_length": max_context_length,
+            "max_episode_tokens": max_episode_tokens,
             "max_concurrent_envs": max_concurrent_envs,
             "env_timeout": env_timeout,
             "env_reset_retries": env_reset_retries,

@@ -8,6 +8,7 @@ from trl import GRPOTrainer
 
 from .sampler import Sampler
 from .settings import RolloutSettings
+from .transformers_sampler import TransformersSampler
 from .turn_ends import TurnEnds
 from .vllm_engine import VllmEngineSampler
 from .vllm_server import VllmServerSampler, reason_against_server
@@ -53,8 +54,10 @@ def sampler_of_backend(
     if reason is not None:
         _log_once(f"Episodes play in lock step, where each turn waits for its longest response, because {reason}.")
         return None
+    if not trainer.use_vllm:
+        return TransformersSampler(trainer, ends)
     if trainer.vllm_mode == "server":
-        return VllmServerSampler(trainer, ends, settings.request_timeout)
+        return VllmServerSampler.of(trainer, ends, settings.request_timeout)
     return VllmEngineSampler(trainer, ends)
 
 
@@ -63,7 +66,7 @@ def _reason_against_samplers(trainer: "GRPOTrainer | SeeUPOTrainer") -> str | No
     if "_generate_single_turn" in vars(trainer) or owner.__module__.split(".")[0] not in ("trl", "seeupo_trl"):
         return f"{type(trainer).__name__} has a `_generate_single_turn` of its own"
     if not trainer.use_vllm:
-        return "transformers generates whole batches"
+        return TransformersSampler.reason_against(trainer)
     return reason_against_server(trainer) if trainer.vllm_mode == "server" else None
 
 

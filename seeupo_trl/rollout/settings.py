@@ -27,6 +27,8 @@ class RolloutSettings:
         max_context_length (`int`, *optional*, defaults to `math.inf`):
             Most tokens of context and response together. No limit leaves those of the model and of vLLM, see
             [`~seeupo_trl.rollout.limits.EpisodeLimits`].
+        max_episode_tokens (`int`, *optional*, defaults to `math.inf`):
+            Most tokens of everything that follows the opening conversation.
         max_concurrent_envs (`int`, *optional*, defaults to `math.inf`):
             Most environments that exist at once on a process.
         env_timeout (`float`, *optional*, defaults to `120.0`):
@@ -50,6 +52,7 @@ class RolloutSettings:
     history: History = "append"
     max_turns: float = 10
     max_context_length: float = math.inf
+    max_episode_tokens: float = math.inf
     max_concurrent_envs: float = math.inf
     env_timeout: float = 120.0
     env_reset_retries: int = 2
@@ -62,7 +65,8 @@ class RolloutSettings:
 
     def __post_init__(self):
         check_history(self.history)
-        for name in ("max_turns", "max_context_length", "max_concurrent_envs", "max_observation_tokens"):
+        limits = ("max_turns", "max_context_length", "max_episode_tokens", "max_concurrent_envs")
+        for name in (*limits, "max_observation_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least 1, or math.inf for no limit.")
         for name in ("env_timeout", "request_timeout"):

@@ -102,7 +102,7 @@ class ToolRollout:
         limits = replace(
             EpisodeLimits.of(settings, trainer),
             max_turns=math.inf,
-            max_completion_length=trainer.max_completion_length,
+            max_episode_tokens=trainer.max_completion_length,
             max_tool_calling_iterations=trainer.max_tool_calling_iterations,
             executes_truncated_calls=True,
         )
@@ -284,7 +284,7 @@ def _clean_messages(episode: Episode, limits: EpisodeLimits) -> None:
 
 def _ends_unanswered(episode: Episode, limits: EpisodeLimits) -> bool:
     """Whether the episode's last result filled its budget of tokens to the last one: TRL counts it in."""
-    fills_budget = len(episode.context_ids) == episode.opening_length + limits.max_completion_length
+    fills_budget = len(episode.context_ids) == episode.opening_length + limits.max_episode_tokens
     return episode.error is None and fills_budget and _ends_with_result(episode)
 
 

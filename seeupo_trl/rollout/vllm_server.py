@@ -7,6 +7,7 @@ not asked again: it has lost the trainer's weights.
 
 import asyncio
 import itertools
+import json
 import logging
 import math
 import re
@@ -45,29 +46,34 @@ class ServerError(RuntimeError):
 
 class VllmServerSampler:
     """
-    Answers single requests with the trainer's vLLM server.
+    Answers single requests with a vLLM server.
 
     Args:
-        trainer ([`~trl.GRPOTrainer`]):
-            A trainer with `vllm_mode="server"`, whose weights are pushed if they have changed. Making a sampler is a
-            collective operation.
+        url (`str`):
+            Address of the server.
+        payload (`dict`):
+            What it is asked for a response, without the prompt and the seed.
         ends ([`~seeupo_trl.rollout.turn_ends.TurnEnds`]):
             Where turns end.
         request_timeout (`float`):
             Seconds that the server has for a response; `math.inf` for no limit.
+        patience (`float`):
+            Seconds for which a server that cannot be reached is tried again.
 
     Raises:
         `ServerError`:
-            From `poll`, when the server cannot be reached for `vllm_server_timeout` seconds, refuses a request,
-            answers wrongly or too late three times, or was started anew.
+            From `poll`, when the server cannot be reached, refuses a request, answers wrongly or too late three times,
+            or was started anew.
+
+    `start_time` is when the server was started, in seconds since 1970; `None` if it does not say.
     """
 
-    def __init__(self, trainer: "GRPOTrainer", ends: TurnEnds, request_timeout: float):
-        self._payload = payload_of(trainer, ends)
-        self._url = server_url(trainer)
+    def __init__(self, url: str, payload: dict[str, Any], ends: TurnEnds, request_timeout: float, patience: float):
+        self._url = url
+        self._payload = payload
         self._ends = ends
         self._request_timeout = None if request_timeout == math.inf else request_timeout
-        self._patience = trainer.vllm_generation.server_timeout
+        self._patience = patience
         self._outcomes: SimpleQueue[tuple[int, Response | Exception]] = SimpleQueue()
         self._numbers = itertools.count()
         self._tasks: dict[int, tuple[int, Any]] = {}  # by episode: number of its request, and its task
@@ -75,12 +81,33 @@ class VllmServerSampler:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=_run_and_close, args=[self._loop], daemon=True, name="seeupo-vllm-requests").start()
         try:
-            self._start_time = self._run(self._open()).result()
-            if _start_times.setdefault(trainer, self._start_time) != self._start_time:
-                raise ServerError(_started_anew(self._url))
+            self.start_time = self._run(self._open()).result()
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def of(cls, trainer: "GRPOTrainer", ends: TurnEnds, request_timeout: float) -> "VllmServerSampler":
+        """
+        The sampler of a trainer, whose weights are pushed if they have changed. A collective operation.
+
+        Args:
+            trainer ([`~trl.GRPOTrainer`]):
+                A trainer with `vllm_mode="server"`.
+            ends, request_timeout:
+                As in [`VllmServerSampler`].
+
+        Raises:
+            `ServerError`:
+                When the server was started anew since the trainer's first rollout.
+        """
+        payload = payload_of(trainer, ends)
+        url = server_url(trainer)
+        sampler = cls(url, payload, ends, request_timeout, trainer.vllm_generation.server_timeout)
+        if _start_times.setdefault(trainer, sampler.start_time) != sampler.start_time:
+            sampler.close()
+            raise ServerError(_started_anew(url))
+        return sampler
 
     def submit(self, request: Request) -> None:
         """Send a request."""
@@ -174,7 +201,7 @@ class VllmServerSampler:
             start_time = await self._when_started()
         except ClientError:
             return  # it is not there yet
-        if start_time != self._start_time:
+        if start_time != self.start_time:
             raise ServerError(_started_anew(self._url))
 
     async def _post(self, request: Request) -> Response:
@@ -188,7 +215,7 @@ class VllmServerSampler:
             if answer.status != 200:
                 raise _WrongAnswer(f"status {answer.status}: {(await answer.text())[:500]}")
             try:
-                return self._read(request, await answer.json())
+                return self._read(request, json.loads(await answer.text()))
             except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
                 raise _WrongAnswer(f"an answer that is none ({type(error).__name__}: {error})") from error
 

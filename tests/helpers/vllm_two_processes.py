@@ -1,8 +1,8 @@
 """
 One of two processes of `test_vllm_server.py`: trains under watch, and notes what happened.
 
-`accelerate launch --config_file CONFIG vllm_two_processes.py OUTPUT MODEL SERVER_URL TENSOR_PARALLEL_SIZE`, where an
-empty URL stands for engines in the processes themselves.
+`accelerate launch --config_file CONFIG vllm_two_processes.py OUTPUT MODEL SERVER_URL TENSOR_PARALLEL_SIZE SCHEDULE`,
+where an empty URL stands for engines in the processes themselves.
 """
 
 import json
@@ -20,13 +20,14 @@ from seeupo_trl import SeeUPOTrainer
 
 
 def main() -> None:
-    output, model, base_url, tensor_parallel_size = sys.argv[1:]
+    output, model, base_url, tensor_parallel_size, schedule = sys.argv[1:]
     if base_url:
         send_weights_through_files(pytest.MonkeyPatch())
         options = {"vllm_mode": "server", "vllm_server_base_url": base_url}
     else:
         vllm_generation.LLM = engine()
         options = {"vllm_tensor_parallel_size": int(tensor_parallel_size)}
+    options["lock_step_rollouts"] = schedule == "lock step"
     # The first process's episodes have one turn, the second's have three. With a KL term every iteration takes steps,
     # also one whose rewards happen to be all alike: a server draws tokens as it likes.
     trainer = SeeUPOTrainer(

@@ -80,6 +80,23 @@ def test_a_context_at_the_limit_ends_the_episode_without_another_turn(make_train
     assert output["env_mask"] == [[1] * 6]
 
 
+@pytest.mark.parametrize("left", [1, 0, 2])
+def test_an_episode_has_a_budget_of_tokens(make_trainer, left):
+    rows = [row([user("Go on.")], [user("And on.")])]
+    trainer = make_trainer(rows, script=["Yes.<|im_end|>"] * 3, max_completion_length=20)
+    whole = play(trainer, rows)["trajectories"][0]
+    opening, second, third = (turn.context_ids for turn in whole.turns)
+    budget = len(third) - len(opening) + left
+    trajectory = play(trainer, rows, max_episode_tokens=budget)["trajectories"][0]
+    assert trajectory.stop_reason == "context_overflow"
+    assert [turn.action_ids for turn in trajectory.turns] == [
+        *(turn.action_ids for turn in whole.turns[:2]),
+        *([whole.turns[2].action_ids[:left]] if left else []),
+    ]
+    all_tokens = len(third) - len(opening) + len(whole.turns[2].action_ids)
+    assert play(trainer, rows, max_episode_tokens=all_tokens)["trajectories"][0].stop_reason == "completed"
+
+
 def test_the_models_positions_limit_the_context(make_trainer):
     rows = [row([user("x" * 500)])]
     trainer = make_trainer(rows, generation_kwargs=forced_end(), positions=256)

@@ -13,8 +13,8 @@ from seeupo_trl.rollout.settings import RolloutSettings
 
 SETTINGS = [field.name for field in fields(RolloutSettings)]
 LIMITS = [
-    *("max_turns", "max_context_length", "max_concurrent_envs", "env_timeout", "max_observation_tokens"),
-    "request_timeout",
+    *("max_turns", "max_context_length", "max_episode_tokens", "max_concurrent_envs"),
+    *("env_timeout", "max_observation_tokens", "request_timeout"),
 ]
 
 
@@ -62,6 +62,7 @@ def test_none_is_as_the_trainer_says_in_a_rollout(name):
             history="strip_reasoning",
             max_turns=3,
             max_context_length=300,
+            max_episode_tokens=200,
             max_concurrent_envs=5,
             env_timeout=None,
             env_reset_retries=7,

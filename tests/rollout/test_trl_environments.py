@@ -169,8 +169,11 @@ def settings(tool_dir, tmp_path):
 def test_generated_episodes_are_those_of_trl(settings, generation):
     values, arguments = settings()
     values["generation_kwargs"] |= generation
+    # TRL draws the tokens of all rows from one stream of random numbers, which rows in lock step do as well; else each
+    # response has a seed of its own
+    config = partial(SeeUPOConfig, lock_step_rollouts=generation["do_sample"])
     found = []
-    for trainer_class, config_class in ((GRPOTrainer, GRPOConfig), (SeeUPOTrainer, SeeUPOConfig)):
+    for trainer_class, config_class in ((GRPOTrainer, GRPOConfig), (SeeUPOTrainer, config)):
         trainer = trainer_class(args=config_class(**values), **arguments)
         trainer.model.train()
         rows = [copy.deepcopy(trainer.train_dataset[i // 2]) for i in range(8)]

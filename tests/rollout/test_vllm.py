@@ -57,6 +57,7 @@ SCENARIOS = {
         {"train_dataset": questions, "reward_funcs": digits, "tools": [increment]},
     ),
     "environment": ({"eval_strategy": "steps", "eval_steps": 1}, {"environment_factory": Chat}),
+    "lock step": ({"lock_step_rollouts": True}, {"environment_factory": Chat}),
     "rewritten contexts": ({}, {"rollout_func": lambda: MultiTurnRollout(Chat, history=the_last_two)}),
     "regularised": (
         {
@@ -105,9 +106,8 @@ def test_the_sampler_gets_the_weights_once_an_iteration_and_never_between_turn_u
     assert iterations == 3
     assert re.fullmatch("(sg+u+){3}(sg+)?", run.events), run.events
     assert run.events.count("s") == iterations + ("eval_steps" in SCENARIOS[run.scenario][0])
-    if run.scenario != "single turns":
-        assert max(map(len, re.findall("g+", run.events))) > 1
-        assert max(map(len, re.findall("u+", run.events))) > 1
+    assert (max(map(len, re.findall("g+", run.events))) > 1) == (run.scenario in ("tools", "lock step"))
+    assert (max(map(len, re.findall("u+", run.events))) > 1) == (run.scenario != "single turns")
 
 
 def test_every_parameter_is_pushed_once_a_sync(run, talker):

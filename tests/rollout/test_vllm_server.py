@@ -75,14 +75,16 @@ def wait_for(url, process, log):
     raise TimeoutError(log.read_text()[-3000:])
 
 
-def test_a_server_gets_the_weights_once_an_iteration(server, talker, tmp_path, monkeypatch):
+@pytest.mark.parametrize("schedule", ["lock step", "free"])
+def test_a_server_gets_the_weights_once_an_iteration(server, talker, tmp_path, monkeypatch, schedule):
     requests = send_weights_through_files(monkeypatch)
     options = {"vllm_mode": "server", "vllm_server_base_url": server, "vllm_max_model_length": None}
+    options["lock_step_rollouts"] = schedule == "lock step"
     args = config(tmp_path, beta=0.01, **options)  # steps in every iteration, whatever the server draws
     trainer = SeeUPOTrainer(talker, args=args, train_dataset=chats(1, 3, 2, 3), environment_factory=Chat)
     watch = Watch(trainer).train()
     assert re.fullmatch("(sg+u+){3}", watch.events), watch.events
-    assert max(map(len, re.findall("g+", watch.events))) == 3
+    assert max(map(len, re.findall("g+", watch.events))) == (3 if schedule == "lock step" else 1)
     names = sorted(name for name, _ in trainer.model.named_parameters())
     # the first push walks the parameters twice: TRL announces their shapes first
     assert [sorted(pushed) for pushed in watch.pushed] == [names] * 4
@@ -130,30 +132,39 @@ def test_a_server_without_room_for_any_context_is_refused(server, talker, tmp_pa
         trainer.train()
 
 
-def in_two_processes(directory, talker, base_url="", tensor_parallel_size=1):
-    return run_on_two_processes("vllm_two_processes.py", directory, talker, base_url, str(tensor_parallel_size))
+def in_two_processes(directory, talker, schedule, base_url="", tensor_parallel_size=1):
+    arguments = (talker, base_url, str(tensor_parallel_size), schedule)
+    return run_on_two_processes("vllm_two_processes.py", directory, *arguments)
 
 
+SCHEDULES = ["lock step", "free"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
-def test_two_processes_with_colocated_engines_stay_in_step(talker, tmp_path, tensor_parallel_size):
-    first, second = in_two_processes(tmp_path, talker, tensor_parallel_size=tensor_parallel_size)
-    check_two_processes(first, second)
+def test_two_processes_with_colocated_engines_stay_in_step(talker, tmp_path, schedule, tensor_parallel_size):
+    first, second = in_two_processes(tmp_path, talker, schedule, tensor_parallel_size=tensor_parallel_size)
+    check_two_processes(first, second, schedule)
 
 
-def test_two_processes_share_a_server(server, talker, tmp_path):
-    first, second = in_two_processes(tmp_path, talker, server)
-    check_two_processes(first, second)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_two_processes_share_a_server(server, talker, tmp_path, schedule):
+    first, second = in_two_processes(tmp_path, talker, schedule, server)
+    check_two_processes(first, second, schedule)
 
 
-def check_two_processes(first, second):
+def check_two_processes(first, second, schedule):
     for found in (first, second):
         assert re.fullmatch("(sg+u+){2}", found["events"]), found["events"]
         assert found["difference"] < TOLERANCE
         assert found["names"]
     assert first["events"] == second["events"]
+    assert first["turn_count"] < second["turn_count"]
+    assert first["parameters"] == second["parameters"]
     assert list(map(len, first["calls"])) == list(map(len, second["calls"]))
+    if schedule == "free":
+        assert len(first["calls"]) == 2
+        return
     assert len(first["calls"]) > 2
     # the first process is done after one turn; it goes on with throw-away rows, copies of the other's contexts
     assert all(prompt in second["calls"][1] for prompt in first["calls"][1])
-    assert first["turn_count"] < second["turn_count"]
-    assert first["parameters"] == second["parameters"]
