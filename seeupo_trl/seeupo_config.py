@@ -16,6 +16,7 @@ UPDATE_ORDERS = ("reverse", "forward", "random", "simultaneous")
 OLD_POLICIES = ("iteration", "turn")
 TURN_RATIOS = ("geometric", "product")
 PACKINGS = ("auto", "tree", "rows")
+ZERO_VARIANCE = ("keep", "resample")
 SAMPLER_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 LOSS_TYPES = ("seeupo", "luspo", "cispo", "sapo", "vespo")
@@ -118,6 +119,12 @@ class SeeUPOConfig(GRPOConfig):
         max_concurrent_envs (`int`, *optional*):
             Most environments of [`MultiTurnRollout`] that exist at once on a process; further episodes begin when
             others end. Without a limit all episodes of a generation batch play at once.
+        zero_variance (`str`, *optional*, defaults to `"keep"`):
+            What becomes of groups whose rewards are all equal, from which nothing is learned. `"keep"`: nothing.
+            `"resample"`: groups of further tasks are played in their place, see [`seeupo_trl.rollout.resampling`].
+        max_resampling_rounds (`int`, *optional*, defaults to `3`):
+            How often further tasks are drawn in an iteration with `zero_variance="resample"`, each time as many as
+            there are groups without variance.
         lock_step_rollouts (`bool`, *optional*, defaults to `False`):
             Whether all episodes of a batch take their turns together in [`MultiTurnRollout`]. Without it an episode
             waits for no other, where the backend answers single requests.
@@ -288,6 +295,17 @@ class SeeUPOConfig(GRPOConfig):
         default=None,
         metadata={"help": "Most environments that exist at once on a process. Unset: one for each episode."},
     )
+    zero_variance: str = field(
+        default="keep",
+        metadata={
+            "help": "What becomes of groups whose rewards are all equal: they stay, or further tasks are played.",
+            "choices": ZERO_VARIANCE,
+        },
+    )
+    max_resampling_rounds: int = field(
+        default=3,
+        metadata={"help": "How often further tasks are drawn in an iteration with zero_variance='resample'."},
+    )
     lock_step_rollouts: bool = field(
         default=RolloutSettings.lock_step_rollouts,
         metadata={"help": "Whether all episodes of a batch take their turns together, each waiting for the slowest."},
@@ -422,6 +440,7 @@ class SeeUPOConfig(GRPOConfig):
             ("turn_ratio", TURN_RATIOS),
             ("packing", PACKINGS),
             ("history", HISTORIES),
+            ("zero_variance", ZERO_VARIANCE),
             ("scale_rewards", ("batch", "none", "group")),
             ("importance_sampling_level", ("sequence", "token")),
             ("loss_type", LOSS_TYPES + _AVERAGING_LOSS_TYPES),
@@ -436,6 +455,10 @@ class SeeUPOConfig(GRPOConfig):
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, or `None` for no limit; got {value}.")
         RolloutSettings.from_arguments(vars(self))
+        if self.max_resampling_rounds < 1:
+            raise ValueError(
+                f"`max_resampling_rounds` is {self.max_resampling_rounds}; give at least 1, or `zero_variance='keep'`."
+            )
         if self.turn_weight_clip is not None and not 0 < self.turn_weight_clip < 1:
             raise ValueError(
                 f"`turn_weight_clip` must lie between 0 and 1, or be `None` for the plain product; got "

@@ -38,6 +38,7 @@ from .evaluation.silence import Silence
 from .evaluation.summary import Evaluation
 from .grpo_compatibility import check_overrides, fixed_values, loss_settings
 from .rollout.checks import checked_rollout
+from .rollout.resampling import fill_with_variance
 from .rollout.sampler import Sampler
 from .rollout.samplers import sampler_of_backend
 from .rollout.settings import RolloutSettings
@@ -51,6 +52,7 @@ from .trainer_inputs import (
     check_dataset,
     check_limits,
     check_optimizer,
+    check_resampling,
     choose_rollout,
     placeholder_dataset,
     with_environment_reward,
@@ -60,7 +62,7 @@ from .trajectory_log import TrajectoryLog
 from .update.entropy_bonus import EntropyBonus
 from .update.evaluation_loss import evaluation_loss
 from .update.loss import Actions, LossSettings, turn_surrogate
-from .update.objective import batch_advantages, share_without_variance
+from .update.objective import batch_advantages, groups_without_variance
 from .update.scorers import Scorers
 from .update.turn_updater import TurnUpdater
 
@@ -131,6 +133,7 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
     _is_idle = False
     _grad_norms: tuple[float, ...] = ()  # of the iteration's optimizer steps before the last one
     _opens_conversations = False
+    rollout_round = 0  # above 0 while further tasks are played in place of some, see `zero_variance`
 
     def __init__(
         self,
@@ -183,6 +186,7 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
             )
 
         check_moving_reference(args, self.accelerator)
+        check_resampling(args, self._is_vlm)
         if rollout.tool_rollout is not None:
             self._play_by(rollout.tool_rollout)
         check_overrides(type(self), SeeUPOTrainer, plays_tools=self._tool_rollout is not None)
@@ -314,27 +318,16 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
         return self._generate_and_score_completions(generation_batch)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        inputs = self.rollout_inputs = [with_plain_prompt(row) for row in inputs]
-        # GRPO's own passes for the reference and the sampler would run over whole padded completions; the update phase
-        # makes them by turn, only where they are needed
-        hidden = {"beta": 0.0, "vllm_importance_sampling_correction": False}
-        if self._tool_rollout is not None:
-            # TRL's own resets and tool calls, in place of which the rollout function is called
-            hidden |= {"tools": [], "environment_factories": None}
-            self.environments = None
-        if self._tool_rollout is not None or self._opens_conversations:
-            inputs = [{"prompt": EMPTY_PROMPT, **row} for row in inputs]
-        episodes = self._batch = EpisodeBatch(inputs)  # TRL calls the two hooks below, which fill it
-        with replaced(self, **hidden):
-            batch = super()._generate_and_score_completions(inputs)
-        batch["episodes"] = episodes
-        episodes.remember(batch)
+        batch, episodes = self._play(inputs)
+        group_size = self.num_generations if self.model.training else self.num_generations_eval
         if self.model.training:
+            if self.config.zero_variance == "resample":
+                fill_with_variance(episodes, self, lambda rows: self._play(rows)[1])
+                self._batch, self.rollout_inputs = episodes, episodes.rows
             episodes = batch["episodes"] = self.select_episodes(episodes)
             left_out = torch.tensor([episodes.num_left_out], device=self.accelerator.device)
             self._add_metrics([("episodes/left_out", float(self.accelerator.gather(left_out).sum()))])
         rewards_per_func = self.accelerator.gather(episodes.rewards_per_func)  # (N, F)
-        group_size = self.num_generations if self.model.training else self.num_generations_eval
         advantages = batch_advantages(
             rewards_per_func,
             self.reward_weights,
@@ -348,13 +341,14 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
         batch["advantages"] = advantages[local]
         episodes.num_trajectories = len(advantages)
         # by group, as in GRPO with `scale_rewards="group"`
-        without_variance = share_without_variance(rewards_per_func, self.reward_weights, group_size)
-        self._metrics["train" if self.model.training else "eval"]["frac_reward_zero_std"][-1] = without_variance
+        without_variance = groups_without_variance(rewards_per_func, self.reward_weights, group_size)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["frac_reward_zero_std"][-1] = without_variance.double().mean().item()
         replace_last(self._logs["advantages"], advantages.tolist())
         if self.model.training:
             self._silence.hear_advantages(advantages.tolist())
         episodes.outcomes = describe_outcomes(
-            inputs,
+            episodes.rows,
             episodes.trajectories,
             episodes.rewards_per_func,
             self.reward_func_names,
@@ -368,6 +362,25 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
             self._evaluation.add(episodes.outcomes)
             self._trajectory_log.add(episodes.outcomes, episodes.trajectories)
         return batch
+
+    def _play(self, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], EpisodeBatch]:
+        """Play and score the episodes of some dataset rows; TRL's batch, and the episodes as they are."""
+        rows = self.rollout_inputs = [with_plain_prompt(row) for row in rows]
+        # GRPO's own passes for the reference and the sampler would run over whole padded completions; the update phase
+        # makes them by turn, only where they are needed
+        hidden = {"beta": 0.0, "vllm_importance_sampling_correction": False}
+        if self._tool_rollout is not None:
+            # TRL's own resets and tool calls, in place of which the rollout function is called
+            hidden |= {"tools": [], "environment_factories": None}
+            self.environments = None
+        if self._tool_rollout is not None or self._opens_conversations:
+            rows = [{"prompt": EMPTY_PROMPT, **row} for row in rows]
+        episodes = self._batch = EpisodeBatch(rows)  # TRL calls the two hooks below, which fill it
+        with replaced(self, **hidden):
+            batch = super()._generate_and_score_completions(rows)
+        batch["episodes"] = episodes
+        episodes.remember(batch)
+        return batch, episodes
 
     def _generate(self, prompts: list) -> tuple:
         with kept_awake(self):

@@ -117,7 +117,8 @@ class RolloutBatch:
 
     def output(self) -> dict[str, list[Any] | None]:
         """What TRL takes from a rollout function. A collective operation, which raises if too many episodes failed."""
-        raise_if_too_many_failed(self.episodes, self.settings.max_env_failure_rate, self.trainer)
+        if not getattr(self.trainer, "rollout_round", 0):  # in further rounds, few episodes may all fail by chance
+            raise_if_too_many_failed(self.episodes, self.settings.max_env_failure_rate, self.trainer)
         metrics = self.trainer._metrics["train" if self.trainer.model.training else "eval"]
         values = {name: self.counts[name] for name in ("env/resets_retried", "env/observations_cut")}
         for name, value in (values | self.progress.metrics()).items():

@@ -80,13 +80,17 @@ def seeds_for(trainer: "GRPOTrainer", num_episodes: int) -> list[int]:
 
 def occasion(trainer: "GRPOTrainer") -> str:
     """
-    What all seeds of a rollout depend on: the run's seed, and which iteration it is, or that it is an evaluation.
+    What all seeds of a rollout depend on: the run's seed, and which iteration it is and which round of drawing tasks,
+    or that it is an evaluation.
 
     Args:
         trainer ([`~trl.GRPOTrainer`]):
             The trainer.
     """
-    return f"{trainer.args.seed} {trainer.state.global_step if trainer.model.training else 'evaluation'}"
+    if not trainer.model.training:
+        return f"{trainer.args.seed} evaluation"
+    further = getattr(trainer, "rollout_round", 0)
+    return f"{trainer.args.seed} {trainer.state.global_step}" + (f" {further}" if further else "")
 
 
 def _as_key(prompt: Any) -> str:

@@ -110,21 +110,24 @@ def batch_advantages(
     return advantages if clip is None else advantages.clamp(-clip, clip)
 
 
-def share_without_variance(rewards_per_func: torch.Tensor, weights: torch.Tensor, group_size: int) -> float:
+def groups_without_variance(rewards_per_func: torch.Tensor, weights: torch.Tensor, group_size: int) -> torch.Tensor:
     """
-    Share of the trajectories whose group has no variance of rewards, so that nothing is learned from them.
+    Which groups have no variance of rewards, so that nothing is learned from them.
 
     Args:
         rewards_per_func (`torch.Tensor` of shape `(N, F)`), weights (`torch.Tensor` of shape `(F,)`):
             Rewards by function, NaN where a function gave none, and weights of the functions.
         group_size (`int`):
             `G`, trajectories of one group.
+
+    Returns:
+        `torch.Tensor` of shape `(N / G,)`, `bool`
     """
     weights = weights.to(rewards_per_func)
     unscored = rewards_per_func.isnan().all(dim=1)
     rewards = (rewards_per_func * weights).nansum(dim=1).masked_fill(unscored, torch.nan)
     advantages = center_by_group(rewards, group_size).nan_to_num(nan=0.0).view(-1, group_size)
-    return (advantages == 0).all(dim=1).double().mean().item()
+    return (advantages == 0).all(dim=1)
 
 
 def segment_sums(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
