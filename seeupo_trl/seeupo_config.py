@@ -121,7 +121,7 @@ class SeeUPOConfig(GRPOConfig):
             others end. Without a limit all episodes of a generation batch play at once.
         zero_variance (`str`, *optional*, defaults to `"keep"`):
             What becomes of groups whose rewards are all equal, from which nothing is learned. `"keep"`: nothing.
-            `"resample"`: groups of further tasks are played in their place, see [`seeupo_trl.rollout.resampling`].
+            `"resample"`: groups of further tasks are played in their place, see [`seeupo_trl.update.resampling`].
         max_resampling_rounds (`int`, *optional*, defaults to `3`):
             How often further tasks are drawn in an iteration with `zero_variance="resample"`, each time as many as
             there are groups without variance.

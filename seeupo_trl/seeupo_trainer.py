@@ -38,7 +38,6 @@ from .evaluation.silence import Silence
 from .evaluation.summary import Evaluation
 from .grpo_compatibility import check_overrides, fixed_values, loss_settings
 from .rollout.checks import checked_rollout
-from .rollout.resampling import fill_with_variance
 from .rollout.sampler import Sampler
 from .rollout.samplers import sampler_of_backend
 from .rollout.settings import RolloutSettings
@@ -63,6 +62,7 @@ from .update.entropy_bonus import EntropyBonus
 from .update.evaluation_loss import evaluation_loss
 from .update.loss import Actions, LossSettings, turn_surrogate
 from .update.objective import batch_advantages, groups_without_variance
+from .update.resampling import fill_with_variance
 from .update.scorers import Scorers
 from .update.turn_updater import TurnUpdater
 

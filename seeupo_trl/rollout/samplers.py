@@ -2,7 +2,6 @@
 
 import functools
 import logging
-from typing import TYPE_CHECKING
 
 from trl import GRPOTrainer
 
@@ -14,13 +13,10 @@ from .vllm_engine import VllmEngineSampler
 from .vllm_server import VllmServerSampler, reason_against_server
 
 
-if TYPE_CHECKING:
-    from ..seeupo_trainer import SeeUPOTrainer
-
 logger = logging.getLogger(__name__)
 
 
-def open_sampler(trainer: "GRPOTrainer | SeeUPOTrainer", ends: TurnEnds, settings: RolloutSettings) -> Sampler | None:
+def open_sampler(trainer: "GRPOTrainer", ends: TurnEnds, settings: RolloutSettings) -> Sampler | None:
     """
     The sampler of one rollout. A collective operation.
 
@@ -44,9 +40,7 @@ def open_sampler(trainer: "GRPOTrainer | SeeUPOTrainer", ends: TurnEnds, setting
     return sampler_of_backend(trainer, ends, settings)
 
 
-def sampler_of_backend(
-    trainer: "GRPOTrainer | SeeUPOTrainer", ends: TurnEnds, settings: RolloutSettings
-) -> Sampler | None:
+def sampler_of_backend(trainer: "GRPOTrainer", ends: TurnEnds, settings: RolloutSettings) -> Sampler | None:
     """
     The sampler of the trainer's own backend. Arguments and result as in [`open_sampler`].
     """
@@ -61,7 +55,7 @@ def sampler_of_backend(
     return VllmEngineSampler(trainer, ends)
 
 
-def _reason_against_samplers(trainer: "GRPOTrainer | SeeUPOTrainer") -> str | None:
+def _reason_against_samplers(trainer: "GRPOTrainer") -> str | None:
     owner = next(cls for cls in type(trainer).__mro__ if "_generate_single_turn" in vars(cls))
     if "_generate_single_turn" in vars(trainer) or owner.__module__.split(".")[0] not in ("trl", "seeupo_trl"):
         return f"{type(trainer).__name__} has a `_generate_single_turn` of its own"

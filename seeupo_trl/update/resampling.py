@@ -17,23 +17,32 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate.utils import gather_object
 
-from ..episode_batch import EpisodeBatch
-from ..update.objective import groups_without_variance
+from ..trajectory import Trajectory
+from .objective import groups_without_variance
 
 
 if TYPE_CHECKING:
-    from ..seeupo_trainer import SeeUPOTrainer
+    from trl import GRPOTrainer
 
 _SUMMED = ("time/generation", "time/environments")
 
 
+class Episodes(Protocol):
+    """What is read and replaced of a [`~seeupo_trl.episode_batch.Episodes`]."""
+
+    rows: list[dict[str, Any]]
+    trajectories: list[Trajectory]
+    rewards_per_func: torch.Tensor
+    is_left_out: list[bool]
+
+
 def fill_with_variance(
-    episodes: EpisodeBatch, trainer: "SeeUPOTrainer", play: Callable[[list[dict[str, Any]]], EpisodeBatch]
+    episodes: Episodes, trainer: "GRPOTrainer", play: Callable[[list[dict[str, Any]]], Episodes]
 ) -> None:
     """
     Replace the groups of a batch that have no variance by groups of further tasks that have. A collective operation.
@@ -41,8 +50,8 @@ def fill_with_variance(
     Args:
         episodes ([`~seeupo_trl.episode_batch.EpisodeBatch`]):
             The batch, which is changed.
-        trainer ([`SeeUPOTrainer`]):
-            The trainer.
+        trainer ([`~trl.GRPOTrainer`]):
+            The trainer, a [`SeeUPOTrainer`].
         play (`Callable`):
             Plays and scores the episodes of some dataset rows of this process.
 
@@ -82,13 +91,13 @@ def fill_with_variance(
     )
 
 
-def _groups(episodes: EpisodeBatch, trainer: "SeeUPOTrainer") -> list[int]:
+def _groups(episodes: Episodes, trainer: "GRPOTrainer") -> list[int]:
     """Numbers of the groups without variance, over all processes."""
     rewards = trainer.accelerator.gather(episodes.rewards_per_func)
     return groups_without_variance(rewards, trainer.reward_weights, trainer.num_generations).nonzero()[:, 0].tolist()
 
 
-def _draw(trainer: "SeeUPOTrainer", number: int, count: int) -> list[dict[str, Any]]:
+def _draw(trainer: "GRPOTrainer", number: int, count: int) -> list[dict[str, Any]]:
     """Rows of further tasks, the same on all processes."""
     dataset = trainer.train_dataset
     draw = random.Random(f"{trainer.args.seed} {trainer.state.global_step} further tasks {number}")
@@ -96,7 +105,7 @@ def _draw(trainer: "SeeUPOTrainer", number: int, count: int) -> list[dict[str, A
     return [dataset[indices[i % len(indices)]] for i in range(count)]
 
 
-def _move(new: EpisodeBatch, episodes: EpisodeBatch, source_of: dict[int, int], trainer: "SeeUPOTrainer") -> None:
+def _move(new: Episodes, episodes: Episodes, source_of: dict[int, int], trainer: "GRPOTrainer") -> None:
     """Put new episodes in the places of old ones; both are numbered over all processes."""
     index = trainer.accelerator.process_index
     first = index * len(new.trajectories)
@@ -116,7 +125,7 @@ def _move(new: EpisodeBatch, episodes: EpisodeBatch, source_of: dict[int, int], 
 
 
 @contextmanager
-def _as_first_drawn(trainer: "SeeUPOTrainer") -> Iterator[list[tuple[int, int]]]:
+def _as_first_drawn(trainer: "GRPOTrainer") -> Iterator[list[tuple[int, int]]]:
     """
     Leave the metrics of the trainer as they are, and of its completions replace those that are named: pairs of a
     number in the batch and a number among the new ones.
