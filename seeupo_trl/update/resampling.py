@@ -33,7 +33,7 @@ _SUMMED = ("time/generation", "time/environments")
 
 
 class Episodes(Protocol):
-    """What is read and replaced of a [`~seeupo_trl.episode_batch.Episodes`]."""
+    """What is read and replaced of a [`~seeupo_trl.episode_batch.EpisodeBatch`]."""
 
     rows: list[dict[str, Any]]
     trajectories: list[Trajectory]
