@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -108,7 +108,7 @@ class TransformersSampler:
                 trainer.accelerator,
                 gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
                 generation_kwargs=trainer.generation_kwargs,
-                gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+                **_checkpointing_options(trainer),
             )
         )
         self._model = _causal_lm(self._policy)
@@ -136,7 +136,8 @@ class TransformersSampler:
             return reason
         if trainer.accelerator.is_fsdp2:
             return "a forward pass under FSDP 2 is a collective operation"
-        if trainer._dist.is_zero3 and not trainer.args.ds3_gather_for_generation:
+        deepspeed = trainer.accelerator.state.deepspeed_plugin
+        if deepspeed is not None and deepspeed.zero_stage == 3 and not trainer.args.ds3_gather_for_generation:
             return "a forward pass under ZeRO-3 is a collective operation with `ds3_gather_for_generation=False`"
         model = _causal_lm(trainer.accelerator.unwrap_model(trainer.model_wrapped))
         for owner, name in ((trainer, "_generate_single_turn"), (model, "generate")):
@@ -207,6 +208,7 @@ class TransformersSampler:
         if self._rows.pop(key, None) is not None:
             self._pass = None
         self._tree.forget(key)
+        self._slabs = {name: slab for name, slab in self._slabs.items() if slab.segments}
 
     def close(self) -> None:
         """Give up all requests, free all memory and leave the model as it was."""
@@ -271,15 +273,23 @@ class TransformersSampler:
             self._pass = None
         return responses
 
-    def _forward(self, forward_pass: ContextPass | DecodingPass, tokens: np.ndarray, positions: np.ndarray):
+    def _forward(
+        self, forward_pass: ContextPass | DecodingPass, tokens: np.ndarray, positions: np.ndarray
+    ) -> torch.Tensor:
         device = self.trainer.accelerator.device
         with under_way(forward_pass):
-            return self._model(
+            logits = self._model(
                 input_ids=torch.from_numpy(tokens).to(device),
                 position_ids=torch.from_numpy(positions).to(device),
                 use_cache=False,
                 **self._options,
             ).logits
+        if forward_pass.num_layers == 0:
+            raise RuntimeError(
+                f"{type(self._model).__name__} does not compute its attention by a function that can be exchanged. "
+                "Play with `lock_step_rollouts=True`."
+            )
+        return logits
 
     def _place(self) -> None:
         """Put what the rows read into slabs, and take out what they do not."""
@@ -294,7 +304,9 @@ class TransformersSampler:
             for segment in list(slab.segments):
                 if wanted.get(segment) != name:
                     segment.leave_slab()
-            if not slab.segments:
+            if slab.segments:
+                slab.shrink()
+            else:
                 del self._slabs[name]
         new: dict[tuple[bool, int], list[Segment]] = {}
         for segment, name in wanted.items():
@@ -321,6 +333,12 @@ class TransformersSampler:
 def _causal_lm(model: nn.Module) -> nn.Module:
     """The model whose forward pass `generate` calls."""
     return model.get_base_model() if is_peft_model(model) else model
+
+
+def _checkpointing_options(trainer: "GRPOTrainer") -> dict[str, Any]:
+    """How gradient checkpointing is switched on again; trl 1.15 does not ask."""
+    asked = "gradient_checkpointing_kwargs" in inspect.signature(unwrap_model_for_generation).parameters
+    return {"gradient_checkpointing_kwargs": trainer.args.gradient_checkpointing_kwargs} if asked else {}
 
 
 @contextmanager

@@ -445,7 +445,14 @@ def test_the_prompt_of_a_group_is_stored_and_computed_once(make_trainer, make_sa
     sampler.poll(None)
     sampler.forget(0)
     sampler._place()
-    assert numbers_kept(sampler) == PER_TOKEN * (1024 + 7 * 9)
+    assert numbers_kept(sampler) == PER_TOKEN * (1024 + 7 * 9)  # nothing waits for a response: no room ahead
+    for key in range(1, 4):
+        sampler.submit(Request(key, prompt, key))
+    sampler.poll(0)
+    sampler.forget(1)
+    sampler.forget(2)
+    sampler.poll(0)
+    assert numbers_kept(sampler) == PER_TOKEN * (1024 + 4 * 9 + 128)
     for key in range(8):
         sampler.forget(key)
     assert numbers_kept(sampler) == 0 and not list(sampler._tree)
