@@ -58,10 +58,6 @@ class Row:
     action_ids: list[int] = field(default_factory=list)
 
     @property
-    def token_ids(self) -> list[int]:
-        return self.request.context_ids + self.action_ids
-
-    @property
     def last_token(self) -> int:
         return self.action_ids[-1] if self.action_ids else self.request.context_ids[-1]
 
@@ -254,12 +250,7 @@ class TransformersSampler:
         self._pass.begin_step()
         logits = self._forward(self._pass, np.array(lasts)[:, None], np.array(positions)[:, None])
         self._pass.end_step()
-        tokens = choose(
-            logits[:, -1].to(dtype=torch.float32, copy=True),
-            [row.plan for row in rows],
-            [row.token_ids for row in rows] if rows[0].plan.of_tokens else [],
-            [len(row.action_ids) for row in rows],
-        )
+        tokens = choose(logits[:, -1].to(dtype=torch.float32, copy=True), [row.plan for row in rows])
         for row, last, token in zip(rows, lasts, tokens, strict=True):
             row.leaf.generated.append(last)
             row.action_ids.append(token)
