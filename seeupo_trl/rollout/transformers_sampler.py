@@ -67,7 +67,7 @@ class TransformersSampler:
     A [`~seeupo_trl.rollout.sampler.Sampler`] on the transformers backend.
 
     With ZeRO-3, making and closing it are collective operations, in which parameters are gathered and given back; all
-    else concerns one process only. While it is open, the policy is in evaluation mode: a response depends on the
+    else concerns one process only. While it decodes, the policy is in evaluation mode: a response depends on the
     policy, the context and its seed, and not on dropout.
 
     Args:
@@ -108,9 +108,7 @@ class TransformersSampler:
             )
         )
         self._model = _causal_lm(self._policy)
-        for module in self._policy.modules():
-            self._stack.callback(setattr, module, "training", module.training)
-        self._policy.eval()
+        self._modules = list(self._policy.modules())
         accepted = inspect.signature(self._model.forward).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
@@ -184,7 +182,7 @@ class TransformersSampler:
         """
         end = float("inf") if timeout is None else time.monotonic() + timeout
         responses: list[Response] = []
-        with use_attention(self._model.config, SEGMENTS):
+        with use_attention(self._model.config, SEGMENTS), _in_evaluation_mode(self._modules):
             while (self._waiting or self._rows) and not responses:
                 self._admit()
                 responses = self._decode()
@@ -330,6 +328,22 @@ def _checkpointing_options(trainer: "GRPOTrainer") -> dict[str, Any]:
     """How gradient checkpointing is switched on again; trl 1.15 does not ask."""
     asked = "gradient_checkpointing_kwargs" in inspect.signature(unwrap_model_for_generation).parameters
     return {"gradient_checkpointing_kwargs": trainer.args.gradient_checkpointing_kwargs} if asked else {}
+
+
+@contextmanager
+def _in_evaluation_mode(modules: list[nn.Module]) -> Iterator[None]:
+    """
+    Have modules in evaluation mode, and as they were afterwards. Trainers take the model's mode for their own: between
+    polls it has to be what it was.
+    """
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

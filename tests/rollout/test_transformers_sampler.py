@@ -193,10 +193,11 @@ def test_with_gradient_checkpointing_and_dropout_which_are_on_again_afterwards(m
     trainer.model.train()
     frozen = trainer.model.get_base_model().lm_head.eval()
     sampler = make_sampler(trainer)
-    assert not trainer.model.is_gradient_checkpointing and not trainer.model.training
+    assert not trainer.model.is_gradient_checkpointing
     assert respond(sampler, groups()) == expected
+    assert trainer.model.training and not frozen.training  # also while it is open: trainers look at it
     sampler.close()
-    assert trainer.model.is_gradient_checkpointing and trainer.model.training and not frozen.training
+    assert trainer.model.is_gradient_checkpointing
     assert all(module.training for module in trainer.model.modules() if "Dropout" in type(module).__name__)
 
 
@@ -597,8 +598,9 @@ def test_errors_get_through_and_close_leaves_the_model_as_it_was(make_trainer, m
     sampler.submit(Request(0, [len(VOCABULARY) + 5], 0))
     with pytest.raises(IndexError):
         sampler.poll(None)
+    assert all(module.training for module in trainer.model.modules())
     sampler.close()
-    assert trainer.model.training and trainer.model.config._attn_implementation == attention
+    assert trainer.model.config._attn_implementation == attention
     assert not sampler._rows and not list(sampler._tree) and not sampler._slabs
     assert "generate" not in vars(trainer.model)
 
