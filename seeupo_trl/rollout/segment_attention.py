@@ -26,6 +26,10 @@ SEGMENTS = "seeupo_segments"
 class ForwardPass(Protocol):
     """What computes the attention of a forward pass, from tensors of shape `(B, heads, T, head size)`."""
 
+    @property
+    def num_layers(self) -> int:
+        """Number of layers computed so far."""
+
     def attend(
         self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
@@ -54,7 +58,14 @@ def attend_over_segments(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attention function of transformers."""
+    """Attention function of transformers, for models whose attention is causal and nothing else."""
+    own = [name for name in ("s_aux", "softcap", "position_bias") if kwargs.get(name) is not None]
+    own += ["attention_mask"] * (attention_mask is not None)
+    if own:
+        raise NotImplementedError(
+            f"{type(module).__name__} has a `{own[0]}` of its own, for which single requests are not made. Play with "
+            "`lock_step_rollouts=True`."
+        )
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     tensors = (tensor.to(dtype) for tensor in (query, key, value))
@@ -78,11 +89,16 @@ class ContextPass:
         self.segments = segments
         self._new: list[tuple[torch.Tensor, torch.Tensor]] = []
 
+    @property
+    def num_layers(self) -> int:
+        """Number of layers computed."""
+        return len(self._new)
+
     def attend(
         self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
         counts = [count for _, count in self.segments]
-        layer = len(self._new)
+        layer = self.num_layers
         self._new.append((key, value))
         outputs = []
         for (segment, count), q, k, v in zip(
@@ -189,7 +205,7 @@ class DecodingPass:
         self._slots = [torch.arange(size, device=device) for size in self._sizes]
         self._masks: list[torch.Tensor] = []  # of the leaves, anew in every step
         self._shared_masks: list[torch.Tensor] = []
-        self._layer = 0
+        self.num_layers = 0  # computed in this step
 
     @property
     def is_full(self) -> bool:
@@ -198,7 +214,7 @@ class DecodingPass:
 
     def begin_step(self) -> None:
         """Get ready for the next token of every row."""
-        self._layer, self._masks = 0, []
+        self.num_layers, self._masks = 0, []
         self._longest = [longest + 1 for longest in self._longest]
 
     def end_step(self) -> None:
@@ -226,7 +242,7 @@ class DecodingPass:
         start = 0
         for i, slab in enumerate(self._leaves):
             end = start + self._sizes[i]
-            keys, values = slab.room(self._layer, key[start:end], value[start:end])
+            keys, values = slab.room(self.num_layers, key[start:end], value[start:end])
             keys[self._slots[i], :, self._lengths[i]] = key[start:end, :, 0]
             values[self._slots[i], :, self._lengths[i]] = value[start:end, :, 0]
             keys, values = (tensor[: self._sizes[i], :, : self._longest[i]] for tensor in (keys, values))
@@ -235,7 +251,7 @@ class DecodingPass:
         output, lse = parts[0] if len(parts) == 1 else (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         for part, mask in zip(self._shared, self._shared_masks, strict=True):
             output, lse = self._merged(query, output, lse, part, mask, scale)
-        self._layer += 1
+        self.num_layers += 1
         return output.reshape(rows, 1, heads, -1)
 
     def _merged(
@@ -249,7 +265,7 @@ class DecodingPass:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         (groups, readers), (_, kv_heads, repeats, size) = part.readers.shape, query.shape
         grouped = query[part.readers].transpose(1, 2).reshape(groups, kv_heads, readers * repeats, size)
-        keys, values = (tensor[:groups, :, : part.longest] for tensor in part.slab.layers[self._layer])
+        keys, values = (tensor[:groups, :, : part.longest] for tensor in part.slab.layers[self.num_layers])
         there, lse_there = attention(grouped, keys, values, mask, scale)
         there = there.reshape(groups, kv_heads, readers, repeats, -1).transpose(1, 2).flatten(0, 1)
         lse_there = lse_there.reshape(groups, kv_heads, readers, repeats).transpose(1, 2).flatten(0, 1)

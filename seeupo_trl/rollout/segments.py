@@ -151,6 +151,12 @@ class Slab:
             self.segments[last.slot] = last
         segment.slab = None
 
+    def shrink(self) -> None:
+        """Give back memory if fewer than half of the places are taken."""
+        if self.layers and 2 * len(self.segments) < len(self.layers[0][0]):
+            for layer, tensors in enumerate(self.layers):
+                self.layers[layer] = tuple(tensor[: len(self.segments)].clone() for tensor in tensors)
+
     def room(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Buffers of a layer with a place for every segment.

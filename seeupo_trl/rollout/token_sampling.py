@@ -9,7 +9,7 @@ A response's `n`-th token takes the `n`-th uniform number of its seed and the di
 depend on what else is sampled at the time.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,6 +72,10 @@ class Plan:
             Tokens that end it.
         uniforms (`np.ndarray` of shape `(max_tokens,)`):
             A number in [0, 1) for each token.
+        token_ids (`torch.Tensor`):
+            The context, and room for the response.
+        num_sampled (`int`, *optional*, defaults to `0`):
+            Tokens of the response so far.
     """
 
     of_tokens: LogitsProcessorList
@@ -79,7 +83,14 @@ class Plan:
     do_sample: bool
     max_tokens: int
     eos_token_ids: set[int]
-    uniforms: np.ndarray = field(repr=False)
+    uniforms: np.ndarray
+    token_ids: torch.Tensor
+    num_sampled: int = 0
+
+    @property
+    def tokens_so_far(self) -> torch.Tensor:
+        """Context and response as transformers has them, of shape `(1, T)`."""
+        return self.token_ids[None, : len(self.token_ids) - self.max_tokens + self.num_sampled]
 
 
 def plan_response(model: nn.Module, trainer: "GRPOTrainer", ends: TurnEnds, context_ids: list[int], seed: int) -> Plan:
@@ -128,10 +139,11 @@ def plan_response(model: nn.Module, trainer: "GRPOTrainer", ends: TurnEnds, cont
         max_tokens,
         eos_token_ids,
         np.random.default_rng(seed).random(max_tokens),
+        nn.functional.pad(input_ids[0], (0, max_tokens)),
     )
 
 
-def choose(scores: torch.Tensor, plans: list[Plan], tokens: list[list[int]], num_sampled: list[int]) -> list[int]:
+def choose(scores: torch.Tensor, plans: list[Plan]) -> list[int]:
     """
     The next token of each row.
 
@@ -140,23 +152,25 @@ def choose(scores: torch.Tensor, plans: list[Plan], tokens: list[list[int]], num
             Logits in float32, which are overwritten.
         plans (`list[Plan]`):
             How each row is sampled, by the same options.
-        tokens (`list[list[int]]`):
-            Token ids of context and response so far of each row.
-        num_sampled (`list[int]`):
-            How many of these are the response's.
 
     Returns:
         `list[int]`
     """
     for i, plan in enumerate(plans):
         if plan.of_tokens:
-            scores[i] = plan.of_tokens(torch.tensor([tokens[i]], device=scores.device), scores[i : i + 1])[0]
-    none = torch.empty(len(plans), 0, dtype=torch.long, device=scores.device)
-    scores = plans[0].of_logits(none, scores)
-    if not plans[0].do_sample:
-        return scores.argmax(-1).tolist()
-    uniforms = [plan.uniforms[count] for plan, count in zip(plans, num_sampled, strict=True)]
-    return invert(scores, torch.tensor(uniforms, dtype=torch.float64, device=scores.device)).tolist()
+            scores[i] = plan.of_tokens(plan.tokens_so_far, scores[i : i + 1])[0]
+    no_tokens = torch.empty(len(plans), 0, dtype=torch.long, device=scores.device)
+    scores = plans[0].of_logits(no_tokens, scores)
+    if plans[0].do_sample:
+        uniforms = np.array([plan.uniforms[plan.num_sampled] for plan in plans])
+        chosen = invert(scores, torch.from_numpy(uniforms).to(scores.device))
+    else:
+        chosen = scores.argmax(-1)
+    for i, plan in enumerate(plans):
+        if plan.of_tokens:
+            plan.token_ids[plan.num_sampled - plan.max_tokens] = chosen[i]
+        plan.num_sampled += 1
+    return chosen.tolist()
 
 
 def invert(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

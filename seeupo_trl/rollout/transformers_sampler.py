@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -58,10 +58,6 @@ class Row:
     action_ids: list[int] = field(default_factory=list)
 
     @property
-    def token_ids(self) -> list[int]:
-        return self.request.context_ids + self.action_ids
-
-    @property
     def last_token(self) -> int:
         return self.action_ids[-1] if self.action_ids else self.request.context_ids[-1]
 
@@ -71,7 +67,7 @@ class TransformersSampler:
     A [`~seeupo_trl.rollout.sampler.Sampler`] on the transformers backend.
 
     With ZeRO-3, making and closing it are collective operations, in which parameters are gathered and given back; all
-    else concerns one process only. While it is open, the policy is in evaluation mode: a response depends on the
+    else concerns one process only. While it decodes, the policy is in evaluation mode: a response depends on the
     policy, the context and its seed, and not on dropout.
 
     Args:
@@ -108,13 +104,11 @@ class TransformersSampler:
                 trainer.accelerator,
                 gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
                 generation_kwargs=trainer.generation_kwargs,
-                gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+                **_checkpointing_options(trainer),
             )
         )
         self._model = _causal_lm(self._policy)
-        for module in self._policy.modules():
-            self._stack.callback(setattr, module, "training", module.training)
-        self._policy.eval()
+        self._modules = list(self._policy.modules())
         accepted = inspect.signature(self._model.forward).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
@@ -136,7 +130,8 @@ class TransformersSampler:
             return reason
         if trainer.accelerator.is_fsdp2:
             return "a forward pass under FSDP 2 is a collective operation"
-        if trainer._dist.is_zero3 and not trainer.args.ds3_gather_for_generation:
+        deepspeed = trainer.accelerator.state.deepspeed_plugin
+        if deepspeed is not None and deepspeed.zero_stage == 3 and not trainer.args.ds3_gather_for_generation:
             return "a forward pass under ZeRO-3 is a collective operation with `ds3_gather_for_generation=False`"
         model = _causal_lm(trainer.accelerator.unwrap_model(trainer.model_wrapped))
         for owner, name in ((trainer, "_generate_single_turn"), (model, "generate")):
@@ -187,7 +182,7 @@ class TransformersSampler:
         """
         end = float("inf") if timeout is None else time.monotonic() + timeout
         responses: list[Response] = []
-        with use_attention(self._model.config, SEGMENTS):
+        with use_attention(self._model.config, SEGMENTS), _in_evaluation_mode(self._modules):
             while (self._waiting or self._rows) and not responses:
                 self._admit()
                 responses = self._decode()
@@ -207,6 +202,7 @@ class TransformersSampler:
         if self._rows.pop(key, None) is not None:
             self._pass = None
         self._tree.forget(key)
+        self._slabs = {name: slab for name, slab in self._slabs.items() if slab.segments}
 
     def close(self) -> None:
         """Give up all requests, free all memory and leave the model as it was."""
@@ -252,12 +248,7 @@ class TransformersSampler:
         self._pass.begin_step()
         logits = self._forward(self._pass, np.array(lasts)[:, None], np.array(positions)[:, None])
         self._pass.end_step()
-        tokens = choose(
-            logits[:, -1].to(dtype=torch.float32, copy=True),
-            [row.plan for row in rows],
-            [row.token_ids for row in rows] if rows[0].plan.of_tokens else [],
-            [len(row.action_ids) for row in rows],
-        )
+        tokens = choose(logits[:, -1].to(dtype=torch.float32, copy=True), [row.plan for row in rows])
         for row, last, token in zip(rows, lasts, tokens, strict=True):
             row.leaf.generated.append(last)
             row.action_ids.append(token)
@@ -271,15 +262,23 @@ class TransformersSampler:
             self._pass = None
         return responses
 
-    def _forward(self, forward_pass: ContextPass | DecodingPass, tokens: np.ndarray, positions: np.ndarray):
+    def _forward(
+        self, forward_pass: ContextPass | DecodingPass, tokens: np.ndarray, positions: np.ndarray
+    ) -> torch.Tensor:
         device = self.trainer.accelerator.device
         with under_way(forward_pass):
-            return self._model(
+            logits = self._model(
                 input_ids=torch.from_numpy(tokens).to(device),
                 position_ids=torch.from_numpy(positions).to(device),
                 use_cache=False,
                 **self._options,
             ).logits
+        if forward_pass.num_layers == 0:
+            raise RuntimeError(
+                f"{type(self._model).__name__} does not compute its attention by a function that can be exchanged. "
+                "Play with `lock_step_rollouts=True`."
+            )
+        return logits
 
     def _place(self) -> None:
         """Put what the rows read into slabs, and take out what they do not."""
@@ -294,7 +293,9 @@ class TransformersSampler:
             for segment in list(slab.segments):
                 if wanted.get(segment) != name:
                     segment.leave_slab()
-            if not slab.segments:
+            if slab.segments:
+                slab.shrink()
+            else:
                 del self._slabs[name]
         new: dict[tuple[bool, int], list[Segment]] = {}
         for segment, name in wanted.items():
@@ -321,6 +322,28 @@ class TransformersSampler:
 def _causal_lm(model: nn.Module) -> nn.Module:
     """The model whose forward pass `generate` calls."""
     return model.get_base_model() if is_peft_model(model) else model
+
+
+def _checkpointing_options(trainer: "GRPOTrainer") -> dict[str, Any]:
+    """How gradient checkpointing is switched on again; trl 1.15 does not ask."""
+    asked = "gradient_checkpointing_kwargs" in inspect.signature(unwrap_model_for_generation).parameters
+    return {"gradient_checkpointing_kwargs": trainer.args.gradient_checkpointing_kwargs} if asked else {}
+
+
+@contextmanager
+def _in_evaluation_mode(modules: list[nn.Module]) -> Iterator[None]:
+    """
+    Have modules in evaluation mode, and as they were afterwards. Trainers take the model's mode for their own: between
+    polls it has to be what it was.
+    """
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

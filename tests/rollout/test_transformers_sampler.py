@@ -1,27 +1,33 @@
 """Single requests on the transformers backend: the tokens of TRL's generation, whatever else is decoded meanwhile."""
 
+import functools
 import math
 import random
 import shutil
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from byte_tokenizer import byte_tokenizer, forced_end, tiny_model
 from datasets import Dataset
 from launching import run_on_two_processes
 from peft import LoraConfig
+from talk import Talk, row, user
 from tiny import ON_CPU, VOCABULARY, load_tiny_model, save_tiny_model, tiny_tokenizer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
+from seeupo_trl import MultiTurnRollout, SeeUPOConfig, SeeUPOTrainer
 from seeupo_trl.rollout import transformers_sampler
 from seeupo_trl.rollout.sampler import Request
-from seeupo_trl.rollout.segment_attention import attention, mask_after
+from seeupo_trl.rollout.segment_attention import attend_over_segments, attention, mask_after
 from seeupo_trl.rollout.transformers_sampler import TransformersSampler
 from seeupo_trl.rollout.turn_ends import TurnEnds
+from seeupo_trl.scoring.tree_attention import use_attention
 
 
 EOS = VOCABULARY.index("<|im_end|>")
@@ -187,10 +193,11 @@ def test_with_gradient_checkpointing_and_dropout_which_are_on_again_afterwards(m
     trainer.model.train()
     frozen = trainer.model.get_base_model().lm_head.eval()
     sampler = make_sampler(trainer)
-    assert not trainer.model.is_gradient_checkpointing and not trainer.model.training
+    assert not trainer.model.is_gradient_checkpointing
     assert respond(sampler, groups()) == expected
+    assert trainer.model.training and not frozen.training  # also while it is open: trainers look at it
     sampler.close()
-    assert trainer.model.is_gradient_checkpointing and trainer.model.training and not frozen.training
+    assert trainer.model.is_gradient_checkpointing
     assert all(module.training for module in trainer.model.modules() if "Dropout" in type(module).__name__)
 
 
@@ -236,11 +243,10 @@ def test_attention_is_that_of_the_definition_on_either_path():
     mask = mask_after(torch.tensor([9, 1, 5]), 9, torch.float64)
     for value in (torch.randn(3, 2, 9, 8, dtype=torch.float64), torch.randn(3, 2, 9, 5, dtype=torch.float64)):
         output, lse = attention(query, key, value, mask, scale=0.3)
-        for row, length in enumerate([9, 1, 5]):
-            weights = (0.3 * query[row] @ key[row, :, :length].transpose(1, 2)).exp()
-            torch.testing.assert_close(lse[row], weights.sum(-1).log())
-            expected = weights / weights.sum(-1, keepdim=True) @ value[row, :, :length]
-            torch.testing.assert_close(output[row], expected)
+        for i, length in enumerate([9, 1, 5]):
+            weights = (0.3 * query[i] @ key[i, :, :length].transpose(1, 2)).exp()
+            torch.testing.assert_close(lse[i], weights.sum(-1).log())
+            torch.testing.assert_close(output[i], weights / weights.sum(-1, keepdim=True) @ value[i, :, :length])
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------
@@ -420,6 +426,51 @@ def test_contexts_that_are_known_in_full_or_in_part_or_not_at_all(make_trainer, 
         assert found == anew(trainer, contexts.values())
 
 
+class Jittery(Talk):
+    """Answers after a while that has nothing to do with its task."""
+
+    def step(self, message):
+        time.sleep(random.random() / 20)
+        return super().step(message)
+
+
+def test_whole_rollouts_are_those_of_lock_step_and_sampled_ones_repeat(tmp_path, monkeypatch):
+    tokenizer = byte_tokenizer("qwen2_5")
+    rows = [row(*[[user("Go on.")]] * n, number=n) for n in (0, 2, 5)]
+
+    def play(lock_step, **generation):
+        torch.manual_seed(0)
+        trainer = SeeUPOTrainer(
+            model=tiny_model(tokenizer),
+            args=SeeUPOConfig(
+                str(tmp_path),
+                num_generations=2,
+                per_device_train_batch_size=6,
+                max_completion_length=6,
+                lock_step_rollouts=lock_step,
+                generation_kwargs={**forced_end(), **generation},
+                **ON_CPU,
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            environment_factory=Jittery,
+        )
+        trainer.rollout_inputs = [task for task in rows for _ in range(2)]
+        output = MultiTurnRollout(Jittery)([None] * 6, trainer)
+        return [[(turn.context_ids, turn.action_ids) for turn in t.turns] for t in output["trajectories"]]
+
+    monkeypatch.setattr(
+        SeeUPOTrainer,
+        "rollout_sampler",
+        lambda trainer, ends, settings: TransformersSampler(trainer, ends),
+        raising=False,
+    )
+    greedy = play(False, do_sample=False)
+    assert [len(turns) for turns in greedy] == [1, 1, 3, 3, 6, 6]
+    assert greedy == play(True, do_sample=False)
+    assert play(False) == play(False) != greedy
+
+
 # --- at a low cost --------------------------------------------------------------------------------------------------
 
 
@@ -445,7 +496,14 @@ def test_the_prompt_of_a_group_is_stored_and_computed_once(make_trainer, make_sa
     sampler.poll(None)
     sampler.forget(0)
     sampler._place()
-    assert numbers_kept(sampler) == PER_TOKEN * (1024 + 7 * 9)
+    assert numbers_kept(sampler) == PER_TOKEN * (1024 + 7 * 9)  # nothing waits for a response: no room ahead
+    for key in range(1, 4):
+        sampler.submit(Request(key, prompt, key))
+    sampler.poll(0)
+    sampler.forget(1)
+    sampler.forget(2)
+    sampler.poll(0)
+    assert numbers_kept(sampler) == PER_TOKEN * (1024 + 4 * 9 + 128)
     for key in range(8):
         sampler.forget(key)
     assert numbers_kept(sampler) == 0 and not list(sampler._tree)
@@ -540,10 +598,32 @@ def test_errors_get_through_and_close_leaves_the_model_as_it_was(make_trainer, m
     sampler.submit(Request(0, [len(VOCABULARY) + 5], 0))
     with pytest.raises(IndexError):
         sampler.poll(None)
+    assert all(module.training for module in trainer.model.modules())
     sampler.close()
-    assert trainer.model.training and trainer.model.config._attn_implementation == attention
+    assert trainer.model.config._attn_implementation == attention
     assert not sampler._rows and not list(sampler._tree) and not sampler._slabs
     assert "generate" not in vars(trainer.model)
+
+
+class Stubborn(LlamaForCausalLM):
+    """Computes its attention in one way only, whatever its class says."""
+
+    @functools.wraps(LlamaForCausalLM.forward)
+    def forward(self, **inputs):
+        with use_attention(self.config, "sdpa"):
+            return super().forward(**inputs)
+
+
+def test_models_whose_attention_is_not_what_was_put_in_its_place_are_told_so(make_trainer, make_sampler):
+    config = small_model("llama").config
+    sampler = make_sampler(make_trainer(model=Stubborn(config)))
+    sampler.submit(Request(0, [EOS, 40], 0))
+    with pytest.raises(RuntimeError, match="Stubborn does not compute its attention .*lock_step_rollouts=True"):
+        sampler.poll(None)
+    tensor = torch.zeros(1, 1, 1, 8)
+    for own in ({"attention_mask": tensor}, {"attention_mask": None, "softcap": 30.0}):
+        with pytest.raises(NotImplementedError, match=f"Identity has a `{list(own)[-1]}` of its own"):
+            attend_over_segments(nn.Identity(), tensor, tensor, tensor, **own)
 
 
 @pytest.mark.parametrize(
