@@ -96,3 +96,20 @@ def test_gradient_of_zero_in_spite_of_advantages_is_warned_about(is_cut_off, tin
     trainer.train()
     told = sum("All gradients of this iteration are exactly 0" in record.message for record in caplog.records)
     assert told == is_cut_off  # once: the second iteration has no advantages
+
+
+@pytest.mark.parametrize(("loss_type", "name"), [("cispo", "cispo_clip_ratio"), ("vespo", "vespo/phi_seq_mean")])
+def test_loss_types_log_what_trl_logs_of_them(loss_type, name, tiny_dir, tmp_path):
+    """Before anything moves the ratio and `phi` are 1, and the last turn has one trajectory, of positive weight."""
+    options = {"loss_type": loss_type, "epsilon_high": 0.9, "max_steps": 2, "learning_rate": 0.5}
+    trainer = make_trainer(tiny_dir, tmp_path, reward_funcs=equal_every_second_time(), **options)
+    trainer.train()
+    learned, idle = logs_of(trainer)
+    by_turn = {key: value for key, value in learned.items() if key.startswith("turn_") and key.endswith(name)}
+    assert len(by_turn) == learned["turn_updates"] > 1
+    assert by_turn[max(by_turn)] == pytest.approx(1.0)
+    assert all(value < 1 for turn, value in by_turn.items() if turn != max(by_turn))
+    pools = {turn: learned[turn.replace(name, "pool")] for turn in by_turn}
+    mean = sum(pools[turn] * value for turn, value in by_turn.items()) / sum(pools.values())
+    assert learned[name] == pytest.approx(mean)
+    assert idle[name] == (0.0 if loss_type == "cispo" else 1.0)
