@@ -313,7 +313,9 @@ class TurnUpdater:
         """
         block = Block(1, self.buffer.num_turns)
         indices = self.buffer.pool(block)
-        scores = self.log_probs.scores(key for i in indices for key in self.buffer.turns_in(i, block))
+        keys = [key for i in indices for key in self.buffer.turns_in(i, block)]
+        self.scorer.check(self.buffer, keys, self.log_probs.model, self.lock_step)
+        scores = self.log_probs.scores(keys)
         if not indices:
             return
         logps = logps_of(scores)
