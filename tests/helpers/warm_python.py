@@ -84,7 +84,8 @@ def start(directory: Path, arguments: list[str]) -> None:
             signal.signal(number, lambda number, frame: os.kill(pid, number))
         status = int(stream.readline())
     if os.WIFSIGNALED(status):
-        signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), os.WTERMSIG(status))
     os._exit(os.WEXITSTATUS(status))
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import VOCABULARY
+from tiny import VOCABULARY, tiny_tokenizer
 from two_groups import make_trainer, parameters, rewards, rollout
 
 
@@ -85,6 +85,34 @@ def test_an_episode_whose_last_response_was_cut_is_left_out_whole_and_its_reward
     everything.train()
     assert logs_of(everything)[0]["episodes/left_out"] == 0
     assert not torch.equal(parameters(trainer), parameters(everything))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"stop_token_ids": [39]}, {"stop_strings": ["w39"]}, {"generation_kwargs": {"eos_token_id": 39}}],
+    ids=["token", "string", "generation_kwargs"],
+)
+def test_an_episode_that_ends_with_a_stop_string_or_token_is_whole(options, tiny_dir, tmp_path):
+    """Responses of the rows end with the tokens 30, 37, 44 and 51, further by 9 for each turn but the first."""
+    last = [rollout(["w0"] * 4, None)["completion_ids"][i][-2] for i in range(4)]
+    stop = last[1]
+    named = {"stop_token_ids": [stop], "stop_strings": [tiny_tokenizer().decode([stop])]}
+    options = {name: named.get(name, {"eos_token_id": stop}) for name in options}
+
+    def without_last_result(prompts, trainer):
+        output = rollout(prompts, trainer)
+        return {**output, **{name: [row[:-1] for row in output[name]] for name in ("completion_ids", "env_mask")}}
+
+    trainer = make_trainer(
+        tiny_dir, tmp_path, rollout_func=without_last_result, mask_truncated_completions=True, **options
+    )
+    trainer.train()
+    whole = [token == stop for token in last]
+    assert whole == [False, True, False, False]
+    assert trainer._batch.is_left_out == [not one for one in whole]
+    (log,) = logs_of(trainer)
+    assert log["episodes/left_out"] == 3 and log["completions/clipped_ratio"] == 0.75
+    assert {log[f"completions/{name}_terminated_length"] for name in ("mean", "min", "max")} == {2.0}
 
 
 @pytest.mark.parametrize("is_cut_off", [True, False])
