@@ -1,16 +1,20 @@
 """One generation batch on its way through the trainer: played, scored by reward functions, ready for the update."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any
 
 import torch
 
+from .envs.base import StopReason
 from .evaluation.outcome import Outcome
 from .trajectory import Trajectory, turns_from_mask
 
 
 _TOKENS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
+# what an episode ends with after a response that was whole
+_AFTER_A_WHOLE_RESPONSE = (StopReason.completed, StopReason.truncated, StopReason.max_turns)
 
 
 @dataclass
@@ -27,6 +31,8 @@ class EpisodeBatch:
             Reward by reward function; NaN where a function gave none.
         num_trajectories (`int`):
             `N`, the number of trajectories over all processes.
+        is_cut (`list[bool]`):
+            Whether an episode's last response was cut before its end.
         is_left_out (`list[bool]`):
             Whether the trainer leaves an episode out of training (`mask_truncated_completions`): all of its turns,
             while its reward counts in the advantages of the group.
@@ -40,6 +46,7 @@ class EpisodeBatch:
     trajectories: list[Trajectory] = field(default_factory=list)
     rewards_per_func: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     num_trajectories: int = 0
+    is_cut: list[bool] = field(default_factory=list)
     is_left_out: list[bool] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
     tokens: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -58,10 +65,16 @@ class EpisodeBatch:
         pairs = zip(self.trajectories, self.is_left_out, strict=True)
         return sum(left_out and bool(trajectory.turns) for trajectory, left_out in pairs)
 
+    def mask_cut(self, batch: dict[str, Any]) -> None:
+        """Empty the masks of the episodes that were cut, as TRL does for `mask_truncated_completions`."""
+        is_cut = torch.tensor(self.is_cut, device=batch["completion_mask"].device)
+        for name in ("completion_mask", "tool_mask"):
+            if name in batch:
+                batch[name] = batch[name].masked_fill(is_cut.unsqueeze(1), 0)
+
     def remember(self, batch: dict[str, Any]) -> None:
         """Keep what TRL's batch says of the episodes, and who is left out of it."""
         self.tokens = {name: batch[name].clone() for name in _TOKENS if name in batch}
-        # TRL empties the mask of a completion that `mask_truncated_completions` leaves out
         self.is_left_out = (~batch["completion_mask"].bool().any(dim=1)).tolist()
 
     def follow(self, batch: dict[str, Any]) -> None:
@@ -93,6 +106,24 @@ class EpisodeBatch:
                 sampled = None if logps is None else logps[i, : len(completion)].tolist()
                 self.trajectories[i] = Trajectory(turns=turns_from_mask(*now, sampled))
                 self.is_left_out[i] = not completion
+
+
+def was_cut(trajectory: Trajectory, completion_ids: list[int], is_whole: Callable[[list[int]], bool]) -> bool:
+    """
+    Whether the last response of an episode was cut before its end.
+
+    Args:
+        trajectory ([`~seeupo_trl.Trajectory`]):
+            The episode. A rollout that says why it ended has seen to the ends of its turns.
+        completion_ids (`list[int]`):
+            Its tokens. One that ends with a tool's result lacks a response.
+        is_whole (`Callable[[list[int]], bool]`):
+            Whether the tokens of a response end it.
+    """
+    if trajectory.stop_reason in _AFTER_A_WHOLE_RESPONSE:
+        return False
+    response = trajectory.turns[-1].action_ids if trajectory.turns else []
+    return list(completion_ids[len(completion_ids) - len(response) :]) != response or not is_whole(response)
 
 
 def checked_batch(batch: dict[str, Any]) -> EpisodeBatch:

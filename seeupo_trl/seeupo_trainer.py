@@ -30,9 +30,9 @@ from .distributed.backends import check_deepspeed, keep_output_dtype, reference_
 from .distributed.checkpoints import ExactResume, check_moving_reference
 from .distributed.lock_step import LockStep
 from .envs.tools import EMPTY_PROMPT
-from .episode_batch import EpisodeBatch, check_finite, checked_batch, trajectories_from_masks
+from .episode_batch import EpisodeBatch, check_finite, checked_batch, trajectories_from_masks, was_cut
 from .evaluation.info_metrics import InfoMetrics, numbers_in
-from .evaluation.logs import as_logged, episode_metrics, replace_last, tool_call_metrics
+from .evaluation.logs import as_logged, completion_metrics, episode_metrics, replace_last, tool_call_metrics
 from .evaluation.outcome import describe_outcomes
 from .evaluation.silence import Silence
 from .evaluation.summary import Evaluation
@@ -368,7 +368,7 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
         rows = self.rollout_inputs = [with_plain_prompt(row) for row in rows]
         # GRPO's own passes for the reference and the sampler would run over whole padded completions; the update phase
         # makes them by turn, only where they are needed
-        hidden = {"beta": 0.0, "vllm_importance_sampling_correction": False}
+        hidden = {"beta": 0.0, "vllm_importance_sampling_correction": False, "mask_truncated_completions": False}
         if self._tool_rollout is not None:
             # TRL's own resets and tool calls, in place of which the rollout function is called
             hidden |= {"tools": [], "environment_factories": None}
@@ -379,6 +379,8 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
         with replaced(self, **hidden):
             batch = super()._generate_and_score_completions(rows)
         batch["episodes"] = episodes
+        if self.mask_truncated_completions:
+            episodes.mask_cut(batch)
         episodes.remember(batch)
         return batch, episodes
 
@@ -397,6 +399,11 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
             # reward functions may read the last message, also where an environment failed before there was one
             output[3] = [trajectory.messages or [{"role": "assistant", "content": ""}] for trajectory in trajectories]
         self._batch.trajectories = trajectories
+        is_end = self._turn_ends().are_in
+        self._batch.is_cut = [was_cut(*one, is_end) for one in zip(trajectories, completion_ids, strict=True)]
+        lengths = [sum(mask) for mask in tool_mask] if tool_mask is not None else [len(ids) for ids in completion_ids]
+        for name, value in completion_metrics(self._batch.is_cut, lengths, self.accelerator).items():
+            self._metrics["train" if self.model.training else "eval"][name][-1] = value
         if self._evaluation is None:  # which reports the same over all its batches
             metrics = episode_metrics(trajectories, self.accelerator)
             self._add_metrics(metrics.items())
@@ -409,7 +416,7 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
     def _generate_single_turn(self, *args, **kwargs) -> tuple:
         if self.rollout_func is not None:  # which sees to the ends of its turns
             return super()._generate_single_turn(*args, **kwargs)
-        ends = TurnEnds.of(RolloutSettings.from_arguments(vars(self.args)), self, self._tokenizer)
+        ends = self._turn_ends()
         with ends.applied_to(self):
             completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
         lengths = [ends.length_of(list(ids)) for ids in completion_ids]
@@ -417,6 +424,9 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
         if logprobs is not None:
             logprobs = [logps[:length] for logps, length in zip(logprobs, lengths, strict=True)]
         return completion_ids, logprobs
+
+    def _turn_ends(self) -> TurnEnds:
+        return TurnEnds.of(RolloutSettings.from_arguments(vars(self.args)), self, self._tokenizer)
 
     def _calculate_rewards(self, *args, **kwargs) -> torch.Tensor:
         rewards = super()._calculate_rewards(*args, **kwargs)  # (N, F)

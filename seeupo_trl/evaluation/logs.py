@@ -39,6 +39,19 @@ def tool_call_metrics(tool_calls: list[tuple[int, int]], accelerator: Accelerato
     }
 
 
+def completion_metrics(is_cut: list[bool], lengths: list[int], accelerator: Accelerator) -> dict[str, float]:
+    """
+    TRL's metrics of where completions end, of all ends of turns and over all processes. Must be called on every
+    process.
+    """
+    rows = torch.tensor([is_cut, lengths], dtype=torch.float32, device=accelerator.device).T.contiguous()
+    cut, length = accelerator.gather(rows).T
+    whole = length[cut == 0] if (cut == 0).any() else length.new_zeros(1)
+    values = {"mean": whole.mean(), "min": whole.min(), "max": whole.max()}
+    metrics = {f"completions/{name}_terminated_length": value.item() for name, value in values.items()}
+    return metrics | {"completions/clipped_ratio": cut.mean().item()}
+
+
 def replace_last(log: deque, values: list[Any]) -> None:
     """Put values in the place of as many that were appended last."""
     for _ in range(min(len(values), len(log))):

@@ -66,6 +66,8 @@ def warm_up(
     """
     tokenizer = AutoTokenizer.from_pretrained(model_path, **loading)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, **loading)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     scorer = RowScorer(model, tokenizer.pad_token_id, temperature=1.0)
     trajectories = [tokenize_conversation(tokenizer, *conversation) for conversation in conversations]
@@ -80,7 +82,7 @@ def warm_up(
         keys = [(i, turn) for i in set(members) for turn in range(1, len(trajectories[i].turns) + 1)]
         num_tokens = sum(len(buffer.turn(key).action_ids) for key in keys)
         loss = 0.0
-        # one conversation after the other: activations are most of the memory
+        # one conversation after the other, its layers computed twice: activations would be most of the memory
         for batch in scorer.micro_batches(buffer, keys, max_rows=1):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 scores, _ = scorer.score(model, batch)

@@ -63,6 +63,7 @@ class ChatFormat:
                 " Pass a tokenizer as `processing_class` (of a processor, its `tokenizer`)."
             )
         self.template_kwargs: dict[str, Any] = trainer.chat_template_kwargs
+        self._reads_parts = self._finds_text_in_parts()
         self._renderings: dict[str, np.ndarray] = {}
         self.end_of_message = self._find_end_of_message(trainer.eos_token_ids)
         self.eos_token_ids: list[int] = [*trainer.eos_token_ids, *self.end_of_message]
@@ -181,9 +182,19 @@ class ChatFormat:
         return token_ids.tolist()
 
     def _tokenize(self, messages: list[Message], chat_template: str | None, **kwargs: Any) -> list[int]:
+        if not self._reads_parts:
+            messages = list(map(_in_one_part, messages))
         return self.tokenizer.apply_chat_template(
             messages, chat_template=chat_template, tokenize=True, return_dict=False, **kwargs, **self.template_kwargs
         )
+
+    def _finds_text_in_parts(self) -> bool:
+        """Whether the template writes the text of a content in parts; those of text models, as Qwen3's, may not."""
+        text = DUMMY_QUESTION["content"]
+        try:
+            return text in self._render_text([{**DUMMY_QUESTION, "content": [{"type": "text", "text": text}]}])
+        except (ValueError, TypeError, TemplateError):
+            return False
 
     def _choose_template(self) -> str | None:
         """TRL's training template where the tokenizer's own rewrites history, else `None`, the tokenizer's own."""
@@ -244,6 +255,14 @@ class ChatFormat:
                 "text and no tool calls. Set `tokenizer.response_template`, or use a chat template TRL knows."
             )
             return None
+
+
+def _in_one_part(message: Message) -> Message:
+    """A message whose parts, if they are all text, are one."""
+    parts = message.get("content")
+    if not isinstance(parts, list) or not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+        return message
+    return {**message, "content": "".join(part["text"] for part in parts)}
 
 
 def _answer_before(messages: list[Message]) -> Message:

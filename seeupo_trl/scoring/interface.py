@@ -57,7 +57,8 @@ def score_without_gradient(
     buffer: TurnBuffer, keys: Iterable[Key], scorer: Scorer, model: nn.Module, lock_step: LockStep, max_rows: int
 ) -> tuple[dict[Key, TurnScores], int]:
     """
-    Score turns in as many forward passes as the process with the most rows needs. Must be called on every process.
+    Score turns in as many forward passes as the process with the most rows needs, without a [`~Scorer.check`]. Must be
+    called on every process.
 
     Args:
         buffer ([`~seeupo_trl.scoring.turn_buffer.TurnBuffer`]):
@@ -78,7 +79,6 @@ def score_without_gradient(
             Scores by turn, and the number of tokens computed on this process, padding included.
     """
     keys = list(keys)
-    scorer.check(buffer, keys, model, lock_step)
     batches = scorer.micro_batches(buffer, keys, max_rows, together=False)
     scores: dict[Key, TurnScores] = {}
     tokens = 0

@@ -44,6 +44,7 @@ def evaluation_loss(
     """
     keys = [(i, turn) for i, t in enumerate(buffer.trajectories) for turn in range(1, len(t.turns) + 1)]
     played = sorted({index for index, _ in keys})
+    scorer.check(buffer, keys, model, lock_step)
     scores, _ = score_without_gradient(buffer, keys, scorer, model, lock_step, max_rows)
     totals = torch.zeros(4, dtype=torch.float64)  # loss, tokens, entropy, kl
     totals[0] = -sum(advantages[index] for index in played)
@@ -51,6 +52,7 @@ def evaluation_loss(
     totals[2] = sum(score.entropies.sum().item() for score in scores.values())
     if reference is not None:
         with reference.active():
+            reference.scorer.check(buffer, keys, reference.model, lock_step)
             ref_scores, _ = score_without_gradient(
                 buffer, keys, reference.scorer, reference.model, lock_step, max_rows
             )

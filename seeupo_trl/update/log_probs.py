@@ -79,6 +79,8 @@ class LogProbs:
     def score_reference(self, keys: Iterable[Key], reference: Reference) -> None:
         """Fill [`reference`]. Must be called on every process."""
         with reference.active():
+            if reference.scorer is not self._scorer:
+                reference.scorer.check(self._buffer, keys, reference.model, self._lock_step)
             self.reference = logps_of(self._score(keys, reference.scorer, reference.model))
 
     def _score(self, keys: Iterable[Key], scorer: Scorer, model: nn.Module) -> dict[Key, TurnScores]:

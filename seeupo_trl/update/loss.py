@@ -17,6 +17,7 @@ from .objective import (
     sapo_surrogate,
     segment_sums,
     sequence_log_ratios,
+    vespo_phi,
     vespo_surrogate,
 )
 
@@ -144,6 +145,9 @@ class TurnLoss:
             Sum of the KL estimates of each action's tokens.
         sampler_weights (`torch.Tensor` of shape `(n,)`, *optional*):
             Correction for the sampler.
+        gates (`torch.Tensor` of shape `(n,)`, *optional*):
+            What TRL logs of two loss types: with `"cispo"` whether a ratio of positive weight is above its bound, with
+            `"vespo"` `phi`.
     """
 
     losses: torch.Tensor
@@ -153,6 +157,7 @@ class TurnLoss:
     clipped_high: torch.Tensor
     kl: torch.Tensor | None = None
     sampler_weights: torch.Tensor | None = None
+    gates: torch.Tensor | None = None
 
 
 def turn_surrogate(
@@ -243,7 +248,19 @@ def turn_loss(
         clipped_high=(ratios > 1 + settings.epsilon_high) & (weights > 0),
         kl=kl,
         sampler_weights=sampler_weights,
+        gates=_gates(ratios, weights, actions, settings),
     )
+
+
+def _gates(
+    ratios: torch.Tensor, weights: torch.Tensor, actions: Actions, settings: LossSettings
+) -> torch.Tensor | None:
+    """See [`TurnLoss`]."""
+    if settings.loss_type == "cispo":
+        return (ratios > settings.epsilon_high) & (weights > 0)
+    if settings.loss_type == "vespo":
+        return vespo_phi(_product_log_ratios(actions, settings), weights, settings.vespo_k, settings.vespo_lambda)
+    return None
 
 
 def _product_log_ratios(actions: Actions, settings: LossSettings) -> torch.Tensor:

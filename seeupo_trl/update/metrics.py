@@ -17,6 +17,8 @@ from .turn_weights import TurnWeights
 
 
 _CLIP_RATIOS = tuple(f"clip_ratio/{name}" for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean"))
+# what TRL logs of two loss types
+GATES = {"cispo": "cispo_clip_ratio", "vespo": "vespo/phi_seq_mean"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Sums:
     sampler_difference: float = 0.0
     micro_batches: float = 0.0
     aux_loss: float = 0.0
+    gate: float = 0.0
 
 
 @dataclass
@@ -137,6 +140,9 @@ class BlockMetrics:
             values["policy_loss"] = sums.policy_loss / self.steps
         if "aux_loss" in optional:
             values["aux_loss"] = sums.aux_loss / max(sums.micro_batches, 1.0)
+        for name in GATES.values():
+            if name in optional:
+                values[name] = sums.gate / scored
         if "sampler" in optional:
             sampler_tokens = max(sums.sampler_tokens, 1.0)
             values["sampling/sampling_logp_difference/mean"] = sums.sampler_difference / sampler_tokens
@@ -155,7 +161,8 @@ class UpdateMetrics:
         steps_of (`dict[Block, int]`):
             Blocks that are updated in this iteration, in update order, with their number of optimizer steps.
         optional (`set[str]`):
-            Quantities that not every run has, among `"kl"`, `"sampler"`, `"entropy_bonus"` and `"aux_loss"`.
+            Quantities that not every run has, among `"kl"`, `"sampler"`, `"entropy_bonus"`, `"aux_loss"` and the
+            values of `GATES`.
     """
 
     def __init__(self, steps_of: dict[Block, int], optional: set[str]):
@@ -211,6 +218,8 @@ class UpdateMetrics:
             columns["kl"] = loss.kl
         if loss.sampler_weights is not None:
             columns |= {"sampler_weight": loss.sampler_weights, **_sampler_differences(actions)}
+        if loss.gates is not None:
+            columns["gate"] = loss.gates
         table = dict(zip(columns, _on_host(columns), strict=True))  # name -> (n,)
         largest_difference = table.pop("largest_difference", None)
         table["weight"] = np.array([weights.relative(index) for index in indices])
@@ -245,7 +254,7 @@ class UpdateMetrics:
         metrics: dict[str, float] = {}
         if total.sums.scored == 0:
             # nobody played a turn
-            optional = {"kl": "kl", "entropy_bonus": "policy_loss"}
+            optional = {"kl": "kl", "entropy_bonus": "policy_loss"} | {name: name for name in GATES.values()}
             names = [name for option, name in optional.items() if option in self._optional]
             return dict.fromkeys(["entropy", *_CLIP_RATIOS, *names], 0.0)
         for block, merged in zip(self._blocks, merged_rows[: len(self._blocks)], strict=True):
@@ -267,7 +276,8 @@ class UpdateMetrics:
             "turn_weight/unclipped_max": total.high.weight_unclipped,
             "entropy": values["entropy"],
         }
-        names = [name for name in values if name in ("kl", "policy_loss", "aux_loss") or name.startswith("sampling/")]
+        alike = ("kl", "policy_loss", "aux_loss", *GATES.values())
+        names = [name for name in values if name in alike or name.startswith("sampling/")]
         return metrics | {name: values[name] for name in names}
 
 

@@ -267,11 +267,17 @@ def vespo_surrogate(
         `torch.Tensor`:
             Surrogates, to be maximised.
     """
+    return vespo_phi(log_ratio, weight, k, lam) * weight * mean_logps
+
+
+def vespo_phi(
+    log_ratio: torch.Tensor, weight: torch.Tensor, k: tuple[float, float], lam: tuple[float, float]
+) -> torch.Tensor:
+    """`phi(w)` of [`vespo_surrogate`], without gradient; takes and returns tensors of any one shape."""
     log_w = log_ratio.detach().clamp(_LOWEST_VESPO_LOG_RATIO, _MAX_LOG_RATIO)
     exponent = torch.where(weight >= 0, *k).to(log_w)
     decay = torch.where(weight >= 0, *lam).to(log_w).clamp(min=1e-4)
-    phi = (decay + exponent * log_w - decay * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    return phi * weight * mean_logps
+    return (decay + exponent * log_w - decay * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def k3_divergence(new_logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:

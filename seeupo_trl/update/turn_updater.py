@@ -25,7 +25,7 @@ from ..seeupo_config import SeeUPOConfig
 from .entropy_bonus import EntropyBonus
 from .log_probs import LogProbs, Reference, logps_of
 from .loss import Actions, LossSettings, Surrogate, turn_loss, turn_surrogate
-from .metrics import TurnUpdate, UpdateMetrics
+from .metrics import GATES, TurnUpdate, UpdateMetrics
 from .objective import sequence_log_ratios
 from .steps import OptimizerStep, UpdatePlan
 from .turn_weights import TurnWeights
@@ -142,6 +142,7 @@ class TurnUpdater:
             "sampler": self._corrects_sampler,
             "entropy_bonus": entropy_bonus.is_enabled,
             "aux_loss": aux_loss_coef != 0.0,
+            **{name: config.loss_type == loss_type for loss_type, name in GATES.items()},
         }
         metrics = UpdateMetrics(
             {block: len(steps) for block, steps in self.plan.steps.items()},
@@ -312,7 +313,9 @@ class TurnUpdater:
         """
         block = Block(1, self.buffer.num_turns)
         indices = self.buffer.pool(block)
-        scores = self.log_probs.scores(key for i in indices for key in self.buffer.turns_in(i, block))
+        keys = [key for i in indices for key in self.buffer.turns_in(i, block)]
+        self.scorer.check(self.buffer, keys, self.log_probs.model, self.lock_step)
+        scores = self.log_probs.scores(keys)
         if not indices:
             return
         logps = logps_of(scores)

@@ -22,7 +22,7 @@ from .curves import Chart
 _SHORTEST_SHARED_TEXT = 64
 _LONGEST_LINE = 100
 _NUMBERS = ("reward", "advantage")
-_TURN_NUMBERS = ("ratio", "turn_weight", "relative_turn_weight")
+_TURN_NUMBERS = ("turn_reward", "ratio", "turn_weight", "relative_turn_weight")
 _CLOSED = "default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
 
 

@@ -236,8 +236,10 @@ function show(trajectory) {
 function overview(trajectory) {
   const trained = trajectory.turns.some((turn) => turn.ratio !== null);
   const sampled = trajectory.turns.some((turn) => turn.logp !== null);
+  const rewarded = trajectory.turns.some((turn) => turn.turn_reward !== null);
   const heads = ["Turn", "Context", "Action"];
   if (sampled) heads.push("Log-prob / token");
+  if (rewarded) heads.push("Reward");
   if (trained) heads.push("Ratio", "M", "M / A");
   const head = make("tr", {}, ...heads.map((name) => make("th", {}, name)), make("th", { class: "calls" }, "Calls"));
   const rows = trajectory.turns.map((turn, at) => {
@@ -250,6 +252,7 @@ function overview(trajectory) {
     const cells = [make("td", {}, link), make("td", {}, turn.context_tokens.toLocaleString("en")),
       make("td", {}, turn.action_tokens.toLocaleString("en"))];
     if (sampled) cells.push(make("td", {}, format(turn.logp)));
+    if (rewarded) cells.push(make("td", {}, format(turn.turn_reward)));
     if (trained) {
       cells.push(make("td", { class: turn.clipped ? "warn" : "", title: turn.clipped ? "clipped" : "" },
         format(turn.ratio, 4) + (turn.clipped ? " \u2702" : "")));
@@ -268,6 +271,7 @@ function cards() {
 function turnCard(turn, at) {
   const chips = [count(turn.action_tokens, "token")];
   if (turn.logp !== null) chips.push(`log-prob ${format(turn.logp)}`);
+  if (turn.turn_reward !== null) chips.push(`reward ${format(turn.turn_reward)}`);
   const head = make("h3", {}, `Turn ${at}`, ...chips.map((chip) => make("span", {}, chip)));
   if (turn.ratio !== null) {
     head.append(make("span", { class: turn.clipped ? "warn" : "", title: "sequence ratio in the loss" },

@@ -2,11 +2,11 @@
 
 import json
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from accelerate import Accelerator
 from launching import HELPERS, run_command
 from safetensors.torch import load_file
@@ -16,7 +16,7 @@ from seeupo_trl.distributed.checkpoints import check_checkpoint, last_complete_c
 
 
 def run(model: str, output: Path, *options: str) -> int:
-    process = run_command([sys.executable, str(HELPERS / "killable_run.py"), model, str(output), *options])
+    process = run_command([*warm_python.interpreter(), str(HELPERS / "killable_run.py"), model, str(output), *options])
     assert process.returncode in (0, -signal.SIGKILL), process.stderr[-3000:]
     return process.returncode
 

@@ -254,6 +254,15 @@ def test_a_task_that_is_not_there_is_a_fault_of_the_environment(environment):
         environment.reset(task_id="none_1")
 
 
+@needs_appworld
+@pytest.mark.parametrize("task_id", ["../notes_1", "/etc/passwd", "notes_1/..", "notes 1", "notes_1\n", ""])
+def test_an_id_that_would_be_another_path_is_refused_before_a_server_is_asked(environment, task_id):
+    with pytest.raises(ValueError, match="letters, digits, '_' and '-'") as refused:
+        environment.reset(task_id=task_id)
+    assert repr(task_id) in str(refused.value)
+    assert environment.reset(task_id="notes_1").messages
+
+
 # ------------------------------------------------------------------------------------------------------- the servers
 
 
@@ -353,6 +362,19 @@ def test_a_closed_pool_leaves_nothing_and_gives_nothing(root):
         servers.lease()
 
 
+@needs_appworld
+def test_files_that_are_kept_are_for_their_owner_alone(root, tmp_path):
+    kept = tmp_path / "runs" / "kept"
+    servers = AppWorldServers(1, root=root, keep_outputs=kept)
+    environment = AppWorldEnvironment(servers)
+    environment.reset(task_id="notes_1")
+    act(environment, WRITE_NOTE)
+    environment.close()
+    servers.close()
+    assert kept.stat().st_mode & 0o777 == 0o700
+    assert any(path.is_file() for path in kept.rglob("*"))
+
+
 # ------------------------------------------------------------------------------------------------------ the data set
 
 
@@ -373,6 +395,15 @@ def test_a_split_that_is_not_there_is_named(root):
         load_appworld("test", root=root)
     with pytest.raises(FileNotFoundError, match="no split test_normal"):
         load_appworld("test_normal", root=root)
+
+
+def test_a_list_of_tasks_that_names_another_path_is_refused(tmp_path):
+    for part in ("datasets", "tasks", "api_docs"):
+        (tmp_path / "data" / part).mkdir(parents=True)
+    task_list = tmp_path / "data" / "datasets" / "train.txt"
+    task_list.write_text("../../home:easy\n")
+    with pytest.raises(ValueError, match=r"train\.txt names the task '\.\./\.\./home', which is no id"):
+        load_appworld("train", root=tmp_path)
 
 
 # ------------------------------------------------------------------------------------------- what is missing is named

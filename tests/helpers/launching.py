@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import warm_python
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -121,8 +122,10 @@ def accelerate_launch(output: Path, backend: str, num_processes: int) -> list[st
     return [*launcher, "--config_file", str(path), "--main_process_port", "0"]
 
 
-def run_command(command: list[str], timeout: int = TIMEOUT) -> subprocess.CompletedProcess:
+def run_command(command: list[str], timeout: int = TIMEOUT, num_processes: int = 1) -> subprocess.CompletedProcess:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if num_processes > 1:
+        env |= warm_python.environment(num_processes)
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
 
 
@@ -141,7 +144,7 @@ def launch(output: Path, backend: str | None, num_processes: int, runs: list[dic
     job = output / "job.json"
     settings = {"num_processes": num_processes, "init_deepspeed": backend == "torchrun_zero3"}
     job.write_text(json.dumps({**settings, "runs": [{**run, **extra} for run in runs]}))
-    process = run_command([*command, str(HELPERS / "distributed_run.py"), str(job)])
+    process = run_command([*command, str(HELPERS / "distributed_run.py"), str(job)], num_processes=num_processes)
     return Finished(output, process.returncode, time.time(), process.stderr)
 
 
@@ -153,7 +156,7 @@ def run_on_two_processes(
     `rank0.json` and `rank1.json` there.
     """
     command = [*accelerate_launch(output, backend, 2), str(HELPERS / script), str(output), *arguments]
-    process = run_command(command, timeout)
+    process = run_command(command, timeout, num_processes=2)
     files = [output / f"rank{rank}.json" for rank in range(2)]
     assert all(file.exists() for file in files), process.stderr[-4000:]
     return [json.loads(file.read_text()) for file in files]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 import yaml
 from launching import FSDP2, LAUNCHER
 from peft import LoraConfig, get_peft_model
@@ -217,9 +218,10 @@ def test_two_processes_take_what_was_planned_and_reload_what_they_saved(launcher
     config = {**LAUNCHER, "mixed_precision": "bf16", "num_processes": 2, **launcher}
     path = tmp_path / "launcher.yaml"
     path.write_text(yaml.safe_dump(config))
-    command = [sys.executable, str(ROOT / "benchmarks" / "dry_run_14b.py"), str(path), "--shape", "1,4,4000", *options]
+    script = str(ROOT / "benchmarks" / "dry_run_14b.py")
+    command = [*warm_python.interpreter(), script, str(path), "--shape", "1,4,4000", *options]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)}
-    env |= {"PYTHONPATH": str(ROOT), "TRL_EXPERIMENTAL_SILENCE": "1"}
+    env |= {"PYTHONPATH": str(ROOT), "TRL_EXPERIMENTAL_SILENCE": "1", **warm_python.environment(2)}
     process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr[-4000:]
     assert "reloaded bit by bit: True" in process.stdout

@@ -176,3 +176,15 @@ def test_what_the_policy_writes_can_be_encoded():
     action = chat.tokenizer(call)["input_ids"]
     message = chat.parse(action, chat.render(Observation([user("Begin.")], tools=TOOLS)), TOOLS)
     assert message["tool_calls"][0]["function"]["arguments"] == {"thing": "?"}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_text_in_parts_is_read_whatever_the_template_makes_of_lists(template):
+    chat = make_chat(template)
+    parts = [{"type": "text", "text": "Bring me "}, {"type": "text", "text": "the lamp."}]
+    opening = [user("Begin."), {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": parts}]
+    text = chat.tokenizer.decode(chat.render(Observation(opening)))
+    assert "Bring me " in text and "the lamp." in text
+    suffix = chat.tokenizer.decode(chat.render_suffix([opening[-1]], chat.tokenizer.eos_token_id))
+    assert "Bring me " in suffix and "the lamp." in suffix
+    assert parts[0]["text"] == "Bring me "  # the environment's message is left as it was

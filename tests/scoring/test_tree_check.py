@@ -98,3 +98,11 @@ def test_quantized_weights_of_bitsandbytes_are_not_packed_by_the_check(tmp_path)
     flat = [torch.cat([change.flatten() for change in changes.values()]) for changes in norms.values()]
     assert flat[0].norm() > 0
     assert torch.cosine_similarity(*flat, dim=0) > 0.98
+
+
+def test_an_iteration_asks_once_whether_it_has_a_branching_tree(tiny_dir, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(TreeScorer, "_branching_sample", lambda self, buffer, keys: asked.append(buffer) or [])
+    train(load_model(tiny_dir), ragged_rollouts()[:2], tmp_path, packing="tree", beta=0.1)
+    # of the policy and of the reference, in each of two iterations
+    assert len(asked) == 4 and len(set(map(id, asked))) == 2

@@ -166,3 +166,10 @@ def test_tools_have_no_limit_unless_max_turns_is_given(tmp_path):
 def test_max_turns_is_written_as_a_plain_number():
     assert type(config().to_dict()["max_turns"]) is int
     assert config(max_turns=None).to_dict()["max_turns"] is None
+
+
+def test_a_configuration_that_is_written_out_in_full_gives_max_turns(tmp_path):
+    unwritten = SeeUPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    written = SeeUPOConfig(output_dir=str(tmp_path), use_cpu=True, max_turns=unwritten.to_dict()["max_turns"])
+    limits = [arguments_for_trl(args, uses_tools=True).max_tool_calling_iterations for args in (unwritten, written)]
+    assert limits == [None, 9]

@@ -1,10 +1,12 @@
 """Scripts that extend or steer GRPOTrainer: what they change takes effect here too, or is refused by name."""
 
+import collections
 import copy
+from types import FunctionType
 
 import pytest
 import torch
-from grpo_script import chat_dataset, config, logged, moved, parameters_of, small_tokens, text_dataset
+from grpo_script import chat_dataset, config, logged, moved, parameters_of, settings, small_tokens, text_dataset
 from tiny import ON_CPU, load_tiny_model
 from tool_calls import Counter, increment
 from transformers import Trainer, TrainerCallback
@@ -282,3 +284,101 @@ def test_an_optimizer_with_two_modes_is_in_the_right_one(make, tiny_dir):
 def test_a_trainer_that_was_never_constructed_has_its_defaults():
     bare = object.__new__(SeeUPOTrainer)
     assert bare._tool_rollout is None and bare._evaluation is None and not bare._is_idle
+
+
+# ---- every method that a run calls ----
+
+
+def calls_of(trainer_class, config_class, directory, model):
+    """How often each method of the trainer is called in a run with evaluation, checkpoints and a resumption."""
+    calls = collections.Counter()
+    names = {
+        name
+        for owner in GRPOTrainer.__mro__
+        for name, value in vars(owner).items()
+        if isinstance(value, FunctionType) and not name.startswith("__")
+    }
+
+    def counted(name):
+        def method(self, *args, **kwargs):
+            calls[name] += 1
+            return getattr(super(counting, self), name)(*args, **kwargs)
+
+        return method
+
+    refused = REFUSED_METHODS if issubclass(trainer_class, SeeUPOTrainer) else {}
+    counting = type("Counting", (trainer_class,), {name: counted(name) for name in names - refused.keys()})
+    options = {"beta": 0.1, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    arguments = config_class(**settings(directory, max_steps=2, logging_steps=1, **options))
+    data = {"train_dataset": text_dataset(), "eval_dataset": text_dataset().select(range(2))}
+    trainer = counting(model, reward_funcs=small_tokens, args=arguments, **data)
+    trainer.train()
+    trainer.train(resume_from_checkpoint=str(directory / "checkpoint-1"))
+    trainer.save_model(str(directory / "final"))
+    return calls
+
+
+def test_every_method_that_a_run_of_grpo_calls_is_called_here_as_often(tiny_dir, tmp_path):
+    """So an override of any of them takes effect, also of those that only the Trainer underneath has."""
+    stock = calls_of(GRPOTrainer, GRPOConfig, tmp_path / "stock", tiny_dir)
+    ours = calls_of(SeeUPOTrainer, SeeUPOConfig, tmp_path / "ours", tiny_dir)
+    # around forward passes, of which there are others; and one that only shards inputs for context parallelism
+    elsewhere = {"autocast_smart_context_manager", "compute_loss_context_manager", "_prepare_context_parallel_inputs"}
+    different = {name for name, times in stock.items() if ours[name] != times} - REFUSED_METHODS.keys() - elsewhere
+    assert different <= {"_get_output_dir"}  # asked for trajectories, too
+    assert all(ours[name] for name in different | elsewhere - {"_prepare_context_parallel_inputs"})
+
+
+def test_what_a_subclass_does_to_the_prepared_batch_takes_effect(make_of):
+    class Nothing(SeeUPOTrainer):
+        def _prepare_inputs(self, inputs):
+            batch = super()._prepare_inputs(inputs)
+            return batch | {"advantages": torch.zeros_like(batch["advantages"])}
+
+    trainer = make_of(Nothing)
+    before = parameters_of(trainer)
+    trainer.train()
+    assert not moved(trainer, before)
+
+
+def test_an_evaluation_may_play_another_number_of_episodes(make_of):
+    played = []
+
+    class Once(SeeUPOTrainer):
+        def evaluate(self, *args, **kwargs):
+            before, self.num_generations_eval = self.num_generations_eval, 1
+            try:
+                return super().evaluate(*args, **kwargs)
+            finally:
+                self.num_generations_eval = before
+
+    def reward(completion_ids, **columns):
+        played.append(len(completion_ids))
+        return small_tokens(completion_ids)
+
+    trainer = make_of(Once, reward_funcs=reward, eval_dataset=text_dataset().select(range(4)))
+    assert trainer.evaluate()["eval_episodes/tasks"] == 4
+    assert sum(played) == 4
+
+
+def test_metrics_and_logs_of_a_subclass_are_logged(make_of):
+    class Logging(SeeUPOTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            self._metrics["train"]["prompts"].append(float(len(inputs)))
+            self.log({"of_this_step": 7.0})
+            return loss
+
+    trainer = make_of(Logging, {"max_steps": 2, "logging_steps": 1})
+    trainer.train()
+    assert logged(trainer, "prompts") == [4.0, 4.0] and logged(trainer, "of_this_step") == [7.0, 7.0]
+
+
+def test_the_norm_at_which_gradients_are_clipped_can_be_changed(make):
+    trainer = make({"max_steps": 2, "optim": "sgd", "max_grad_norm": 1.0})
+    trainer.add_callback(OnStep(lambda: setattr(trainer.args, "max_grad_norm", 1e-12)))
+    trainer.add_callback(OnStep(lambda: snapshots.append(parameters_of(trainer))))
+    snapshots = []
+    trainer.train()
+    after = parameters_of(trainer)
+    assert max((after[name] - value).abs().max() for name, value in snapshots[0].items()) < 1e-9

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import VOCABULARY
+from tiny import VOCABULARY, tiny_tokenizer
 from two_groups import make_trainer, parameters, rewards, rollout
 
 
@@ -87,6 +87,34 @@ def test_an_episode_whose_last_response_was_cut_is_left_out_whole_and_its_reward
     assert not torch.equal(parameters(trainer), parameters(everything))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"stop_token_ids": [39]}, {"stop_strings": ["w39"]}, {"generation_kwargs": {"eos_token_id": 39}}],
+    ids=["token", "string", "generation_kwargs"],
+)
+def test_an_episode_that_ends_with_a_stop_string_or_token_is_whole(options, tiny_dir, tmp_path):
+    """Responses of the rows end with the tokens 30, 37, 44 and 51, further by 9 for each turn but the first."""
+    last = [rollout(["w0"] * 4, None)["completion_ids"][i][-2] for i in range(4)]
+    stop = last[1]
+    named = {"stop_token_ids": [stop], "stop_strings": [tiny_tokenizer().decode([stop])]}
+    options = {name: named.get(name, {"eos_token_id": stop}) for name in options}
+
+    def without_last_result(prompts, trainer):
+        output = rollout(prompts, trainer)
+        return {**output, **{name: [row[:-1] for row in output[name]] for name in ("completion_ids", "env_mask")}}
+
+    trainer = make_trainer(
+        tiny_dir, tmp_path, rollout_func=without_last_result, mask_truncated_completions=True, **options
+    )
+    trainer.train()
+    whole = [token == stop for token in last]
+    assert whole == [False, True, False, False]
+    assert trainer._batch.is_left_out == [not one for one in whole]
+    (log,) = logs_of(trainer)
+    assert log["episodes/left_out"] == 3 and log["completions/clipped_ratio"] == 0.75
+    assert {log[f"completions/{name}_terminated_length"] for name in ("mean", "min", "max")} == {2.0}
+
+
 @pytest.mark.parametrize("is_cut_off", [True, False])
 def test_gradient_of_zero_in_spite_of_advantages_is_warned_about(is_cut_off, tiny_dir, tmp_path, caplog):
     trainer = make_trainer(tiny_dir, tmp_path, reward_funcs=equal_every_second_time(), max_steps=2)
@@ -96,3 +124,20 @@ def test_gradient_of_zero_in_spite_of_advantages_is_warned_about(is_cut_off, tin
     trainer.train()
     told = sum("All gradients of this iteration are exactly 0" in record.message for record in caplog.records)
     assert told == is_cut_off  # once: the second iteration has no advantages
+
+
+@pytest.mark.parametrize(("loss_type", "name"), [("cispo", "cispo_clip_ratio"), ("vespo", "vespo/phi_seq_mean")])
+def test_loss_types_log_what_trl_logs_of_them(loss_type, name, tiny_dir, tmp_path):
+    """Before anything moves the ratio and `phi` are 1, and the last turn has one trajectory, of positive weight."""
+    options = {"loss_type": loss_type, "epsilon_high": 0.9, "max_steps": 2, "learning_rate": 0.5}
+    trainer = make_trainer(tiny_dir, tmp_path, reward_funcs=equal_every_second_time(), **options)
+    trainer.train()
+    learned, idle = logs_of(trainer)
+    by_turn = {key: value for key, value in learned.items() if key.startswith("turn_") and key.endswith(name)}
+    assert len(by_turn) == learned["turn_updates"] > 1
+    assert by_turn[max(by_turn)] == pytest.approx(1.0)
+    assert all(value < 1 for turn, value in by_turn.items() if turn != max(by_turn))
+    pools = {turn: learned[turn.replace(name, "pool")] for turn in by_turn}
+    mean = sum(pools[turn] * value for turn, value in by_turn.items()) / sum(pools.values())
+    assert learned[name] == pytest.approx(mean)
+    assert idle[name] == (0.0 if loss_type == "cispo" else 1.0)

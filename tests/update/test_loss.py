@@ -28,7 +28,8 @@ def loss_of(sampled=None, start=None, **settings):
         sampled=sampled,
         reference=flat(OLD),
     )
-    return turn_loss(actions, torch.tensor(WEIGHTS, dtype=torch.float64), LossSettings(0.2, 0.2, **settings))
+    settings = LossSettings(**{"epsilon_low": 0.2, "epsilon_high": 0.2, **settings})
+    return turn_loss(actions, torch.tensor(WEIGHTS, dtype=torch.float64), settings)
 
 
 def ratios():
@@ -71,3 +72,17 @@ def test_the_correction_for_the_sampler_is_one_where_it_reported_nothing():
     sampled = [None, torch.tensor([-0.6, -2.0, math.nan]), None]
     loss = loss_of(sampled=sampled, start=flat(OLD), sampler_correction=("sequence_truncate", None, 1.05))
     assert loss.sampler_weights.tolist() == pytest.approx([1.0, 1.05, 1.0])
+
+
+def test_cispo_says_which_ratios_of_positive_weight_are_above_its_bound():
+    assert loss_of().gates is None
+    assert loss_of(loss_type="cispo", epsilon_high=0.9 * min(ratios())).gates.tolist() == [True, True, False]
+    assert loss_of(loss_type="cispo", epsilon_high=1.1 * max(ratios())).gates.tolist() == [False] * 3
+
+
+def test_vespo_says_what_the_gradient_of_an_action_is_multiplied_by():
+    loss = loss_of(loss_type="vespo", vespo_k=(2.0, 3.0), vespo_lambda=(3.0, 1.5))
+    products = [math.exp(sum(new) - sum(old)) for new, old in zip(NEW, OLD, strict=True)]
+    settings = [(2.0, 3.0), (2.0, 3.0), (3.0, 1.5)]
+    phi = [math.exp(lam) * w**k * math.exp(-lam * w) for w, (k, lam) in zip(products, settings, strict=True)]
+    assert loss.gates.tolist() == pytest.approx(phi)

@@ -28,7 +28,7 @@ def run_dir(tmp_path_factory):
         {"role": "assistant", "content": "the answer is w8"},
     ]
     first = Turn(WORDS[:5], WORDS[5:8], [-0.5, -0.25, None])
-    second = Turn(WORDS[:10], WORDS[10:12])
+    second = Turn(WORDS[:10], WORDS[10:12], reward=0.75)
     for iteration in (1, 2):
         trajectories = [Trajectory([first, second], messages=messages, info={"failure": None}), Trajectory([first])]
         outcomes = [
@@ -75,6 +75,9 @@ def test_page_shows_filters_and_moves(run_dir, tmp_path):
         for expected in ("the answer is w8", "ratio 1.2500, clipped", "M -0.300 (1.2000 A)", "log-prob -0.375"):
             assert expected in text
         assert "Context: 5 tokens" in text
+        headings = browser.run("[...detail.querySelectorAll('section.turn h3')].map(h => h.innerText)")
+        assert ["reward" in heading for heading in headings] == [False, True] and "reward 0.750" in headings[1]
+        assert browser.run("[...detail.querySelectorAll('th')].map(h => h.innerText)").count("Reward") == 1
         assert "Context: 2 new tokens after 8 shared with turn 1" in text
         assert "w8 w9" not in text  # folded
         browser.run("document.querySelectorAll('section.turn[data-turn] summary')[3].click()")
