@@ -1,7 +1,7 @@
 """
 The tasks of the study: small enough that a random transformer learns them on one CPU core in seconds, and long enough
-that turns depend on one another. A task speaks in words, each of which is a token, and without a chat template: what is
-compared is updates, and every token costs.
+that turns depend on one another. A task speaks in words, each of which is a token, and without a chat template: what
+is compared is updates, and every token costs.
 
 | task | a turn | reward |
 |---|---|---|
@@ -101,7 +101,7 @@ def search(numbers: int, guesses: int, batches: int, fillers: int = 0) -> Task:
 
 
 TASKS: dict[str, Task] = {
-    "search": search(7, 3, 160),
-    "search-long": search(7, 3, 160, fillers=14),
-    "search-deep": search(15, 4, 200),
+    "search": search(7, 3, 120),
+    "search-long": search(7, 3, 120, fillers=14),
+    "search-deep": search(15, 4, 120),
 }
