@@ -28,13 +28,15 @@ TUNING_SEEDS = (100, 101)
 SEEDS = tuple(range(10))
 
 MAIN = [name for name in ARMS if not name.endswith("-x4")]
-LATER = [name for name in ARMS if name.endswith("-x4")]
+SHORT = ["seeupo-reverse", "seeupo-forward", "grpo", "grpo-2", "grpo-steps", "gspo-steps", "reinforce-grae"]
 # what is run, in this order
 STUDY: list[tuple[str, list[str]]] = [
     ("search", MAIN),
-    ("search-deep", ["seeupo-reverse", "seeupo-forward", "grpo", "grpo-2", "grpo-steps", "gspo-steps"]),
-    ("search", LATER),
-    ("search-long", ["seeupo-reverse", "seeupo-forward", "grpo", "gspo", "grpo-steps", "gspo-steps"]),
+    ("mastermind", SHORT),
+    ("lake", SHORT),
+    ("search", [name for name in ARMS if name.endswith("-x4")]),
+    ("search-deep", SHORT),
+    ("search-long", SHORT),
 ]
 
 Job = tuple[str, str, float, int]  # task, arm, learning rate, seed

@@ -8,14 +8,22 @@ is compared is updates, and every token costs.
 | `search` | one token: guess a hidden number 0..6, three guesses, answers "lower" and "higher" | 1 for a hit |
 | `search-long` | the same, but a guess may follow up to 11 words that mean nothing | 1 for a hit |
 | `search-deep` | one token: a hidden number 0..14, four guesses | 1 for a hit |
+| `lake` | one token: a step on TextArena's FrozenLake, 3x3 with two holes, one of eight maps, six steps | the game's own |
+| `mastermind` | two tokens: a code of two of four numbers in TextArena's Mastermind, four guesses | the game's own |
+
+TextArena's rewards are 1 for a solved game and the part that was reached otherwise. Its texts are shortened to words;
+rules, rewards and the end after two illegal moves in a row are its own.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from datasets import Dataset
+
+from seeupo_trl.envs.textarena import TextArenaEnvironment
 
 
 class Reply(NamedTuple):
@@ -53,6 +61,51 @@ class Search:
         if not self.left:
             return Reply([], is_over=True)
         return Reply(["invalid" if guess is None else "higher" if guess < self.hidden else "lower"])
+
+
+class TextArenaGame:
+    """A game of TextArena, whose texts are shortened to words."""
+
+    def __init__(self, name: str, **options: Any):
+        self.name, self.options = name, json.dumps(options)
+        self.environment = TextArenaEnvironment()
+
+    def reset(self, row: dict[str, Any]) -> list[str]:
+        self.environment.reset(game=self.name, seed=row["seed"], options=self.options)
+        return self.opening(self.environment.env.state.game_state)
+
+    def step(self, words: list[str]) -> Reply:
+        result = self.environment.step({"role": "assistant", "content": " ".join(words)})
+        if result.terminated:
+            return Reply([], result.reward, True, result.info["success"])
+        state = self.environment.env.state
+        return Reply(["illegal"] if state.error_count else self.answer(state.game_state))
+
+
+class Lake(TextArenaGame):
+    """Where the holes are, then where one stands."""
+
+    def opening(self, state: dict[str, Any]) -> list[str]:
+        cells = [
+            f"{row}{column}"
+            for row, cells in enumerate(state["grid"])
+            for column, cell in enumerate(cells)
+            if cell == "H"
+        ]
+        return [f"hole{cell}" for cell in cells] + self.answer(state)
+
+    def answer(self, state: dict[str, Any]) -> list[str]:
+        return ["at{}{}".format(*state["player_pos"])]
+
+
+class Mastermind(TextArenaGame):
+    """How many digits of the last guess are right, and how many in the wrong place."""
+
+    def opening(self, state: dict[str, Any]) -> list[str]:
+        return ["start"]
+
+    def answer(self, state: dict[str, Any]) -> list[str]:
+        return ["{black}right{white}elsewhere".format(**state["history"][-1])]
 
 
 @dataclass(frozen=True)
@@ -104,4 +157,21 @@ TASKS: dict[str, Task] = {
     "search": search(7, 3, 120),
     "search-long": search(7, 3, 120, fillers=14),
     "search-deep": search(15, 4, 120),
+    "lake": Task(
+        game=partial(Lake, "FrozenLake-v0", size=3, num_holes=2),
+        rows=[{"seed": seed} for seed in range(8)],
+        words=["up", "down", "left", "right", "illegal"]
+        + [f"{what}{row}{column}" for what in ("at", "hole") for row in range(3) for column in range(3)],
+        max_turns=6,
+        batches=100,
+    ),
+    "mastermind": Task(
+        game=partial(Mastermind, "Mastermind-v0", code_length=2, num_numbers=4, max_turns=4),
+        rows=[{"seed": seed} for seed in range(40)],
+        words=["1", "2", "3", "4", "start", "illegal"]
+        + [f"{black}right{white}elsewhere" for black in range(2) for white in range(3 - black)],
+        max_turns=4,
+        batches=120,
+        max_action=2,
+    ),
 }
