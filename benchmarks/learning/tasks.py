@@ -8,7 +8,7 @@ is compared is updates, and every token costs.
 | `search` | one token: guess a hidden number 0..6, three guesses, answers "lower" and "higher" | 1 for a hit |
 | `search-long` | the same, but a guess may follow up to 11 words that mean nothing | 1 for a hit |
 | `search-deep` | one token: a hidden number 0..14, four guesses | 1 for a hit |
-| `lake` | one token: a step on TextArena's FrozenLake, 3x3 with two holes, one of eight maps, six steps | the game's own |
+| `lake` | one token: a step on a 3x3 FrozenLake of TextArena with two holes, eight maps, six steps | the game's own |
 | `mastermind` | two tokens: a code of two of four numbers in TextArena's Mastermind, four guesses | the game's own |
 
 TextArena's rewards are 1 for a solved game and the part that was reached otherwise. Its texts are shortened to words;

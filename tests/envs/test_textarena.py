@@ -8,6 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from datasets import concatenate_datasets
 
+
+pytest.importorskip("textarena", reason="pip install textarena")
+
 from seeupo_trl.envs.textarena import TextArenaEnvironment, load_textarena
 
 
