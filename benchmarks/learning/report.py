@@ -3,22 +3,21 @@ Tables and figures of the study, from the lines in `results/` and nothing else.
 
     python benchmarks/learning/report.py
 
-Writes `results/<task>.md` and `results/all.md`, which the page `docs/evidence.md` shows, and
-`docs/images/evidence*.svg`.
+Writes `results/tables.md`, which the page `docs/evidence.md` shows, and `docs/images/evidence*.svg`.
 
 Statistics are those of Agarwal et al. 2021 (arXiv 2108.13264): interquartile means over seeds, 95% intervals of a
 bootstrap that draws seeds within each task, and the probability that a run of one method is better than one of
-another. An arm is compared where it has at least `FEWEST` seeds.
+another. An arm is shown where it has at least `FEWEST` seeds, and judged where it has `ENOUGH`: intervals of a
+bootstrap over a few seeds are too narrow.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 from arms import ARMS
-from study import RATES, RESULTS, SEEDS, best_rate, final_success, lines
+from study import RESULTS, SEEDS, best_rate, final_success, lines
 from tasks import TASKS
 
 
@@ -29,6 +28,7 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 RESAMPLES = 4000
 FEWEST = 3
+ENOUGH = 8
 BASE = "seeupo-reverse"
 CURVES = {
     "seeupo-reverse": ("SeeUPO, reverse", "#c1272d", "-"),
@@ -97,23 +97,35 @@ def successes(runs: list[dict]) -> list[float]:
     return [final_success(run) for run in runs]
 
 
+def difference(of: np.ndarray, than: np.ndarray) -> np.ndarray:
+    return interquartile_mean(of) - interquartile_mean(than)
+
+
+def compared(pairs: Sequence[Sequence[Sequence[float]]]) -> str:
+    """Three cells: how much better the base is, how likely a run of it is better, and what that says."""
+    value, low, high = estimate(difference, pairs)
+    verdict = "SeeUPO reverse" if low > 0 else "the other" if high < 0 else "noise"
+    if min(len(method) for methods in pairs for method in methods) < ENOUGH:
+        verdict = "too few seeds"
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}] | {shown(estimate(better, pairs))} | {verdict}"
+
+
 def table_of(runs: dict[str, list[dict]]) -> str:
     """A row an arm: success, against the base, and what it cost."""
     base = successes(runs[BASE])
     rows = [
-        "| arm | learning rate | seeds | success at the end | P(SeeUPO reverse is better) | optimizer steps | "
-        "update, GFLOP | CPU s |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| arm | learning rate | seeds | success at the end | SeeUPO reverse, minus this | "
+        "P(SeeUPO reverse is better) | better | optimizer steps | update, GFLOP | CPU s |",
+        "|---|---:|---:|---:|---:|---:|---|---:|---:|---:|",
     ]
     for arm, own in sorted(runs.items(), key=lambda item: -interquartile_mean(np.array(successes(item[1])))):
-        versus = "" if arm == BASE else shown(estimate(better, [[base, successes(own)]]))
-        mean = {
-            name: np.mean([run[name] for run in own]) for name in ("optimizer_steps", "update_flops", "cpu_seconds")
-        }
+        versus = " | | " if arm == BASE else compared([[base, successes(own)]])
+        steps, flops, seconds = (
+            np.mean([run[name] for run in own]) for name in ("optimizer_steps", "update_flops", "cpu_seconds")
+        )
         rows.append(
             f"| `{arm}` | {own[0]['lr']:g} | {len(own)} | {shown(estimate(interquartile_mean, [[successes(own)]]))} | "
-            f"{versus} | {mean['optimizer_steps']:.0f} | {mean['update_flops'] / 1e9:.0f} | "
-            f"{mean['cpu_seconds']:.1f} |"
+            f"{versus} | {steps:.0f} | {flops / 1e9:.0f} | {seconds:.1f} |"
         )
     return "\n".join(rows) + "\n"
 
@@ -121,19 +133,14 @@ def table_of(runs: dict[str, list[dict]]) -> str:
 def table_of_all(by_task: dict[str, dict[str, list[dict]]]) -> str:
     """Arms that were run on several tasks, each weighing the same."""
     rows = [
-        "| SeeUPO reverse against | tasks | difference of success | P(SeeUPO reverse is better) |",
-        "|---|---|---:|---:|",
+        "| SeeUPO reverse against | tasks | difference of success | P(SeeUPO reverse is better) | better |",
+        "|---|---|---:|---:|---|",
     ]
     for arm in ARMS:
-        tasks = [task for task, runs in by_task.items() if arm in runs and BASE in runs]
-        if arm == BASE or len(tasks) < 2:
-            continue
-        pairs = [[successes(by_task[task][BASE]), successes(by_task[task][arm])] for task in tasks]
-        difference = estimate(lambda a, b: interquartile_mean(a) - interquartile_mean(b), pairs)
-        rows.append(
-            f"| `{arm}` | {', '.join(tasks)} | {'{:+.3f} [{:+.3f}, {:+.3f}]'.format(*difference)} | "
-            f"{shown(estimate(better, pairs))} |"
-        )
+        tasks = [task for task, runs in by_task.items() if arm in runs]
+        if arm != BASE and len(tasks) > 1:
+            pairs = [[successes(by_task[task][BASE]), successes(by_task[task][arm])] for task in tasks]
+            rows.append(f"| `{arm}` | {', '.join(tasks)} | {compared(pairs)} |")
     return "\n".join(rows) + "\n"
 
 
@@ -188,18 +195,23 @@ def figures(by_task: dict[str, dict[str, list[dict]]]) -> None:
     save(figure, "evidence.svg")
 
 
+def sections(by_task: dict[str, dict[str, list[dict]]]) -> str:
+    """What the page shows of each task, and of all."""
+    parts = []
+    for task, runs in by_task.items():
+        alt = f"Success in {task} against episodes, optimizer steps, FLOPs and seconds"
+        parts.append(f"### `{task}`\n\n![{alt}](images/evidence_{task}.svg)\n\n{table_of(runs)}")
+    if len(by_task) > 1:
+        parts.append(f"### All of them, each weighing the same\n\n{table_of_all(by_task)}")
+    return "\n".join(parts)
+
+
 def main() -> None:
     by_task = {task: runs for task in TASKS if BASE in (runs := runs_of(task))}
-    for task, runs in by_task.items():
-        (RESULTS / f"{task}.md").write_text(table_of(runs))
-    (RESULTS / "all.md").write_text(table_of_all(by_task))
+    (RESULTS / "tables.md").write_text(sections(by_task))
     figures(by_task)
-    count = sum(len(lines(task)) for task in TASKS)
-    commits = sorted({line["commit"][:7] for task in TASKS for line in lines(task)})
-    print(json.dumps({"lines": count, "rates": RATES, "commits": commits}))
-    for task, runs in by_task.items():
-        print(f"\n{task}\n{table_of(runs)}")
-    print(table_of_all(by_task))
+    print(sections(by_task))
+    print(f"{sum(len(lines(task)) for task in TASKS)} lines")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ TUNING_SEEDS = (100, 101)
 SEEDS = tuple(range(10))
 
 MAIN = [name for name in ARMS if not name.endswith("-x4")]
-SHORT = ["seeupo-reverse", "seeupo-forward", "grpo", "grpo-2", "grpo-steps", "gspo-steps", "reinforce-grae"]
+SHORT = ["seeupo-reverse", "seeupo-forward", "grpo", "grpo-2", "grpo-steps", "gspo-steps"]
 # what is run, in this order
 STUDY: list[tuple[str, list[str]]] = [
     ("search", MAIN),
