@@ -69,6 +69,17 @@ SCRIPTS = {
             packages=("openenv", "uvicorn"),
             install="pip install openenv-core",
         ),
+        "textarena": Script(
+            "train_textarena.py",
+            script_arguments.TextArenaArguments,
+            "Train an agent on a single-player game of TextArena. Without --config or --model_name_or_path: a "
+            "demonstration on a CPU (--config smollm2_textarena).",
+            (
+                "seeupo-trl train textarena",
+                "seeupo-trl train textarena --config qwen2.5_0.5b_textarena",
+                "seeupo-trl train textarena --config qwen2.5_0.5b_textarena --update_order simultaneous",
+            ),
+        ),
     },
     "evaluate": {
         "bfcl": Script(

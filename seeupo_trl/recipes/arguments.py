@@ -170,3 +170,32 @@ class OpenEnvArguments:
     )
     serve: int | None = field(default=None, metadata={"help": "Only serve the game, on this port."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where the demonstration's model is kept."})
+
+
+@dataclass
+class TextArenaArguments:
+    """
+    Arguments of the game.
+
+    Args:
+        game (`str`, *optional*, defaults to `"FrozenLake-v0"`):
+            Id of a single-player game, see [`~seeupo_trl.envs.textarena.load_textarena`].
+        game_options (`str`, *optional*, defaults to `"{}"`):
+            Arguments of the game as JSON, in place of those of its id.
+        train_games (`int`, *optional*, defaults to `1000`):
+            Seeds from 0 on to train on.
+        held_out_tasks (`int`, *optional*, defaults to `0`):
+            How many of the seeds after those are evaluated, before and after training. 0 evaluates nothing.
+        success_reward (`float`, *optional*, defaults to `1.0`):
+            Smallest reward of a game that counts as a success.
+        cache_dir (`str`, *optional*):
+            Where the converted model of the demonstration is kept. Defaults to `$SEEUPO_TRL_CACHE`, else
+            `~/.cache/seeupo_trl`.
+    """
+
+    game: str = field(default="FrozenLake-v0", metadata={"help": "Id of a single-player game."})
+    game_options: str = field(default="{}", metadata={"help": "Arguments of the game as JSON."})
+    train_games: int = field(default=1000, metadata={"help": "Seeds from 0 on to train on."})
+    held_out_tasks: int = field(default=0, metadata={"help": "Seeds after those, evaluated before and after."})
+    success_reward: float = field(default=1.0, metadata={"help": "Smallest reward that counts as a success."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where the demonstration's model is kept."})

@@ -67,7 +67,7 @@ def test_version():
     [
         (["trian"], "unknown command: trian. Did you mean 'train'?"),
         (["--versoin"], "unknown option: --versoin. Did you mean '--version'?"),
-        (["train", "bfc"], "'bfc' is not one of: bfcl, appworld, openenv. Did you mean 'bfcl'?"),
+        (["train", "bfc"], "'bfc' is not one of: bfcl, appworld, openenv, textarena. Did you mean 'bfcl'?"),
         (["evaluate", "appworld"], "'appworld' is not one of: bfcl."),
         (["train", "bfcl", "--num_processes", "two"], "argument --num_processes: invalid int value: 'two'"),
         (["train", "bfcl", "--num_processes", "0"], "--num_processes must be at least 1; got 0."),
