@@ -2,9 +2,8 @@
 What vLLM is sent of a policy with adapters.
 
 TRL (1.15 and 1.16) merges the adapters into the base weights in place and takes them out again, at every sync. In
-bfloat16 neither is exact: the base drifts (after 600 syncs a quarter of its entries are off), and with it the
-reference of the KL term. Here a layer's weights are merged in copies, one layer at a time, and the base is never
-written.
+bfloat16 neither is exact: the base drifts, and with it the reference of the KL term. Here a layer's weights are merged
+in copies, one layer at a time, and the base is never written.
 """
 
 from collections.abc import Iterator

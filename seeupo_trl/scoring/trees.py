@@ -1,9 +1,9 @@
 """
 Log-probabilities of turns computed on token trees, with rows as the alternative.
 
-Trees change nothing but the cost. They are used where every layer of the model attends to all earlier positions. Before
-the first tree that branches, their attention is tried forward and backward, and that tree is scored in rows as well:
-should something fail or the two disagree, the run goes on in rows.
+Trees change nothing but the cost. They are used where every layer of the model attends to all earlier positions.
+Before the first tree that branches, their attention is tried forward and backward, and that tree is scored in rows as
+well: should something fail or the two disagree, the run goes on in rows.
 """
 
 import warnings
@@ -147,8 +147,9 @@ class TreeScorer(RowScorer):
 
     def check(self, buffer: TurnBuffer, keys: Iterable[Key], model: nn.Module, lock_step: LockStep) -> None:
         """
-        Try the attention of trees forward and backward, and compare a tree with rows, once in a run, on the first turns
-        that make a branching tree. All processes run the same number of forward passes and come to the same decision.
+        Try the attention of trees forward and backward, and compare a tree with rows, once in a run, on the first
+        turns that make a branching tree. All processes run the same number of forward passes and come to the same
+        decision.
         """
         if self._checked:
             return
@@ -166,8 +167,8 @@ class TreeScorer(RowScorer):
         if lock_step.max_over_processes(int(problem is not None)):
             self._packing = "rows"
             warnings.warn(
-                f"Trees cannot be used for this model: {problem or 'another process met an error'}. Using rows for the "
-                "rest of the run; `packing='rows'` does so from the start."
+                f"Trees cannot be used for this model: {problem or 'another process met an error'}. Using rows for "
+                "the rest of the run; `packing='rows'` does so from the start."
             )
 
     def _compare_with_rows(
