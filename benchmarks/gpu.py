@@ -26,6 +26,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
@@ -181,7 +182,8 @@ def step(scorer: TreeScorer, model: torch.nn.Module, batch) -> None:
 def update(card: Card) -> list[dict]:
     rate, rows = card.matmul_rate(), []
     for name, shape in SHAPES.items():
-        shape = shape.scaled(0.02 if card.dry else 1.0)
+        if card.dry:
+            shape = replace(shape.scaled(0.02), turns=min(shape.turns, 5), groups=min(shape.groups, 3))
         for schedule, key in (("GRPO's own step", None), *SCHEDULES.items()):
             if key == "trees, 4 updates" and shape.turns <= 4:
                 continue
@@ -314,7 +316,8 @@ def rollout(card: Card) -> list[dict]:
             command += ["--device", card.device, "--dtype", str(card.dtype).removeprefix("torch.")]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             measured = json.loads(output.splitlines()[-1])
-            rows.append({"shape": shape, "keys and values": way} | measured)
+            tokens = sum(count * new for count, new, _ in measured.pop("shapes"))
+            rows.append({"shape": shape, "keys and values": way, "tokens": tokens} | measured)
     return rows
 
 
