@@ -114,14 +114,29 @@ def download(pins: list[str], python: str, folder: Path) -> None:
 
 
 def store(wheel: Path) -> None:
-    """Write a wheel without compression of its own: one over the whole archive is smaller."""
+    """
+    Write a wheel without what nothing here imports, and without compression of its own: one over the whole archive is
+    smaller.
+    """
     with tempfile.NamedTemporaryFile(dir=wheel.parent, delete=False) as file:
         with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as new:
             for entry in old.infolist():
+                if is_left_out(entry.filename):
+                    continue
                 content = old.read(entry)
+                if entry.filename.endswith(".dist-info/RECORD"):
+                    lines = content.decode().splitlines(keepends=True)
+                    content = "".join(line for line in lines if not is_left_out(line.split(",")[0])).encode()
                 entry.compress_type = zipfile.ZIP_STORED
                 new.writestr(entry, content)
     Path(file.name).replace(wheel)
+
+
+def is_left_out(name: str) -> bool:
+    """Whether a file of a wheel is a package's own tests, or of a part of Arrow that is loaded when it is used."""
+    parts = ("include/", "libarrow_flight", "libarrow_python_flight", "_flight", "libarrow_substrait", "_substrait")
+    parts += ("libarrow_s3", "_s3fs")
+    return "/tests/" in name or name.startswith(tuple(f"pyarrow/{part}" for part in parts))
 
 
 def copy_project(folder: Path) -> None:
