@@ -60,8 +60,12 @@ results=$(mkdir -p "${1:-results}" && cd "${1:-results}" && pwd)
 python=${PYTHON:-python3}
 "$python" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)' ||
     { echo "This machine's $python has no PyTorch; name one that has: PYTHON=/path/to/python bash run.sh"; exit 1; }
+torch=$("$python" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])')
 "$python" -m venv --system-site-packages environment
 . environment/bin/activate
+# where PyTorch lies, which may be a virtual environment itself
+site=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+echo "$torch" > "$site/machine.pth"
 pip install --quiet --no-index --find-links wheels --no-deps --requirement requirements.txt
 export HF_HUB_OFFLINE=1
 cd project
