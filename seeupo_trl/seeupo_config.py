@@ -193,6 +193,11 @@ class SeeUPOConfig(GRPOConfig):
             tokens of one action, and a token-level correction enters as its mean over the action's tokens.
         vllm_enable_sleep_mode (`bool`, *optional*, defaults to `False`):
             A colocated engine is awake for a whole rollout, not for one turn, and asleep during the updates.
+        cast_lm_head_to_fp32 (`bool`, *optional*):
+            `None`: where the model computes in 16 bits, the update computes its logits in float32 from the weights of
+            the head as they are, because rounded ones drown the ratios of small steps; generation is left alone.
+            `True` is GRPO's: the head's weights are float32, for generation as well. `False`: logits are computed in
+            16 bits.
         use_bias_correction_kl (`bool`, *optional*, defaults to `False`):
             Whether to multiply the KL term by the turn's ratio. Off by default, as in the published setup.
         mask_truncated_completions (`bool`, *optional*, defaults to `False`):
@@ -373,6 +378,13 @@ class SeeUPOConfig(GRPOConfig):
     loss_type: str = field(
         default="seeupo",
         metadata={"help": "Surrogate of a turn: 'seeupo', 'luspo', 'cispo', 'sapo' or 'vespo'."},
+    )
+    cast_lm_head_to_fp32: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Unset: the update computes logits in float32 from the head's weights as they are. True: the "
+            "head's weights are float32, for generation as well. False: logits are computed in 16 bits."
+        },
     )
     use_bias_correction_kl: bool = field(
         default=False, metadata={"help": "Whether to multiply the KL term by the turn's importance ratio."}

@@ -26,9 +26,11 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id
 
+from .distributed.adapter_sync import sync_without_merging
 from .distributed.backends import check_deepspeed, keep_output_dtype, reference_in_layers
 from .distributed.checkpoints import ExactResume, check_moving_reference
 from .distributed.lock_step import LockStep
+from .distributed.precision import check_precision
 from .envs.tools import EMPTY_PROMPT
 from .episode_batch import EpisodeBatch, check_finite, checked_batch, trajectories_from_masks, was_cut
 from .evaluation.info_metrics import InfoMetrics, numbers_in
@@ -187,6 +189,8 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
 
         check_moving_reference(args, self.accelerator)
         check_resampling(args, self._is_vlm)
+        check_precision(self)
+        sync_without_merging(self)
         if rollout.tool_rollout is not None:
             self._play_by(rollout.tool_rollout)
         check_overrides(type(self), SeeUPOTrainer, plays_tools=self._tool_rollout is not None)

@@ -4,8 +4,9 @@ Memory of a forward and backward pass of the update, found by making the pass wi
 The model's own code runs under `FakeTensorMode`: modules, gradient checkpointing, autocast and adapters are what they
 are in training, and every tensor's bytes are counted (see [`~seeupo_trl.plan.live_bytes.LiveBytes`]). No weight is
 loaded and nothing is computed, so a 14B model takes seconds. Two things are stood in for, because they need a GPU:
-attention (a fused kernel that keeps its inputs, its output and one float32 number per query and head) and TRL's fused
-head (tiles of at most 4096 positions x 32768 tokens of the vocabulary).
+attention (a fused kernel that keeps its inputs, its output and one float32 number per query and head, without repeated
+key-value heads on trees) and TRL's fused head (tiles of at most 4096 positions x 32768 tokens of the vocabulary, in
+float32).
 """
 
 import copy
@@ -98,6 +99,8 @@ class Pass:
             Whether gradients stay with the parameters, or are reduced and freed as soon as they are there (ZeRO).
         lora_rank (`int`, *optional*):
             Rank of LoRA adapters on all linear layers but the head. `None` trains all parameters.
+        float32_head (`bool`, *optional*, defaults to `False`):
+            Whether logits are computed in float32, whatever the dtype of the pass.
     """
 
     tokens: int
@@ -108,6 +111,7 @@ class Pass:
     gradient_checkpointing: bool = True
     keeps_gradients: bool = False
     lora_rank: int | None = None
+    float32_head: bool = False
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -327,7 +331,7 @@ def _trace(config: PreTrainedConfig, one: Pass, batch: MicroBatch | None) -> Pas
         attention = _FUSED if (one.rows or 1) == 1 else _MASKED
     else:
         attention = _CAUSAL if isinstance(batch, RowBatch) else BRANCHES
-        add_fused_lm_head(causal_lm, outputs=("log_probs", "entropy"))
+        add_fused_lm_head(causal_lm, cast_lm_head_to_fp32=one.float32_head, outputs=("log_probs", "entropy"))
     with FakeTensorMode(allow_non_fake_inputs=True), use_attention(causal_lm.config, attention):
         _on_fake_cpu(model)
         forward = _forward_on_gpu(causal_lm, one) if batch is None else _forward_on_cpu(model, batch)
@@ -349,6 +353,8 @@ def _forward_on_gpu(causal_lm: nn.Module, one: Pass) -> Callable[[], torch.Tenso
         hidden = output.last_hidden_state[positions, positions]  # (n, H)
         del output
         dtype = torch.bfloat16 if one.autocast else hidden.dtype
+        if one.float32_head:
+            hidden, dtype = hidden.float(), torch.float32
         return _FusedHead.apply(hidden, causal_lm.get_output_embeddings().weight, dtype).sum()
 
     return forward

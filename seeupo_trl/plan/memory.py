@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from ..distributed.precision import LOW_PRECISION
 from .activations import HEAD_TILE_TOKENS, HEAD_TILE_VOCABULARY, Pass, PassMemory, trace_pass
 from .run import GIB, ModelShape, PlannedRun, Strategy, model_shape
 from .training_state import FLOAT32, TrainingState, training_state
@@ -148,6 +149,7 @@ def update_pass(run: PlannedRun, strategy: Strategy) -> Pass:
         gradient_checkpointing=run.gradient_checkpointing,
         keeps_gradients=strategy.zero_stage < 2 and not strategy.fsdp,
         lora_rank=strategy.lora_rank,
+        float32_head=run.bf16 or run.dtype in LOW_PRECISION,
     )
 
 
@@ -163,7 +165,7 @@ def _trace(run: PlannedRun, strategy: Strategy) -> PassMemory:
 def _pass_bytes(run: PlannedRun, strategy: Strategy, memory: PassMemory) -> dict[str, float]:
     """What the pass itself takes, without what its gradients and parameters do."""
     one = update_pass(run, strategy)
-    size = torch.bfloat16.itemsize if one.autocast else one.dtype.itemsize
+    size = FLOAT32 if one.float32_head else one.dtype.itemsize
     tile = min(one.scored, HEAD_TILE_TOKENS) * HEAD_TILE_VOCABULARY * size
     return {"LM-head tiles": tile, "activations": max(memory.peak - tile, 0)}
 

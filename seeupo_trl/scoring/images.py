@@ -51,6 +51,8 @@ class SampleScorer:
             Largest number of tokens of a micro-batch, in place of the largest number of rows.
     """
 
+    noise_floor = None
+
     def __init__(
         self,
         batch: dict[str, Any],

@@ -35,8 +35,12 @@ class Scorer(Protocol):
     `micro_batches` puts all turns of a trajectory that are asked for together into one micro-batch; with
     `together=False` it may distribute them where they would not fit into one. `num_tokens` is what they would compute
     in a micro-batch of their own. `attention` must be in force around the forward and the backward pass of a batch.
-    `check` is called on every process before anything is scored.
+    `check` is called on every process before anything is scored, and may measure `noise_floor`: how far rounding alone
+    moves the log of a turn's ratio.
     """
+
+    @property
+    def noise_floor(self) -> float | None: ...
 
     def check(self, buffer: TurnBuffer, keys: Iterable[Key], model: nn.Module, lock_step: LockStep) -> None: ...
 

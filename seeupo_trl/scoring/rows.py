@@ -165,7 +165,17 @@ class RowScorer:
             Largest number of tokens of a micro-batch, in place of the largest number of rows.
         aux_loss (`bool`, *optional*, defaults to `False`):
             Whether to ask a mixture-of-experts model for its load-balancing loss.
+        device (`torch.device`, *optional*):
+            Where the model computes; by default where its parameters are, which may be elsewhere (FSDP2 with
+            offloading, a model that has not been prepared yet).
+
+    Attributes:
+        noise_floor (`float`, *optional*):
+            Root mean square of the logs of turns' (length-normalised) ratios between two layouts at the same
+            parameters, where every ratio should be 1; `None` before it was measured, and where there is one layout.
     """
+
+    noise_floor: float | None = None
 
     def __init__(
         self,
@@ -175,16 +185,22 @@ class RowScorer:
         pad_to_multiple_of: int | None = None,
         max_tokens: int | None = None,
         aux_loss: bool = False,
+        device: torch.device | None = None,
     ):
         causal_lm = model.get_base_model() if is_peft_model(model) else model
         self._scored_positions = _ScoredPositions(causal_lm.base_model)
         head = causal_lm.get_output_embeddings().weight
-        self._fused_head = head.dtype != torch.float64 and (_FUSED_HEAD_ON_CPU or head.device.type != "cpu")
+        self._given_device, self._head = device, head
+        self._fused_head = head.dtype != torch.float64 and (_FUSED_HEAD_ON_CPU or self._device.type != "cpu")
         self._pad_token_id = pad_token_id
         self._temperature = temperature
         self._pad_to_multiple_of = pad_to_multiple_of or 1
         self._max_tokens = max_tokens
         self._aux_loss = aux_loss
+
+    @property
+    def _device(self) -> torch.device:
+        return self._head.device if self._given_device is None else self._given_device
 
     def check(self, buffer: TurnBuffer, keys: Iterable[Key], model: nn.Module, lock_step: LockStep) -> None:
         """Rows need no check: every causal language model computes them."""
@@ -222,7 +238,7 @@ class RowScorer:
                 Scores by turn, and the load-balancing loss where it was asked for.
         """
         rows, length = batch.rows, batch.length
-        device = next(model.parameters()).device
+        device = self._device
         padding = [length - len(row.input_ids) for row in rows]
         input_ids = [row.input_ids + [self._pad_token_id] * n for row, n in zip(rows, padding, strict=True)]  # (B, S)
         attention_mask = [[1] * (length - n) + [0] * n for n in padding]
@@ -234,13 +250,13 @@ class RowScorer:
                 labels += row.input_ids[start:end]
                 sizes[key] = end - start
         inputs = {
-            "input_ids": torch.tensor(input_ids, device=device),
-            "attention_mask": torch.tensor(attention_mask, device=device),
+            "input_ids": torch.tensor(input_ids).to(device, non_blocking=True),
+            "attention_mask": torch.tensor(attention_mask).to(device, non_blocking=True),
         }
         if self._aux_loss:
             inputs["output_router_logits"] = True
-        selection = torch.tensor(row_index, device=device), torch.tensor(columns, device=device), length
-        return self._scores(model, inputs, selection, torch.tensor([labels], device=device), sizes)
+        positions = torch.tensor([row_index, columns, labels]).to(device, non_blocking=True)  # (3, n)
+        return self._scores(model, inputs, (positions[0], positions[1], length), positions[2:], sizes)
 
     def _scores(
         self,

@@ -1,12 +1,15 @@
 """
 Attention over token trees, and which models can have it.
 
-On CUDA it is `flex_attention` with a block mask. Elsewhere every branch of a tree attends to its path with PyTorch's
-scaled dot product attention: a dense (tokens x tokens) mask would cost memory and computation for all the pairs of
-different branches, which this never touches.
+On CUDA it is PyTorch's `flex_attention` with a block mask, compiled here and not by transformers (5.23): there one
+compiled function serves the whole process, and after eight variants it falls back, without a word, to an eager form
+that holds all (tokens x tokens) scores. Elsewhere every branch of a tree attends to its path with PyTorch's scaled dot
+product attention: a dense (tokens x tokens) mask would cost memory and computation for all the pairs of different
+branches, which this never touches.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +17,7 @@ import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import is_torch_flex_attn_available
@@ -23,8 +26,13 @@ from .token_tree import TokenTree
 
 
 BRANCHES = "seeupo_tree_branches"
-FLEX = "flex_attention"
+FLEX = "seeupo_tree_flex"
 FLEX_BLOCK = 128
+# two blocks: one block alone would be compiled as a case of its own
+SHORTEST_FLEX_LENGTH = 2 * FLEX_BLOCK
+# Of the compiled function: with and without gradient, with and without autocast, dtypes, the policy's heads and the
+# reference's. A process with more of them stops with an error.
+MOST_COMPILED_VARIANTS = 64
 
 
 class TreeBranches:
@@ -39,7 +47,7 @@ class TreeBranches:
     """
 
     def __init__(self, tree: TokenTree, device: torch.device):
-        self.paths = torch.from_numpy(np.concatenate([branch.path for branch in tree.branches])).to(device)
+        self.paths = on_device(np.concatenate([branch.path for branch in tree.branches]), device)
         self.path_lengths = [len(branch.path) for branch in tree.branches]
         self.lengths = [branch.end - branch.start for branch in tree.branches]
         self.masks = [
@@ -78,18 +86,73 @@ def attend_along_paths(
     return torch.cat(outputs, dim=1), None
 
 
+def _attend_in_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: BlockMask, scale: float | None
+) -> torch.Tensor:
+    # without repeated keys and values, whatever the number of heads: repeated ones take 1.9 GB at 58k tokens
+    return flex_attention(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)
+
+
+@functools.cache
+def compiled_attention(backend: str = "inductor") -> Callable[..., torch.Tensor]:
+    """
+    `flex_attention`, compiled for this package alone. What cannot be compiled, or would be compiled more than
+    [`MOST_COMPILED_VARIANTS`] times, is an error: the eager form would hold all (tokens x tokens) scores.
+    """
+    compiled = torch.compile(_attend_in_blocks, fullgraph=True, backend=backend)
+
+    def attend(*args) -> torch.Tensor:
+        # an argument of `torch.compile` only since a version after 2.11
+        with torch._dynamo.config.patch(recompile_limit=MOST_COMPILED_VARIANTS):
+            return compiled(*args)
+
+    return attend
+
+
+def attend_on_tree(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: BlockMask | torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """
+    Attention function of transformers for one tree on CUDA, with tensors of shape `(1, heads, S, head_dim)`.
+
+    Raises:
+        `ValueError`:
+            Where a model asks for more than scaled attention with the tree's mask.
+    """
+    if not isinstance(attention_mask, BlockMask):
+        raise ValueError("the model does not hand the tree's mask on to its attention")
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"its attention uses `{name}`, which is not supported on trees")
+    # with float32 weights under autocast queries and keys are float32 (norms, rotary embeddings) and values are not
+    device_type = query.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else value.dtype
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    output = compiled_attention()(query, key, value, attention_mask, scaling)
+    return output.transpose(1, 2).contiguous(), None  # (1, S, heads, head_dim)
+
+
 AttentionInterface.register(BRANCHES, attend_along_paths)
+AttentionInterface.register(FLEX, attend_on_tree)
 
 
 def flex_length(num_tokens: int | np.ndarray) -> int | np.ndarray:
     """
-    Length to which a tree is padded for `flex_attention`, or trees are: a multiple of the block size, and one of at
-    most 32 lengths from any power of two to the next, so that few shapes are compiled and about 3% at most is padding.
+    Length to which a tree is padded for `flex_attention`, or trees are: a multiple of the block size, two blocks at
+    least, and one of at most 32 lengths from any power of two to the next, so that few shapes are compiled and about
+    3% at most is padding.
     """
+    num_tokens = np.maximum(num_tokens, SHORTEST_FLEX_LENGTH)
     bit_length = np.frexp(num_tokens)[1]
     step = np.maximum(FLEX_BLOCK, 1 << np.maximum(bit_length - 6, 0))
     lengths = -(-num_tokens // step) * step
-    return lengths if isinstance(num_tokens, np.ndarray) else int(lengths)
+    return lengths if np.ndim(lengths) else int(lengths)
 
 
 def tree_block_mask(subtree_ends: np.ndarray, length: int, device: torch.device) -> BlockMask:
@@ -113,7 +176,7 @@ def tree_block_mask(subtree_ends: np.ndarray, length: int, device: torch.device)
     earlier = start[:, None] > start  # (query block, key block)
     full = earlier & (blocks.min(axis=1) >= start[:, None] + FLEX_BLOCK)
     partial = (earlier & (blocks.max(axis=1) > start[:, None]) & ~full) | np.eye(len(blocks), dtype=bool)
-    limits = torch.from_numpy(ends).to(device)
+    limits = on_device(ends, device)
 
     def is_ancestor(batch, head, query, key):
         return (key <= query) & (query < limits[key])
@@ -123,19 +186,24 @@ def tree_block_mask(subtree_ends: np.ndarray, length: int, device: torch.device)
     )
 
 
+def on_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A tensor of some values on a device, without waiting for what the device is doing."""
+    return torch.from_numpy(values).to(device, non_blocking=True)
+
+
 def _compressed(blocks: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Number of key blocks of each query block, and their indices first, of shapes `(1, 1, Q)` and `(1, 1, Q, K)`."""
     counts = blocks.sum(axis=1).astype(np.int32)
     indices = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)
-    return torch.from_numpy(counts).to(device)[None, None], torch.from_numpy(indices).to(device)[None, None]
+    return on_device(counts, device)[None, None], on_device(indices, device)[None, None]
 
 
-def tree_implementation(causal_lm: PreTrainedModel) -> str:
-    """Attention implementation that computes trees for a model: [`FLEX`] or [`BRANCHES`]."""
+def tree_implementation(causal_lm: PreTrainedModel, device: torch.device) -> str:
+    """Attention implementation that computes trees for a model on a device: [`FLEX`] or [`BRANCHES`]."""
     config = causal_lm.config
     dropout = getattr(config, "attention_dropout", 0.0)  # not a field of every architecture
     usable = causal_lm._supports_flex_attn and is_torch_flex_attn_available()
-    if causal_lm.device.type == "cuda" and usable and causal_lm.dtype != torch.float64 and not dropout:
+    if device.type == "cuda" and usable and causal_lm.dtype != torch.float64 and not dropout:
         return FLEX
     return BRANCHES
 

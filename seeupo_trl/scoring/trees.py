@@ -1,8 +1,9 @@
 """
 Log-probabilities of turns computed on token trees, with rows as the alternative.
 
-Trees change nothing but the cost. They are used where every layer of the model attends to all earlier positions, and
-the first tree that branches is scored in rows as well: should the two disagree, the run goes on in rows.
+Trees change nothing but the cost. They are used where every layer of the model attends to all earlier positions.
+Before the first tree that branches, their attention is tried forward and backward, and that tree is scored in rows as
+well: should something fail or the two disagree, the run goes on in rows.
 """
 
 import warnings
@@ -28,11 +29,13 @@ from .tree_attention import (
     FLEX,
     TreeBranches,
     flex_length,
+    on_device,
     reason_against_trees,
     tree_block_mask,
     tree_implementation,
     use_attention,
 )
+from .tree_check import logps_tolerance, reason_against_attention
 from .turn_buffer import Key, TurnBuffer
 
 
@@ -40,9 +43,8 @@ from .turn_buffer import Key, TurnBuffer
 _WORTHWHILE = 0.9
 # What else could be computed in the time that it takes to call attention for a branch: about 0.1 ms of a CPU's core.
 _OPERATIONS_OF_A_CALL = 2e6
-# Largest mean difference of log-probabilities that counts as rounding.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-_LOW_PRECISION_TOLERANCE = 0.05
+# A tree of two branches for a process that has none, so that all processes make the same passes.
+_TINY_BRANCHES = ((0, 0, 0), (0, 1))
 
 
 @dataclass
@@ -133,7 +135,11 @@ class TreeScorer(RowScorer):
 
     @property
     def _pads(self) -> bool:
-        return tree_implementation(self._causal_lm) == FLEX
+        return self._implementation == FLEX
+
+    @property
+    def _implementation(self) -> str:
+        return tree_implementation(self._causal_lm, self._device)
 
     def _computed(self, num_tokens: int) -> int:
         """Tokens computed for a tree of `num_tokens`."""
@@ -141,38 +147,64 @@ class TreeScorer(RowScorer):
 
     def check(self, buffer: TurnBuffer, keys: Iterable[Key], model: nn.Module, lock_step: LockStep) -> None:
         """
-        Compare a tree with rows, once in a run, on the first turns that make a branching tree. All processes run the
-        same number of forward passes and come to the same decision.
+        Try the attention of trees forward and backward, and compare a tree with rows, once in a run, on the first
+        turns that make a branching tree. All processes run the same number of forward passes and come to the same
+        decision.
         """
         if self._checked:
             return
         sample = self._branching_sample(buffer, keys)
         if not lock_step.max_over_processes(int(bool(sample))):
             return
-        trees = [self._tree(buffer, sample)] if sample else []
+        self._checked = True
+        with lock_step.autocast():
+            autocast = torch.is_autocast_enabled(lock_step.device.type)
+            dtype = torch.get_autocast_dtype(lock_step.device.type) if autocast else self._causal_lm.dtype
+            problem = reason_against_attention(self._causal_lm, self._implementation, dtype, lock_step.device)
+        # together: a process that went on with trees alone would wait for the others for ever
+        if not lock_step.max_over_processes(int(problem is not None)):
+            problem = self._compare_with_rows(buffer, sample, model, lock_step, dtype)
+        if lock_step.max_over_processes(int(problem is not None)):
+            self._packing = "rows"
+            warnings.warn(
+                f"Trees cannot be used for this model: {problem or 'another process met an error'}. Using rows for "
+                "the rest of the run; `packing='rows'` does so from the start."
+            )
+
+    def _compare_with_rows(
+        self, buffer: TurnBuffer, sample: list[Key], model: nn.Module, lock_step: LockStep, dtype: torch.dtype
+    ) -> str | None:
+        """What is wrong with the log-probabilities of a tree; sets the ratio's noise floor. On every process."""
+        tree = self._tree(buffer, sample) if sample else self._tiny_tree()
         rows = group_rows(build_rows(buffer, sample), len(sample), self._max_tokens, together=False)
         scores: list[dict[Key, TurnScores]] = []
-        for batches in (trees, rows):
+        problem = None
+        for batches in ([tree], rows):
             scores.append({})
             for number in range(lock_step.max_over_processes(len(batches))):
                 batch = batches[number] if number < len(batches) else self.dummy_batch()
-                with without_noise(model), lock_step.inference(), self.attention(batch):
-                    scores[-1].update(self.score(model, batch)[0])
-                    autocast = torch.is_autocast_enabled(lock_step.device.type)
-        by_turn = [scores[0][key].logps - scores[1][key].logps for key in sample]
-        differences = torch.cat([*by_turn, torch.zeros(0 if sample else 1, device=lock_step.device)]).abs()
-        difference = lock_step.gather(differences.double().mean().nan_to_num(nan=torch.inf)).max().item()
-        dtype = torch.get_autocast_dtype(lock_step.device.type) if autocast else self._causal_lm.dtype
-        tolerance = _TOLERANCE.get(dtype, _LOW_PRECISION_TOLERANCE)
-        self._checked = True
-        if difference > tolerance:
-            self._packing = "rows"
-            warnings.warn(
-                f"Log-probabilities computed on a token tree differ from those of plain rows by {difference:.2g} on "
-                f"average, more than the {tolerance:.2g} that rounding explains in {dtype}: this model does not "
-                "honour the tree's attention or position ids. Using rows for the rest of the run; `packing='rows'` "
-                "does so from the start."
+                try:
+                    with without_noise(model), lock_step.inference(), self.attention(batch):
+                        scores[-1].update(self.score(model, batch)[0])
+                except Exception as error:
+                    if batch is not tree:
+                        raise
+                    problem = f"a forward pass of a tree fails ({type(error).__name__}: {error})"
+        measured = sample if problem is None else []
+        by_turn = [(scores[0][key].logps - scores[1][key].logps).double() for key in measured]
+        differences = torch.cat([*by_turn, torch.zeros(int(not by_turn), device=lock_step.device)])
+        squares = [difference.mean() ** 2 for difference in by_turn]
+        sums = [differences.abs().mean(), sum(squares, torch.zeros_like(differences[0])), len(squares)]
+        sums = lock_step.gather(torch.tensor(sums, dtype=torch.float64)).nan_to_num(nan=torch.inf)  # (P, 3)
+        difference, tolerance = sums[:, 0].max().item(), logps_tolerance(dtype, lock_step.device)
+        self.noise_floor = (sums[:, 1].sum() / sums[:, 2].sum().clamp(min=1)).sqrt().item()
+        if problem is None and difference > tolerance:
+            problem = (
+                f"log-probabilities computed on a token tree differ from those of plain rows by {difference:.2g} on "
+                f"average, more than the {tolerance:.2g} that rounding explains in {dtype}, so it does not honour the "
+                "tree's attention or position ids"
             )
+        return problem
 
     def micro_batches(
         self, buffer: TurnBuffer, keys: Iterable[Key], max_rows: int, together: bool = True
@@ -207,27 +239,27 @@ class TreeScorer(RowScorer):
         """The attention implementation that a batch needs."""
         if isinstance(batch, RowBatch):
             return super().attention(batch)
-        return use_attention(self._causal_lm.config, tree_implementation(self._causal_lm))
+        return use_attention(self._causal_lm.config, self._implementation)
 
     def score(self, model: nn.Module, batch: Any) -> tuple[dict[Key, TurnScores], torch.Tensor | None]:
         """One forward pass, see [`~seeupo_trl.scoring.rows.RowScorer.score`]."""
         if isinstance(batch, RowBatch):
             return super().score(model, batch)
-        device = next(model.parameters()).device
+        device = self._device
         tree, length = batch.tree, batch.num_tokens
         padding = (0, length - len(tree))
         inputs = {
             "input_ids": np.pad(tree.input_ids, padding, constant_values=self._pad_token_id),
             "position_ids": np.pad(tree.depths, padding),
         }
-        inputs = {name: torch.from_numpy(values).long().to(device)[None] for name, values in inputs.items()}  # (1, S)
+        inputs = {name: on_device(values.astype(np.int64), device)[None] for name, values in inputs.items()}  # (1, S)
         if batch.padded:
             inputs["attention_mask"] = tree_block_mask(tree.subtree_ends, length, device)
         else:
             inputs["tree_branches"] = TreeBranches(tree, device)
         positions, labels, sizes = batch.scored()
-        positions = torch.from_numpy(positions).to(device)
-        labels = torch.from_numpy(labels).long().to(device)[None]
+        positions = on_device(positions, device)
+        labels = on_device(labels.astype(np.int64), device)[None]
         return self._scores(model, inputs, (torch.zeros_like(positions), positions, length), labels, sizes)
 
     def _trees(self, buffer: TurnBuffer, keys: list[Key], max_rows: int, together: bool) -> list[TreeBatch]:
@@ -260,6 +292,13 @@ class TreeScorer(RowScorer):
 
     def _tree(self, buffer: TurnBuffer, keys: list[Key]) -> TreeBatch:
         return tree_batch(buffer, keys, self._pads)
+
+    def _tiny_tree(self) -> TreeBatch:
+        leaves = {(index, 0): np.array(tokens, dtype=np.int32) for index, tokens in enumerate(_TINY_BRANCHES)}
+        spans = {
+            (index, 1): (leaf, len(tokens) - 1, len(tokens)) for index, (leaf, tokens) in enumerate(leaves.items())
+        }
+        return TreeBatch(leaves, spans, self._pads)
 
     def _branching_sample(self, buffer: TurnBuffer, keys: Iterable[Key]) -> list[Key]:
         """

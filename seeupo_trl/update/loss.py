@@ -8,8 +8,10 @@ import torch
 
 from ..seeupo_config import SeeUPOConfig
 from .objective import (
+    action_of_tokens,
     cispo_surrogate,
     clipped_surrogate,
+    is_reported,
     k3_divergence,
     keep_on_policy,
     sampler_correction,
@@ -99,9 +101,8 @@ class Actions:
             Log-probabilities in the denominator of the ratio.
         start (`torch.Tensor` of shape `(S,)`, *optional*):
             Log-probabilities under `theta_k`, for the sampler's correction.
-        sampled (`list[torch.Tensor | None]`, *optional*):
-            Log-probabilities that the sampler reported, for each action; `None` where it reported none, NaN for single
-            tokens.
+        sampled (`torch.Tensor` of shape `(S,)`, *optional*):
+            Log-probabilities that the sampler reported; NaN where it reported none.
         reference (`torch.Tensor` of shape `(S,)`, *optional*):
             Log-probabilities under the reference policy, for the KL term.
     """
@@ -111,7 +112,7 @@ class Actions:
     old: torch.Tensor
     entropies: torch.Tensor
     start: torch.Tensor | None = None
-    sampled: list[torch.Tensor | None] | None = None
+    sampled: torch.Tensor | None = None
     reference: torch.Tensor | None = None
 
     def sums(self, values: torch.Tensor) -> torch.Tensor:
@@ -122,9 +123,9 @@ class Actions:
         """Mean of one value a token over each action: `(S,)` to `(n,)`."""
         return self.sums(values) / self.lengths
 
-    def split(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """One value a token as one tensor an action, each of shape `(|a|,)`."""
-        return values.split(self.lengths.tolist())
+    def by_token(self, values: torch.Tensor) -> torch.Tensor:
+        """One value an action as one a token: `(n,)` to `(S,)`."""
+        return values[action_of_tokens(self.lengths, len(self.new))]
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,9 @@ def turn_loss(
         )
     sampler_weights = None
     if settings.sampler_correction is not None:
-        sampler_weights = _sampler_weights(actions, *settings.sampler_correction)
+        sampler_weights = sampler_correction(
+            actions.start, actions.sampled, actions.lengths, *settings.sampler_correction
+        )
         if settings.loss_type != "vespo":  # which has it in its ratio
             surrogates = surrogates * sampler_weights
     if settings.off_policy_mask_threshold is not None:
@@ -268,28 +271,15 @@ def _product_log_ratios(actions: Actions, settings: LossSettings) -> torch.Tenso
     log_ratios = sequence_log_ratios(actions.new, actions.old, actions.lengths, ratio="product")
     if settings.sampler_correction is None:
         return log_ratios
-    corrections = []
-    for policy, sampler in zip(actions.split(actions.start), actions.sampled, strict=True):
-        ratios = (
-            policy.new_ones(1) if sampler is None else sampler_ratios(policy, sampler, *settings.sampler_correction)
-        )
-        corrections.append(ratios.log().clamp(min=math.log(1e-8), max=20.0).sum())
-    return log_ratios + torch.stack(corrections)
-
-
-def _sampler_weights(actions: Actions, mode: str, clip_min: float | None, clip_max: float | None) -> torch.Tensor:
-    """Correction of each action for a sampler that is not exactly `theta_k`, shape `(n,)`; 1 where unknown."""
-    return torch.stack(
-        [
-            policy.new_ones(()) if sampler is None else sampler_correction(policy, sampler, mode, clip_min, clip_max)
-            for policy, sampler in zip(actions.split(actions.start), actions.sampled, strict=True)
-        ]
-    )
+    mode = settings.sampler_correction[0]
+    ratios = sampler_ratios(actions.start, actions.sampled, actions.lengths, *settings.sampler_correction)
+    corrections = ratios.log().clamp(min=math.log(1e-8), max=20.0)
+    corrections = actions.sums(corrections) if mode.startswith("token") else corrections
+    return log_ratios + torch.where(is_reported(actions.sampled, actions.lengths), corrections, 0.0)
 
 
 def _on_policy_mask(actions: Actions, weights: torch.Tensor, threshold: float) -> torch.Tensor:
     """1 for the actions that off-policy masking keeps, 0 for those it drops, shape `(n,)`."""
-    new, old = actions.split(actions.new), actions.split(actions.old)
-    behaviour = [logps if sampled is None else sampled for logps, sampled in zip(old, actions.sampled, strict=True)]
-    kept = [keep_on_policy(*args, threshold) for args in zip(weights, new, behaviour, strict=True)]
-    return torch.stack(kept)
+    reported = actions.by_token(is_reported(actions.sampled, actions.lengths))
+    behaviour = torch.where(reported, actions.sampled, actions.old)
+    return keep_on_policy(weights, actions.new, behaviour, actions.lengths, threshold)

@@ -13,9 +13,12 @@ import torch
 from ..distributed.lock_step import LockStep
 from ..scoring.turn_buffer import Block
 from .loss import Actions, TurnLoss
+from .objective import action_of_tokens
 from .turn_weights import TurnWeights
 
 
+# Longest actions of the classes in which those with a sampler weight of 0 are counted.
+_LENGTHS = {"to_100": 100, "to_1000": 1000, "to_4000": 4000, "longer": math.inf}
 _CLIP_RATIOS = tuple(f"clip_ratio/{name}" for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean"))
 # what TRL logs of two loss types
 GATES = {"cispo": "cispo_clip_ratio", "vespo": "vespo/phi_seq_mean"}
@@ -52,6 +55,14 @@ class Sums:
     sampler_weight: float = 0.0
     sampler_tokens: float = 0.0
     sampler_difference: float = 0.0
+    actions_to_100: float = 0.0
+    actions_to_1000: float = 0.0
+    actions_to_4000: float = 0.0
+    actions_longer: float = 0.0
+    masked_to_100: float = 0.0
+    masked_to_1000: float = 0.0
+    masked_to_4000: float = 0.0
+    masked_longer: float = 0.0
     micro_batches: float = 0.0
     aux_loss: float = 0.0
     gate: float = 0.0
@@ -150,6 +161,9 @@ class BlockMetrics:
             values["sampling/importance_sampling_ratio/mean"] = sums.sampler_weight / scored
             values["sampling/importance_sampling_ratio/min"] = low.sampler_weight
             values["sampling/importance_sampling_ratio/max"] = high.sampler_weight
+            for name in _LENGTHS:
+                if actions := getattr(sums, f"actions_{name}"):
+                    values[f"sampling/masked_{name}"] = getattr(sums, f"masked_{name}") / actions
         return values
 
 
@@ -227,6 +241,8 @@ class UpdateMetrics:
         metrics = self._without_update if block is None else self._blocks[block]
         metrics.add(scored=len(indices), **{name: float(values.sum()) for name, values in table.items()})
         metrics.observe(weight_unclipped=np.array([weights.unclipped(index) for index in indices]))
+        if "sampler_weight" in table:
+            metrics.add(**_masked_by_length(table["tokens"], table["sampler_weight"]))
         names = ("ratio", "weight", "clip_low", "clip_high", "sampler_weight")
         metrics.observe(**{name: table[name] for name in names if name in table})
         if largest_difference is not None:
@@ -283,15 +299,28 @@ class UpdateMetrics:
 
 def _sampler_differences(actions: Actions) -> dict[str, torch.Tensor]:
     """Number, sum and maximum of `|log pi_theta_k - log pi_sampler|` over the tokens that the sampler reported."""
-    counts, sums, largest = [], [], []
-    for policy, sampler in zip(actions.split(actions.start), actions.sampled, strict=True):
-        difference = torch.full_like(policy, torch.nan) if sampler is None else (policy - sampler).abs()
-        counts.append((~difference.isnan()).sum())
-        difference = difference.masked_fill(difference.isnan(), 0.0)
-        sums.append(difference.sum())
-        largest.append(difference.max())
-    columns = {"sampler_tokens": counts, "sampler_difference": sums, "largest_difference": largest}
-    return {name: torch.stack(values) for name, values in columns.items()}
+    differences = (actions.start - actions.sampled).abs()  # (S,)
+    reported = ~differences.isnan()
+    differences = differences.masked_fill(~reported, 0.0)
+    action_of = action_of_tokens(actions.lengths, len(differences))
+    return {
+        "sampler_tokens": actions.sums(reported.to(differences)),
+        "sampler_difference": actions.sums(differences),
+        "largest_difference": differences.new_zeros(len(actions.lengths)).index_reduce(
+            0, action_of, differences, "amax"
+        ),
+    }
+
+
+def _masked_by_length(lengths: np.ndarray, sampler_weights: np.ndarray) -> dict[str, float]:
+    """Numbers of actions and of those with a sampler weight of 0, by class of length."""
+    counts, shortest = {}, 0
+    for name, longest in _LENGTHS.items():
+        inside = (lengths > shortest) & (lengths <= longest)
+        counts[f"actions_{name}"] = float(inside.sum())
+        counts[f"masked_{name}"] = float((sampler_weights[inside] == 0).sum())
+        shortest = longest
+    return counts
 
 
 def _on_host(columns: dict[str, torch.Tensor]) -> np.ndarray:

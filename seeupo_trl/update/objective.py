@@ -143,8 +143,15 @@ def segment_sums(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(n,)`
     """
-    action_of = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths, output_size=len(values))
-    return values.new_zeros(len(lengths)).index_add(0, action_of, values)
+    return values.new_zeros(len(lengths)).index_add(0, action_of_tokens(lengths, len(values)), values)
+
+
+def action_of_tokens(lengths: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """
+    Index of the action that each token belongs to, shape `(S,)`, where actions of `lengths` tokens, shape `(n,)`, lie
+    one after another and have `num_tokens` in all, which saves asking the device for it.
+    """
+    return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths, output_size=num_tokens)
 
 
 def sequence_log_ratios(
@@ -322,17 +329,18 @@ def fold_in_ratio(weight: float, log_ratio: float, clip: float | None) -> float:
 def sampler_ratios(
     policy_logps: torch.Tensor,
     sampling_logps: torch.Tensor,
+    lengths: torch.Tensor,
     mode: str,
     clip_min: float | None,
     clip_max: float | None,
 ) -> torch.Tensor:
     """
-    Ratios of the policy's and the sampler's probabilities within their bounds: of each token, shape `(|a|,)`, or of
-    the whole action, shape `()`, as the mode says. Arguments as in [`sampler_correction`].
+    Ratios of the policy's and the sampler's probabilities within their bounds: of each token, shape `(S,)`, or of each
+    whole action, shape `(n,)`, as the mode says. Arguments as in [`sampler_correction`].
     """
     log_ratio = (policy_logps - sampling_logps).nan_to_num(nan=0.0)
     level, constraint = mode.split("_")
-    ratio = log_ratio.sum().exp() if level == "sequence" else log_ratio.exp()
+    ratio = (segment_sums(log_ratio, lengths) if level == "sequence" else log_ratio).exp()
     if constraint == "truncate":
         return ratio.clamp(min=clip_min, max=clip_max)
     low = -torch.inf if clip_min is None else clip_min
@@ -343,49 +351,69 @@ def sampler_ratios(
 def sampler_correction(
     policy_logps: torch.Tensor,
     sampling_logps: torch.Tensor,
+    lengths: torch.Tensor,
     mode: str,
     clip_min: float | None,
     clip_max: float | None,
 ) -> torch.Tensor:
     """
-    Weight that corrects one action for a sampler whose probabilities differ from the policy's (vLLM).
+    Weights that correct `n` actions, which lie one after another, for a sampler whose probabilities differ from the
+    policy's (vLLM).
 
     The four modes are TRL's, applied to the action of one block of turns. A token-level weight multiplies a
     sequence-level surrogate, which averages over tokens, so it enters as its mean over the action's tokens.
 
     Args:
-        policy_logps (`torch.Tensor` of shape `(|a|,)`):
+        policy_logps (`torch.Tensor` of shape `(S,)`):
             Log-probabilities under the policy that was to be sampled.
-        sampling_logps (`torch.Tensor` of shape `(|a|,)`):
+        sampling_logps (`torch.Tensor` of shape `(S,)`):
             Log-probabilities that the sampler reported; NaN where it reported none (no correction there).
+        lengths (`torch.Tensor` of shape `(n,)`):
+            Numbers of tokens of the actions; they add up to `S`.
         mode (`str`):
             `"token_truncate"`, `"token_mask"`, `"sequence_truncate"` or `"sequence_mask"`.
         clip_min (`float`, *optional*), clip_max (`float`, *optional*):
             Bounds of the ratio.
 
     Returns:
-        `torch.Tensor` of shape `()`
+        `torch.Tensor` of shape `(n,)`:
+            Weights; 1 for an action of which the sampler reported nothing.
     """
-    return sampler_ratios(policy_logps, sampling_logps, mode, clip_min, clip_max).mean()
+    weights = sampler_ratios(policy_logps, sampling_logps, lengths, mode, clip_min, clip_max)
+    if mode.startswith("token"):
+        weights = segment_sums(weights, lengths) / lengths
+    return torch.where(is_reported(sampling_logps, lengths), weights, 1.0)
+
+
+def is_reported(sampling_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Whether the sampler reported the log-probability of any token of each action: `(S,)` to `(n,)`."""
+    return segment_sums((~sampling_logps.isnan()).to(sampling_logps), lengths) > 0
 
 
 def keep_on_policy(
-    weight: torch.Tensor, new_logps: torch.Tensor, behaviour_logps: torch.Tensor, threshold: float
+    weights: torch.Tensor,
+    new_logps: torch.Tensor,
+    behaviour_logps: torch.Tensor,
+    lengths: torch.Tensor,
+    threshold: float,
 ) -> torch.Tensor:
     """
-    Off-policy sequence mask of DeepSeek-V3.2 (arXiv 2512.02556, Eq. 9) for one action.
+    Off-policy sequence mask of DeepSeek-V3.2 (arXiv 2512.02556, Eq. 9) for `n` actions, which lie one after another.
 
     Args:
-        weight (`torch.Tensor` of shape `()`):
-            Turn weight `M`.
-        new_logps (`torch.Tensor` of shape `(|a|,)`), behaviour_logps (`torch.Tensor` of shape `(|a|,)`):
-            Log-probabilities under the current parameters and under the policy that sampled.
+        weights (`torch.Tensor` of shape `(n,)`):
+            Turn weights `M`.
+        new_logps (`torch.Tensor` of shape `(S,)`), behaviour_logps (`torch.Tensor` of shape `(S,)`):
+            Log-probabilities under the current parameters and under the policy that sampled; NaN where it is unknown.
+        lengths (`torch.Tensor` of shape `(n,)`):
+            Numbers of tokens of the actions; they add up to `S`.
         threshold (`float`):
             Largest mean difference at which an action with a negative weight is kept.
 
     Returns:
-        `torch.Tensor` of shape `()`:
-            1 to keep the action's surrogate, 0 to drop it.
+        `torch.Tensor` of shape `(n,)`:
+            1 to keep an action's surrogate, 0 to drop it.
     """
-    divergence = (behaviour_logps - new_logps.detach()).nan_to_num(nan=0.0).mean()
-    return ((weight >= 0) | (divergence <= threshold)).to(new_logps.dtype)
+    divergence = (behaviour_logps - new_logps.detach()).nan_to_num(nan=0.0)
+    mean_divergence = segment_sums(divergence, lengths) / lengths
+    return ((weights >= 0) | (mean_divergence <= threshold)).to(new_logps.dtype)

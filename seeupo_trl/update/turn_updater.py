@@ -161,6 +161,8 @@ class TurnUpdater:
                 loss of the iteration.
         """
         start = perf_counter()
+        # the check may end in another layout, and that one has to keep within the budget
+        self.scorer.check(self.buffer, self.plan.keys(), self.log_probs.model, self.lock_step)
         self.plan.check_budget(self.scorer, self.config.max_tokens_per_microbatch)
         self._score_before_updates()
         self.record.seconds["old_pass"] = perf_counter() - start
@@ -188,6 +190,8 @@ class TurnUpdater:
         """Names and values of what the update logs, over all processes. Must be called on every process."""
         record = self.record
         values = record.metrics.reduce(self.lock_step)
+        if self.scorer.noise_floor is not None:
+            values["ratio/noise_floor"] = self.scorer.noise_floor
         values["turn_updates"] = len(self.plan.blocks)
         values["optimizer_steps"] = self.plan.num_steps
         if self.entropy_bonus.is_enabled:
@@ -235,7 +239,6 @@ class TurnUpdater:
     def _score_before_updates(self) -> None:
         """Log-probabilities under `theta_k` and under the reference that no later pass yields anyway."""
         keys = self.plan.keys()
-        self.scorer.check(self.buffer, keys, self.log_probs.model, self.lock_step)
         if self.reference is not None:
             self.log_probs.score_reference(keys, self.reference)
         first = self.plan.first_step
@@ -263,13 +266,19 @@ class TurnUpdater:
             own = {key: values for key, values in logps.items() if step.block.first <= key[1] <= step.block.last}
             self.log_probs.old.update(own)
 
-    def _sampled(self, index: int, block: Block) -> torch.Tensor | None:
-        """The sampler's log-probabilities of one action, shape `(|a|,)`, where the sampler reported them."""
-        turns = [self.buffer.turn(key) for key in self.buffer.turns_in(index, block)]
-        if any(turn.sampling_logps is None for turn in turns):
-            return None
-        values = [torch.nan if logp is None else logp for turn in turns for logp in turn.sampling_logps]
-        return torch.tensor(values, device=self.lock_step.device)
+    def _sampled(self, turns: list[list[Key]]) -> torch.Tensor:
+        """
+        The sampler's log-probabilities of the actions that some trajectories' turns make up, one after another, shape
+        `(S,)`; NaN for tokens without one, and for actions with a turn of which the sampler reported none.
+        """
+        values: list[float] = []
+        for keys in turns:
+            action = [self.buffer.turn(key) for key in keys]
+            if any(turn.sampling_logps is None for turn in action):
+                values += [torch.nan] * sum(len(turn.action_ids) for turn in action)
+            else:
+                values += [torch.nan if logp is None else logp for turn in action for logp in turn.sampling_logps]
+        return torch.tensor(values).to(self.lock_step.device, non_blocking=True)
 
     # ---- One optimizer step ----
 
@@ -344,7 +353,8 @@ class TurnUpdater:
         actions = self._actions(indices, block, scores)
         entropy_weight = self.entropy_bonus.weight if self.entropy_bonus.is_enabled else None
         settings = replace(self.settings, entropy_weight=entropy_weight)
-        weights = actions.new.new_tensor([self.weights[i] for i in indices])  # (n,)
+        weights = torch.tensor([self.weights[i] for i in indices], dtype=actions.new.dtype)  # (n,)
+        weights = weights.to(actions.new.device, non_blocking=True)
         loss = turn_loss(actions, weights, settings, self.surrogate)
         updates, entropy, tokens = self.record.metrics.add_micro_batch(
             block, indices, actions, loss, self._scale, self.weights
@@ -363,7 +373,7 @@ class TurnUpdater:
             old=_in_a_row(turns, self.log_probs.old),
             entropies=_in_a_row(turns, {key: score.entropies for key, score in scores.items()}),
             start=_in_a_row(turns, self.log_probs.start) if self._corrects_sampler else None,
-            sampled=[self._sampled(i, block) for i in indices] if self._needs_sampled else None,
+            sampled=self._sampled(turns) if self._needs_sampled else None,
             reference=None if self.reference is None else _in_a_row(turns, self.log_probs.reference),
         )
 
@@ -376,4 +386,4 @@ def _in_a_row(turns: list[list[Key]], values: dict[Key, torch.Tensor]) -> torch.
 def _lengths(turns: list[list[Key]], values: dict[Key, torch.Tensor]) -> torch.Tensor:
     """Numbers of tokens of those actions, shape `(n,)`."""
     lengths = [sum(len(values[key]) for key in keys) for keys in turns]
-    return torch.tensor(lengths, device=values[turns[0][0]].device)
+    return torch.tensor(lengths).to(values[turns[0][0]].device, non_blocking=True)

@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("output")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--kill", nargs=2)
+    parser.add_argument("--cuda", action="store_true", help="on a GPU, with `full_determinism`")
     options = parser.parse_args()
     torch.set_num_threads(1)
     args = SeeUPOConfig(
@@ -71,7 +72,8 @@ def main() -> None:
         save_steps=1,
         save_total_limit=2,
         bf16=False,
-        use_cpu=True,
+        use_cpu=not options.cuda,
+        full_determinism=options.cuda,
         report_to="none",
         logging_steps=1,
     )

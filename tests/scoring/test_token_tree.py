@@ -16,7 +16,7 @@ from seeupo_trl import SeeUPOConfig
 from seeupo_trl.scoring import trees
 from seeupo_trl.scoring.rows import RowBatch
 from seeupo_trl.scoring.token_tree import build_tree, common_prefix, partition, tree_size
-from seeupo_trl.scoring.tree_attention import FLEX, FLEX_BLOCK, flex_length, tree_block_mask
+from seeupo_trl.scoring.tree_attention import FLEX, FLEX_BLOCK, SHORTEST_FLEX_LENGTH, flex_length, tree_block_mask
 from seeupo_trl.scoring.trees import TreeBatch, TreeScorer
 from seeupo_trl.scoring.turn_buffer import TurnBuffer
 from seeupo_trl.trajectory import Trajectory, Turn
@@ -306,7 +306,8 @@ def test_block_mask_is_the_mask_of_the_tree(prompt, lengths, seed):
 def test_padding_for_flex_attention_is_small_and_takes_few_lengths(num_tokens):
     length = flex_length(num_tokens)
     assert length >= num_tokens and length % FLEX_BLOCK == 0
-    assert length - num_tokens < max(FLEX_BLOCK, num_tokens / 31)
+    assert length == SHORTEST_FLEX_LENGTH or length - num_tokens < max(FLEX_BLOCK, num_tokens / 31)
+    assert length >= SHORTEST_FLEX_LENGTH
     assert len({flex_length(n) for n in range(8193, 16385)}) == 32
 
 
@@ -317,7 +318,7 @@ def test_flex_attention_scores_are_those_of_branches(tiny_dir, monkeypatch):
     scores = []
     for implementation in (None, FLEX):
         if implementation is not None:
-            monkeypatch.setattr(trees, "tree_implementation", lambda model: FLEX)
+            monkeypatch.setattr(trees, "tree_implementation", lambda model, device: FLEX)
         scorer = scorer_of(model)
         scorer._fused_head = False
         (batch,) = scorer.micro_batches(buffer, keys_of(buffer), 3)

@@ -1,17 +1,20 @@
-"""The comparison of the first tree with rows leaves a model as it was, and keeps within the budget of tokens."""
+"""The check of the first tree: what it finds, and that it leaves a model as it was and keeps within the budget."""
 
 import warnings
 
 import pytest
 import torch
-from against_oracle import load_model, train
+from against_oracle import TOLERANCE, load_model, parameters_of, relative_error, train
 from fixed_rollouts import NUM_TRAJECTORIES, make_iteration, ragged_rollouts, rewrite_contexts
 from peft import LoraConfig, get_peft_model
 from tiny import save_tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from seeupo_trl.scoring import tree_check, trees
 from seeupo_trl.scoring.deterministic import without_noise
+from seeupo_trl.scoring.tree_attention import BRANCHES, FLEX
+from seeupo_trl.scoring.tree_check import logps_tolerance, reason_against_attention
 from seeupo_trl.scoring.trees import TreeScorer
 
 
@@ -46,7 +49,7 @@ def test_dropout_does_not_make_trees_and_rows_disagree(tiny_dir, tmp_path):
     for layer in model.base_model.model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Log-probabilities computed on a token tree")
+        warnings.filterwarnings("error", message="Trees cannot be used for this model")
         train(model, ragged_rollouts()[:1], tmp_path, packing="tree")
 
 
@@ -106,3 +109,67 @@ def test_an_iteration_asks_once_whether_it_has_a_branching_tree(tiny_dir, tmp_pa
     train(load_model(tiny_dir), ragged_rollouts()[:2], tmp_path, packing="tree", beta=0.1)
     # of the policy and of the reference, in each of two iterations
     assert len(asked) == 4 and len(set(map(id, asked))) == 2
+
+
+# --- What it finds ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernel_without_backward(monkeypatch):
+    """`flex_attention` on a CPU, which PyTorch compiles for forward passes only."""
+    monkeypatch.setattr(trees, "tree_implementation", lambda model, device: FLEX)
+
+
+def test_a_backward_pass_that_fails_ends_in_rows(kernel_without_backward, tiny_dir, tmp_path, oracle_on_ragged):
+    model = load_model(tiny_dir)
+    start = parameters_of(model)
+    with pytest.warns(UserWarning, match="Trees cannot be used for this model: its attention on a tree fails"):
+        trained = train(model, ragged_rollouts(), tmp_path, packing="tree")[-1]
+    assert relative_error(trained, oracle_on_ragged(), start) < TOLERANCE[torch.float64]
+
+
+def test_rows_after_trees_keep_within_the_budget_or_are_refused(tiny_dir, tmp_path, monkeypatch):
+    """Two turns with rewritten contexts share a tree, but not a row."""
+    iterations = [make_iteration(1, [4] * NUM_TRAJECTORIES)]
+    settings = {
+        "turns": [rewrite_contexts(iterations[0], 0)],
+        "packing": "tree",
+        "max_tokens_per_microbatch": LONGEST,
+    }
+    train(load_model(tiny_dir), iterations, tmp_path, **settings)
+    monkeypatch.setattr(trees, "reason_against_attention", lambda *args: "its attention does not compile")
+    model = load_model(tiny_dir)
+    start = parameters_of(model)
+    with pytest.warns(UserWarning, match="Trees cannot be used"), pytest.raises(ValueError, match="Raise it to at"):
+        train(model, iterations, tmp_path, **settings)
+    assert all(torch.equal(start[name], value) for name, value in parameters_of(model).items())
+
+
+def test_wrong_gradients_are_found_where_the_output_is_right(tiny_dir, monkeypatch):
+    model = load_model(tiny_dir, torch.float32)
+    cpu = torch.device("cpu")
+    assert reason_against_attention(model, BRANCHES, torch.float32, cpu) is None
+    assert reason_against_attention(model, BRANCHES, torch.bfloat16, cpu) is None
+    attend = tree_check.AttentionInterface()[BRANCHES]
+
+    def doubled_gradient(module, query, key, value, mask, **kwargs):
+        value = 2 * value - value.detach()
+        return attend(module, query, key, value, mask, **kwargs)
+
+    monkeypatch.setattr(tree_check, "AttentionInterface", lambda: {BRANCHES: doubled_gradient})
+    assert "is off by" in reason_against_attention(model, BRANCHES, torch.float32, cpu)
+
+
+def test_the_tolerance_is_that_of_the_precision(monkeypatch):
+    cpu = torch.device("cpu")
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    tolerances = [logps_tolerance(dtype, cpu) for dtype in dtypes]
+    assert tolerances == sorted(set(tolerances))
+    # TensorFloat-32 has the digits of float16
+    monkeypatch.setattr(tree_check, "rounds_float32", lambda device: True)
+    assert logps_tolerance(torch.float32, cpu) == tolerances[2]
+    assert logps_tolerance(torch.bfloat16, cpu) == tolerances[3]
+
+
+def test_float32_is_not_rounded_on_a_cpu():
+    assert not tree_check.rounds_float32(torch.device("cpu"))

@@ -372,6 +372,9 @@ def test_what_is_used_of_the_vllm_backend():
         assert f"self.{name} = " in backend, f"VLLMGeneration sets no `{name}` {VERSIONS}: see vllm.py."
     for use in ("self.llm.sleep(level=2)", "self._llm_weights_sleeping = True", 'wake_up(tags=["kv_cache"])'):
         assert use in backend, f"VLLMGeneration handles sleep mode differently {VERSIONS}: see kept_awake."
+    for use in ("self._iter_named_params()", "model.merge_adapter()", "model.unmerge_adapter()"):
+        assert use in backend, f"VLLMGeneration reads adapters differently {VERSIONS}: see adapter_sync.py."
+    assert parameters(VLLMGeneration._fix_param_name_to_vllm) == ["self", "name", "extra_prefixes"], VERSIONS
     for use in ("self.session = ", "self.base_url = ", "/v1/models"):
         assert use in client, f"VLLMClient has no {use!r} {VERSIONS}: see engine_limits."
     trainer = inspect.getsource(GRPOTrainer)

@@ -18,6 +18,12 @@ def flat(rows):
     return torch.tensor([value for row in rows for value in row], dtype=torch.float64)
 
 
+def reported_by_sampler(rows):
+    """What the sampler says about each action, `None` where it says nothing."""
+    rows = [[math.nan] * n if row is None else row for n, row in zip(LENGTHS, rows, strict=True)]
+    return flat(rows)
+
+
 def loss_of(sampled=None, start=None, **settings):
     actions = Actions(
         lengths=torch.tensor(LENGTHS),
@@ -25,7 +31,7 @@ def loss_of(sampled=None, start=None, **settings):
         old=flat(OLD),
         entropies=flat([[1.0], [2.0, 4.0, 6.0], [3.0, 5.0]]),
         start=start,
-        sampled=sampled,
+        sampled=sampled and reported_by_sampler(sampled),
         reference=flat(OLD),
     )
     settings = LossSettings(**{"epsilon_low": 0.2, "epsilon_high": 0.2, **settings})
@@ -62,14 +68,14 @@ def test_kl_and_entropy_are_means_over_the_tokens_of_an_action():
 @pytest.mark.parametrize("reported", [True, False])
 def test_actions_far_from_the_sampler_with_a_negative_weight_are_masked(reported):
     """The third action has moved by 0.65 a token from the denominator, by 0.1 from what the sampler says."""
-    sampled = [None, None, torch.tensor([-0.6, -0.8]) if reported else None]
+    sampled = [None, None, [-0.6, -0.8] if reported else None]
     loss = loss_of(sampled=sampled, off_policy_mask_threshold=0.5)
     kept = [1.0, 1.0, 1.0 if reported else 0.0]
     assert loss.losses.tolist() == pytest.approx([-k * value for k, value in zip(kept, surrogates(), strict=True)])
 
 
 def test_the_correction_for_the_sampler_is_one_where_it_reported_nothing():
-    sampled = [None, torch.tensor([-0.6, -2.0, math.nan]), None]
+    sampled = [None, [-0.6, -2.0, math.nan], None]
     loss = loss_of(sampled=sampled, start=flat(OLD), sampler_correction=("sequence_truncate", None, 1.05))
     assert loss.sampler_weights.tolist() == pytest.approx([1.0, 1.05, 1.0])
 

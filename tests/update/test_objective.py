@@ -116,11 +116,15 @@ def test_turn_weight_stays_a_number_for_absurd_ratios():
 def test_sampler_correction_in_each_mode(mode, expected):
     policy = torch.tensor([8.0, 0.5, 1.0]).log()
     sampler = torch.tensor([0.0, 0.0, math.nan])  # a token the sampler did not score is not corrected
-    assert sampler_correction(policy, sampler, mode, clip_min=None, clip_max=2.0).item() == pytest.approx(expected)
+    # a second action, of which the sampler reported nothing
+    policy, sampler = torch.cat([policy, policy[:2]]), torch.cat([sampler, torch.full((2,), math.nan)])
+    weights = sampler_correction(policy, sampler, torch.tensor([3, 2]), mode, clip_min=None, clip_max=2.0)
+    assert weights.tolist() == pytest.approx([expected, 1.0])
 
 
 def test_off_policy_mask_drops_only_unlikely_actions_with_a_negative_weight():
     new, sampled = torch.tensor([-3.0, -3.0]), torch.tensor([-1.0, -1.0])
-    assert keep_on_policy(torch.tensor(-1.0), new, sampled, threshold=0.5) == 0
-    assert keep_on_policy(torch.tensor(1.0), new, sampled, threshold=0.5) == 1
-    assert keep_on_policy(torch.tensor(-1.0), new, sampled, threshold=2.5) == 1
+    new, sampled = new.repeat(2), sampled.repeat(2)  # two actions, the second with a positive weight
+    weights, lengths = torch.tensor([-1.0, 1.0]), torch.tensor([2, 2])
+    assert keep_on_policy(weights, new, sampled, lengths, threshold=0.5).tolist() == [0, 1]
+    assert keep_on_policy(weights, new, sampled, lengths, threshold=2.5).tolist() == [1, 1]
