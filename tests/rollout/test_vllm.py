@@ -106,7 +106,8 @@ def test_the_sampler_gets_the_weights_once_an_iteration_and_never_between_turn_u
     assert iterations == 3
     assert re.fullmatch("(sg+u+){3}(sg+)?", run.events), run.events
     assert run.events.count("s") == iterations + ("eval_steps" in SCENARIOS[run.scenario][0])
-    assert (max(map(len, re.findall("g+", run.events))) > 1) == (run.scenario in ("tools", "lock step"))
+    if run.scenario != "environment":  # which evaluates in several batches between the iterations
+        assert (max(map(len, re.findall("g+", run.events))) > 1) == (run.scenario in ("tools", "lock step"))
     assert (max(map(len, re.findall("u+", run.events))) > 1) == (run.scenario != "single turns")
 
 
