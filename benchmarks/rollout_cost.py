@@ -458,7 +458,7 @@ def own_table(args: argparse.Namespace) -> None:
                 total = time.process_time() - start
                 rollout.close()
                 if args.profile:
-                    pstats.Stats(profile).sort_stats("cumulative").print_stats(75)
+                    pstats.Stats(profile).sort_stats("cumulative").print_stats(45)
                 turns = sum(len(trajectory.turns) for trajectory in output["trajectories"])
                 tokens = sum(len(t.turns[-1].context_ids) for t in output["trajectories"]) / number
                 own = total - in_environments[0] - trainer.cpu_seconds

