@@ -1,7 +1,8 @@
 """
-What a rollout costs beside the policy's new tokens: encoding contexts again, and the rollout's own bookkeeping.
+What a rollout costs beside the policy's new tokens: encoding contexts again, waiting, and the rollout's
+own bookkeeping.
 
-    python benchmarks/rollout_cost.py                       # both tables, four minutes on one CPU core
+    python benchmarks/rollout_cost.py                       # three tables, five minutes on one CPU core
     python benchmarks/rollout_cost.py --parts generation --device cuda --dtype bfloat16 --run-model 0.6B --scale 1
 
 *generation* plays episodes whose lengths are given, on the transformers backend: "anew" is TRL's call, which encodes
@@ -13,12 +14,17 @@ each in a process of its own; memory is what the rollout adds to the process.
 *decode* generates responses of lognormal length for groups of equal contexts with SmolLM2-135M's shapes. "lock step"
 is `CachedGeneration`, one call for all; "one by one" is `TransformersSampler`. Tokens are those of the responses.
 
-*own* plays `--episodes` BFCL episodes at once with a policy that answers in no time. What the rollout takes for itself
-is the CPU time of the process without the time in the environments' methods and in the policy.
+*barrier* plays both schedules of a rollout in simulated time (`rollout_barrier.py`): "lock step", and "free", where no
+episode waits for another. "undelayed" is what that would take if a schedule took no time, "bound" what no order of
+requests can undercut.
+
+*own* plays `--episodes` BFCL episodes at once with a policy that answers in no time, in both schedules. What the
+rollout takes for itself is the CPU time of the process without the time in the environments' methods and the policy.
 """
 
 import argparse
 import cProfile
+import functools
 import json
 import pstats
 import subprocess
@@ -26,11 +32,13 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from datasets import Dataset
+from rollout_barrier import barrier_table
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoTokenizer,
@@ -48,7 +56,7 @@ from update_schedules import SHAPES, Shape
 
 from seeupo_trl.rollout import MultiTurnRollout, environment_reward, transformers_sampler
 from seeupo_trl.rollout.cached_generation import CachedGeneration
-from seeupo_trl.rollout.sampler import Request
+from seeupo_trl.rollout.sampler import Request, Response
 from seeupo_trl.rollout.transformers_sampler import TransformersSampler
 from seeupo_trl.rollout.turn_ends import TurnEnds
 
@@ -339,18 +347,48 @@ CALLS = [
 class InstantPolicy(GRPOTrainer):
     """A policy that answers with one tool call or another, at once."""
 
-    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+    cpu_seconds = 0.0
+
+    @functools.cached_property
+    def responses(self) -> list[list[int]]:
+        texts = [
+            f'<tool_call>\n{{"name": "{name}", "arguments": {json.dumps(arguments)}}}\n</tool_call><|im_end|>'
+            for name, arguments in CALLS
+        ]
+        return [self.processing_class(text)["input_ids"] for text in texts]
+
+    def respond(self, number: int, context: list[int]) -> list[int]:
         start = time.process_time()
-        if not hasattr(self, "responses"):
-            texts = [
-                f'<tool_call>\n{{"name": "{name}", "arguments": {json.dumps(arguments)}}}\n</tool_call><|im_end|>'
-                for name, arguments in CALLS
-            ]
-            self.responses = [self.processing_class(text)["input_ids"] for text in texts]
-            self.cpu_seconds = 0.0
-        responses = [list(self.responses[(i + len(ids)) % len(self.responses)]) for i, ids in enumerate(prompt_ids)]
+        response = list(self.responses[(number + len(context)) % len(self.responses)])
         self.cpu_seconds += time.process_time() - start
-        return responses, None
+        return response
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        return [self.respond(number, context) for number, context in enumerate(prompt_ids)], None
+
+    def rollout_sampler(self, ends, settings) -> "InstantSampler":
+        return InstantSampler(self)
+
+
+class InstantSampler:
+    """Has the policy answer all requests whenever it is asked."""
+
+    def __init__(self, trainer: InstantPolicy):
+        self.trainer = trainer
+        self.requests: list[Request] = []
+
+    def submit(self, request: Request) -> None:
+        self.requests.append(request)
+
+    def poll(self, timeout: float | None) -> list[Response]:
+        requests, self.requests = self.requests, []
+        return [Response(r.key, self.trainer.respond(r.key, r.context_ids)) for r in requests]
+
+    def forget(self, key: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def timed(environment_class, seconds: list[float]):
@@ -393,45 +431,52 @@ def own_table(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(args.tokenizer)
     tasks = load_bfcl(split="all")
-    rows = [tasks[i] for i in range(args.episodes // GROUP_SIZE) for _ in range(GROUP_SIZE)]
     others = [tasks[len(tasks) - 1 - i] for i in range(GROUP_SIZE)]
     in_environments = [0.0]
     model = random_model((16, 16, 1, 2, 1, 8, len(tokenizer)), "cpu", torch.float32)
+    print("\nOwn time with BFCL episodes, all at once\n")
+    print("| episodes | | turns | tokens at the end | environments, CPU s | own, CPU s | ms a turn |")
+    print("|---:|---|---:|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as directory:
         trainer = make_trainer(model, tokenizer, directory, InstantPolicy, max_completion_length=256)
-        rollout = MultiTurnRollout(timed(BfclEnvironment, in_environments), max_turns=args.turns)
-        trainer.rollout_inputs = others  # where SeeUPOTrainer puts the dataset's rows
-        rollout([row["prompt"] for row in others], trainer)  # reads data files, compiles templates
-        trainer.rollout_inputs = rows
-        in_environments[0] = trainer.cpu_seconds = 0.0
-        profile = cProfile.Profile() if args.profile else None
-        start = time.process_time()
-        if profile is None:
-            output = rollout([row["prompt"] for row in rows], trainer)
-        else:
-            output = profile.runcall(rollout, [row["prompt"] for row in rows], trainer)
-        total = time.process_time() - start
-    if profile is not None:
-        pstats.Stats(profile).sort_stats("cumulative").print_stats(45)
-    turns = sum(len(trajectory.turns) for trajectory in output["trajectories"])
-    tokens = sum(len(t.turns[-1].context_ids) for t in output["trajectories"]) / len(output["trajectories"])
-    rounds = max(len(trajectory.turns) for trajectory in output["trajectories"])
-    own = total - in_environments[0] - trainer.cpu_seconds
-    generation = args.generation_seconds * rounds
-    print(f"\nOwn time, {args.episodes} BFCL episodes at once, {turns} turns, {tokens:.0f} tokens at the end\n")
-    print("| | CPU s | ms a turn |")
-    print("|---|---:|---:|")
-    for name, seconds in (("environments", in_environments[0]), ("own", own)):
-        print(f"| {name} | {seconds:.2f} | {1000 * seconds / turns:.2f} |")
-    share = own / (own + in_environments[0] + generation)
-    print(
-        f"\nIf generation takes {args.generation_seconds:g} s for a turn of all episodes: {share:.1%} of the rollout."
-    )
+        for number in args.episodes:
+            rows = [tasks[i % len(tasks)] for i in range(number // GROUP_SIZE) for _ in range(GROUP_SIZE)]
+            for schedule in ("lock step", "free"):
+                rollout = MultiTurnRollout(
+                    timed(BfclEnvironment, in_environments),
+                    max_turns=args.turns,
+                    lock_step_rollouts=schedule == "lock step",
+                )
+                trainer.rollout_inputs = others  # where SeeUPOTrainer puts the dataset's rows
+                rollout([row["prompt"] for row in others], trainer)  # reads data files, compiles templates
+                trainer.rollout_inputs = rows
+                in_environments[0] = trainer.cpu_seconds = 0.0
+                profile = cProfile.Profile(time.thread_time) if args.profile else nullcontext()
+                start = time.process_time()
+                with profile:
+                    output = rollout([row["prompt"] for row in rows], trainer)
+                total = time.process_time() - start
+                rollout.close()
+                if args.profile:
+                    pstats.Stats(profile).sort_stats("cumulative").print_stats(45)
+                turns = sum(len(trajectory.turns) for trajectory in output["trajectories"])
+                tokens = sum(len(t.turns[-1].context_ids) for t in output["trajectories"]) / number
+                own = total - in_environments[0] - trainer.cpu_seconds
+                print(
+                    f"| {number} | {schedule} | {turns:,} | {tokens:,.0f} | {in_environments[0]:.2f} | {own:.2f} "
+                    f"| {1000 * own / turns:.2f} |",
+                    flush=True,
+                )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=("generation", "decode", "own"), default=["generation", "own"])
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=("generation", "barrier", "decode", "own"),
+        default=["generation", "barrier", "own"],
+    )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["bfcl", "think"])
     parser.add_argument("--groups", type=int, default=1)
     parser.add_argument("--count-model", choices=MODELS, default="0.6B", help="model whose FLOPs are counted")
@@ -439,9 +484,9 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=0.1, help="factor of all lengths in the runs")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--episodes", type=int, default=64)
-    parser.add_argument("--turns", type=int, default=10)
-    parser.add_argument("--generation-seconds", type=float, default=1.0, help="assumed time of a round of generation")
+    parser.add_argument("--seeds", type=int, default=8, help="of the part `barrier`")
+    parser.add_argument("--episodes", type=int, nargs="+", default=[64, 256, 1024], help="of the part `own`")
+    parser.add_argument("--turns", type=int, default=10, help="of the part `own`")
     parser.add_argument("--rows", type=int, default=32, help="of the part `decode`")
     parser.add_argument("--context", type=int, default=500, help="tokens of a context of the part `decode`")
     parser.add_argument("--median", type=int, default=40, help="median length of a response of the part `decode`")
@@ -463,6 +508,8 @@ def main() -> None:
         return
     if "generation" in args.parts:
         generation_table(args)
+    if "barrier" in args.parts:
+        barrier_table(args.seeds)
     if "decode" in args.parts:
         decode_table(args)
     if "own" in args.parts:

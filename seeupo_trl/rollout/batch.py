@@ -101,6 +101,7 @@ class RolloutBatch:
         self._chat = chat
         self._contexts = contexts_for(settings.history, chat)
         self._occasion = occasion(trainer)
+        self._openings: dict[int, int] = {}  # checksums of the opening contexts, by episode
         self._first = 0  # number of this process's first episode in the batch of all
 
     def play(self, tasks: list[dict[str, Any]]) -> None:
@@ -144,9 +145,10 @@ class RolloutBatch:
 
     def request(self, episode: Episode) -> Request:
         """What the policy is asked for, with a seed that no other response of the run has."""
-        opening = episode.turns[0].context_ids if episode.turns else episode.context_ids
+        if not episode.turns:
+            self._openings[episode.key] = zlib.crc32(np.array(episode.context_ids).tobytes())
         number = self._first + episode.key
-        name = f"{self._occasion} {number} {len(episode.turns)} {zlib.crc32(np.array(opening).tobytes())}"
+        name = f"{self._occasion} {number} {len(episode.turns)} {self._openings[episode.key]}"
         return Request(episode.key, episode.context_ids, random.Random(name).getrandbits(31))
 
     def act(self, episode: Episode, action_ids: list[int], logps: list[float] | None) -> None:

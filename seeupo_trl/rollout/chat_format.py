@@ -6,13 +6,15 @@ import copy
 import inspect
 import json
 import logging
-import re
+from collections.abc import Sequence
 from datetime import date
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_parsing.response_templates import load_response_template
 from trl.chat_template_utils import (
     add_response_schema,
     get_training_chat_template,
@@ -65,6 +67,7 @@ class ChatFormat:
         self.template_kwargs: dict[str, Any] = trainer.chat_template_kwargs
         self._reads_parts = self._finds_text_in_parts()
         self._renderings: dict[str, np.ndarray] = {}
+        self._end_of = lru_cache(REMEMBERED_RENDERINGS)(self._find_end)
         self.end_of_message = self._find_end_of_message(trainer.eos_token_ids)
         self.eos_token_ids: list[int] = [*trainer.eos_token_ids, *self.end_of_message]
         self.chat_template = self._choose_template()
@@ -107,9 +110,8 @@ class ChatFormat:
             after = self._tokenize([*dialogue, *messages], chat_template, add_generation_prompt=True)
             shared = shared_length(before, after)
             # what a template writes after the end of a message (Qwen: a newline) was not generated: it is the suffix's
-            ends = (i for i in range(shared) if before[i] in self.eos_token_ids and self._is_blank(before[i + 1 :]))
-            end = next(ends, None)
-            if end is not None:
+            end = self._end_of(tuple(before))
+            if end < shared:
                 return after[end if ends_message else end + 1 :]
             if shared == len(before):
                 return after[shared:]
@@ -151,7 +153,12 @@ class ChatFormat:
         except (ValueError, TypeError, RecursionError):
             return False
 
-    def _is_blank(self, token_ids: list[int]) -> bool:
+    def _find_end(self, token_ids: tuple[int, ...]) -> int:
+        """Where the last message of a conversation ends: at the first end that no text follows."""
+        ends = (i for i, token_id in enumerate(token_ids) if token_id in self.eos_token_ids)
+        return next((i for i in ends if self._is_blank(token_ids[i + 1 :])), len(token_ids))
+
+    def _is_blank(self, token_ids: Sequence[int]) -> bool:
         return not self.tokenizer.decode([i for i in token_ids if i not in self.eos_token_ids]).strip()
 
     def _tail(self, context_ids: list[int]) -> list[int]:
@@ -159,12 +166,8 @@ class ChatFormat:
         template = getattr(self._parser, "response_template", None)
         if template is None:  # a parser of the older kind does not look at contexts at all
             return context_ids
-        heads = template.get("start_anchor", [])
-        pattern = template.get("start_anchor_pattern") or "|".join(
-            re.escape(head) for head in ([heads] if isinstance(heads, str) else heads)
-        )
         tail = context_ids[-TAIL_LENGTH:]
-        return tail if pattern and re.search(pattern, self.tokenizer.decode(tail)) else context_ids
+        return tail if template.start_anchor_re.search(self.tokenizer.decode(tail)) else context_ids
 
     def _tokenize_once(self, messages: list[Message], chat_template: str | None, **kwargs: Any) -> list[int]:
         """The same for conversations that come again, as the opening does in each episode of a group."""
@@ -245,16 +248,18 @@ class ChatFormat:
 
     def _build_parser(self) -> PreTrainedTokenizerBase | None:
         parser = copy.deepcopy(self.tokenizer)
-        if getattr(parser, "response_template", None) is not None:
-            return parser
-        try:
-            return add_response_schema(parser)
-        except ValueError:
-            logger.warning(
-                "TRL does not know how to parse responses in this tokenizer's chat format: environments get plain "
-                "text and no tool calls. Set `tokenizer.response_template`, or use a chat template TRL knows."
-            )
-            return None
+        if getattr(parser, "response_template", None) is None:
+            try:
+                add_response_schema(parser)
+            except ValueError:
+                logger.warning(
+                    "TRL does not know how to parse responses in this tokenizer's chat format: environments get plain "
+                    "text and no tool calls. Set `tokenizer.response_template`, or use a chat template TRL knows."
+                )
+                return None
+        if getattr(parser, "response_template", None) is not None:  # else compiled anew for each response
+            parser.response_template = load_response_template(parser.response_template)
+        return parser
 
 
 def _in_one_part(message: Message) -> Message:

@@ -141,6 +141,16 @@ class EnvironmentPool:
             self._instances.remove(instance)
             _close_all([instance])
 
+    def pending_calls(self, timeout: float | None) -> "PendingCalls":
+        """
+        Calls of environments of this pool, none yet.
+
+        Args:
+            timeout (`float`, *optional*):
+                As in [`PendingCalls`].
+        """
+        return PendingCalls(self, timeout)
+
     def call(self, calls: list[tuple[Instance, Callable[[], Any]]], timeout: float | None) -> list["CallOutcome"]:
         """
         Run functions at the same time, each in the thread of its environment.
@@ -155,7 +165,7 @@ class EnvironmentPool:
         Returns:
             `list[CallOutcome]`: one for each function.
         """
-        pending = PendingCalls(self, timeout)
+        pending = self.pending_calls(timeout)
         for key, (instance, function) in enumerate(calls):
             pending.make(key, instance, function)
         outcomes = {}

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any
 
-from .environment_pool import CallOutcome, PendingCalls
+from .environment_pool import CallOutcome
 from .episode import Episode
 from .lock_step import RETRY_PAUSE
 from .sampler import Response, Sampler
@@ -49,7 +49,7 @@ class _FreePlay:
         self._sampler = sampler
         self._waiting = deque(batch.episodes)
         timeout = batch.settings.env_timeout
-        self._calls = PendingCalls(batch.environments.pool, None if timeout == math.inf else timeout)
+        self._calls = batch.environments.pool.pending_calls(None if timeout == math.inf else timeout)
         self._retries: list[tuple[float, int]] = []  # when to begin which episode again
         self._attempts = [0] * len(batch.episodes)
         self._asked: set[int] = set()
