@@ -111,7 +111,8 @@ class ToolRollout:
             self._chats[trainer].chat_template = trainer.chat_template  # chosen by TRL, for tools
         self._environments.begin_batch(trainer)
         batch = RolloutBatch(self._environments, settings, limits, self._chats[trainer], trainer)
-        batch.play(trainer.rollout_inputs)
+        batch.prepare(trainer.rollout_inputs)
+        batch.play()
         _score(batch)
         self._environments.end_batch(batch.episodes)
         for episode in batch.episodes:
