@@ -196,7 +196,8 @@ def _equal(one: Any, other: Any) -> bool:
 def loss_settings(trainer: GRPOTrainer) -> LossSettings:
     """The numbers in the loss as a [`SeeUPOTrainer`] has them now: in its attributes where GRPO has them there."""
     bounds = trainer.vllm_importance_sampling_clip_min, trainer.vllm_importance_sampling_clip_max
-    corrects = trainer.use_vllm and trainer.vllm_importance_sampling_correction
+    samples_apart = trainer.use_vllm or trainer.args.rollouts_ahead
+    corrects = samples_apart and trainer.vllm_importance_sampling_correction
     return replace(
         LossSettings.of(trainer.args),
         epsilon_low=trainer.epsilon_low,

@@ -5,6 +5,7 @@ import warnings
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 from trl import GRPOConfig
 
@@ -125,6 +126,10 @@ class SeeUPOConfig(GRPOConfig):
         max_resampling_rounds (`int`, *optional*, defaults to `3`):
             How often further tasks are drawn in an iteration with `zero_variance="resample"`, each time as many as
             there are groups without variance.
+        rollouts_ahead (`int`, *optional*, defaults to `0`):
+            With 1, the next batch of [`MultiTurnRollout`] is played while this one is updated, by the policy that the
+            update starts from. It needs a sampler with weights of its own (a vLLM server) and
+            `vllm_importance_sampling_correction`, see [`seeupo_trl.rollout.ahead`].
         lock_step_rollouts (`bool`, *optional*, defaults to `False`):
             Whether all episodes of a batch take their turns together in [`MultiTurnRollout`]. Without it an episode
             waits for no other, where the backend answers single requests.
@@ -311,6 +316,10 @@ class SeeUPOConfig(GRPOConfig):
         default=3,
         metadata={"help": "How often further tasks are drawn in an iteration with zero_variance='resample'."},
     )
+    rollouts_ahead: int = field(
+        default=0,
+        metadata={"help": "1: the next batch is played while this one is updated. Needs a vLLM server."},
+    )
     lock_step_rollouts: bool = field(
         default=RolloutSettings.lock_step_rollouts,
         metadata={"help": "Whether all episodes of a batch take their turns together, each waiting for the slowest."},
@@ -471,6 +480,8 @@ class SeeUPOConfig(GRPOConfig):
             raise ValueError(
                 f"`max_resampling_rounds` is {self.max_resampling_rounds}; give at least 1, or `zero_variance='keep'`."
             )
+        if self.rollouts_ahead:
+            self._check_rollouts_ahead()
         if self.turn_weight_clip is not None and not 0 < self.turn_weight_clip < 1:
             raise ValueError(
                 f"`turn_weight_clip` must lie between 0 and 1, or be `None` for the plain product; got "
@@ -495,6 +506,25 @@ class SeeUPOConfig(GRPOConfig):
                 "one term per turn. Leave it at 1.0."
             )
         self._translate_grpo_values()
+
+    def _check_rollouts_ahead(self) -> None:
+        if self.rollouts_ahead != 1:
+            raise ValueError(
+                f"`rollouts_ahead` is {self.rollouts_ahead}; give 0, or 1 to play the next batch while this one is "
+                "updated. A sampler that is older still would be too far from the policy."
+            )
+        if not self.vllm_importance_sampling_correction:
+            raise ValueError(
+                "`rollouts_ahead=1` trains on samples of the policy before, which is right only with "
+                "`vllm_importance_sampling_correction=True`."
+            )
+        if self.lock_step_rollouts:
+            raise ValueError("`rollouts_ahead=1` and `lock_step_rollouts=True` exclude each other; choose one.")
+        if self.save_strategy == SaveStrategy.STEPS and self.save_steps == 1:
+            raise ValueError(
+                "`rollouts_ahead=1` has no effect with `save_steps=1`: no batch outlives a checkpoint. Save less "
+                "often, or leave `rollouts_ahead` at 0."
+            )
 
     def _translate_grpo_values(self) -> None:
         """Values that GRPO has by default, or that only say how it averages, mean SeeUPO's own and warn."""
@@ -524,7 +554,8 @@ class SeeUPOConfig(GRPOConfig):
                 f"`delta={self.delta}` bounds the ratio of a clipped surrogate, and `loss_type={self.loss_type!r}` "
                 "has none. Leave `delta` unset."
             )
-        if self.loss_type == "vespo" and self.use_vllm and self.vllm_importance_sampling_correction:
+        samples_apart = self.use_vllm or self.rollouts_ahead
+        if self.loss_type == "vespo" and samples_apart and self.vllm_importance_sampling_correction:
             if not self.vllm_importance_sampling_mode.startswith("token"):
                 raise ValueError(
                     "`loss_type='vespo'` needs `vllm_importance_sampling_mode='token_truncate'` or `'token_mask'`; "

@@ -39,6 +39,7 @@ from .evaluation.outcome import describe_outcomes
 from .evaluation.silence import Silence
 from .evaluation.summary import Evaluation
 from .grpo_compatibility import check_overrides, fixed_values, loss_settings
+from .rollout.ahead import Ahead, PlaysAhead
 from .rollout.checks import checked_rollout
 from .rollout.sampler import Sampler
 from .rollout.samplers import sampler_of_backend
@@ -54,6 +55,7 @@ from .trainer_inputs import (
     check_limits,
     check_optimizer,
     check_resampling,
+    check_rollouts_ahead,
     choose_rollout,
     placeholder_dataset,
     with_environment_reward,
@@ -69,7 +71,7 @@ from .update.scorers import Scorers
 from .update.turn_updater import TurnUpdater
 
 
-class SeeUPOTrainer(ExactResume, GRPOTrainer):
+class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
     """
     Trainer for Sequence-level Sequential Update Policy Optimization (SeeUPO), introduced in the paper [SeeUPO:
     Sequence-Level Agentic-RL with Convergence Guarantees](https://huggingface.co/papers/2602.06554).
@@ -166,6 +168,7 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
             reward_funcs = with_environment_reward(reward_funcs, trainer_args)
             train_dataset = placeholder_dataset(args) if train_dataset is None else train_dataset
         check_dataset(train_dataset, args)
+        check_rollouts_ahead(args, rollout, train_dataset)
         check_optimizer(optimizers[0])
         check_deepspeed(args)
 
@@ -203,6 +206,8 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
         self._trajectory_log = TrajectoryLog(saved_in, self._tokenizer, *processes)
         self._fixed_values = fixed_values(self)
         self._info_metrics = InfoMetrics()
+        self._ahead = Ahead()
+        self._multi_turn = rollout.multi_turn
         self._close_environments = rollout.close
         self._opens_conversations = rollout.brings_reward
 
@@ -249,6 +254,9 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
         batch = self._prepare_inputs(inputs)
         episodes = checked_batch(batch)
         self._metrics["train"]["time/rollout"].append(perf_counter() - start)
+        if self.config.rollouts_ahead and self._is_followed_at_once():
+            rows = [with_plain_prompt(row) for row in self._ahead.next_rows]
+            self._ahead.start(self._multi_turn, rows, self)
 
         config = self.args.as_given()
         updater = TurnUpdater(
@@ -380,6 +388,11 @@ class SeeUPOTrainer(ExactResume, GRPOTrainer):
         if self._tool_rollout is not None or self._opens_conversations:
             rows = [{"prompt": EMPTY_PROMPT, **row} for row in rows]
         episodes = self._batch = EpisodeBatch(rows)  # TRL calls the two hooks below, which fill it
+        if self.config.rollouts_ahead and self.model.training and not self.rollout_round:
+            played = self._ahead.take(self.state.global_step)  # before TRL pushes the weights
+            self._add_metrics([("rollout/staleness", float(played is not None))])
+            if played is not None:
+                hidden["rollout_func"] = partial(checked_rollout, lambda prompts, trainer: played.output())
         with replaced(self, **hidden):
             batch = super()._generate_and_score_completions(rows)
         batch["episodes"] = episodes

@@ -44,6 +44,12 @@ class Rollout:
     brings_reward: bool = False
     close: Callable[[], None] = lambda: None
 
+    @property
+    def multi_turn(self) -> MultiTurnRollout | None:
+        """What plays message-level environments, unless it is a subclass that plays in a way of its own."""
+        rollout = self.rollout_func.args[0] if self.brings_reward else None
+        return rollout if type(rollout).__call__ is MultiTurnRollout.__call__ else None
+
 
 def choose_rollout(
     environment_factory: Callable | dict[str, Callable] | None,
@@ -128,6 +134,8 @@ def placeholder_dataset(args: SeeUPOConfig) -> Dataset:
             f"number of iterations; got {args.max_steps}."
         )
     rows = args.generation_batch_size // args.num_generations
+    if args.rollouts_ahead:  # only a batch of the same epoch is played ahead
+        rows *= args.max_steps
     return Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * rows})
 
 
@@ -144,6 +152,23 @@ def check_dataset(dataset: Any, args: SeeUPOConfig) -> None:
             f"The training dataset has {len(dataset)} rows, but one iteration takes {needed} prompts (a generation "
             f"batch of {args.generation_batch_size} completions in groups of {args.num_generations}). Give more rows, "
             "or lower `per_device_train_batch_size`, `gradient_accumulation_steps` or `steps_per_generation`."
+        )
+
+
+def check_rollouts_ahead(args: SeeUPOConfig, rollout: Rollout, dataset: Any) -> None:
+    """Refuse to play a batch ahead that cannot be, or where there is never a next one to play."""
+    if not args.rollouts_ahead:
+        return
+    if rollout.multi_turn is None:
+        raise ValueError(
+            "`rollouts_ahead=1` works with message-level environments (`MultiTurnEnvironment`, `MultiTurnRollout`), "
+            "not with TRL environments, tools or a rollout function of your own. Leave it at 0."
+        )
+    batches = len(dataset) * args.num_generations // args.generation_batch_size if isinstance(dataset, Dataset) else 2
+    if batches < 2:
+        raise ValueError(
+            "`rollouts_ahead=1` plays the next batch of the same epoch, and the training dataset has rows for one "
+            "batch only. Give more rows (`concatenate_datasets([dataset] * 100)`)."
         )
 
 

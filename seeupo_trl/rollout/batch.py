@@ -21,9 +21,7 @@ from .contexts import contexts_for
 from .environment_pool import CallOutcome, EnvironmentPool, Instance
 from .episode import Episode
 from .failures import MISTAKES, raise_if_too_many_failed
-from .free import play_freely
 from .limits import EpisodeLimits
-from .lock_step import play_in_lock_step
 from .observations import (
     CHARACTERS_PER_TOKEN,
     check_observation,
@@ -33,7 +31,7 @@ from .observations import (
 )
 from .output import rollout_output
 from .progress import Progress
-from .sampler import Request
+from .sampler import Request, Sampler
 from .samplers import open_sampler
 from .settings import RolloutSettings
 from .tasks import occasion, seeds_for
@@ -77,8 +75,10 @@ class RolloutBatch:
             The policy's chat format.
         trainer ([`~trl.GRPOTrainer`]):
             The trainer whose policy plays.
+        steps_ahead (`int`, *optional*, defaults to `0`):
+            1 for the batch of the iteration after the one that the trainer is at.
 
-    `episodes` are there once they are played. `begin`, `begun`, `request`, `act`, `step` and `answered` take an
+    First `prepare`, then `play`, then `output`. `begin`, `begun`, `request`, `act`, `step` and `answered` take an
     episode on, in this order and from `request` on again and again as long as it is `active`.
     """
 
@@ -89,6 +89,7 @@ class RolloutBatch:
         limits: EpisodeLimits,
         chat: ChatFormat,
         trainer: "GRPOTrainer",
+        steps_ahead: int = 0,
     ):
         self.episodes: list[Episode] = []
         self.settings = settings
@@ -100,21 +101,17 @@ class RolloutBatch:
         self._limits = limits
         self._chat = chat
         self._contexts = contexts_for(settings.history, chat)
-        self._occasion = occasion(trainer)
+        self._occasion = occasion(trainer, steps_ahead)
         self._openings: dict[int, int] = {}  # checksums of the opening contexts, by episode
+        self.sampler: Sampler | None = None
         self._first = 0  # number of this process's first episode in the batch of all
 
-    def play(self, tasks: list[dict[str, Any]]) -> None:
-        """Play one episode for each task to its end. A collective operation."""
-        seeds = seeds_for(self.trainer, len(tasks))
+    def prepare(self, tasks: list[dict[str, Any]]) -> None:
+        """Get ready to play one episode for each task with the policy as it is now. A collective operation."""
+        seeds = seeds_for(self.trainer, len(tasks), self._occasion)
         self._first = self.trainer.accelerator.process_index * len(tasks)
         self.episodes = [Episode(key, *pair) for key, pair in enumerate(zip(tasks, seeds, strict=True))]
-        sampler = open_sampler(self.trainer, self.ends, self.settings)
-        with self.progress.shown(self.trainer, len(self.episodes)):
-            if sampler is None:
-                play_in_lock_step(self)
-            else:
-                play_freely(self, sampler)
+        self.sampler = open_sampler(self.trainer, self.ends, self.settings)
 
     def output(self) -> dict[str, list[Any] | None]:
         """What TRL takes from a rollout function. A collective operation, which raises if too many episodes failed."""

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from heapq import heappop, heappush
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from .environment_pool import CallOutcome
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
     from .batch import RolloutBatch
 
 GLANCE = 0.01  # seconds until the other side is looked at again, while both sampler and environments work
+CANCEL_GLANCE = 0.1  # seconds until a batch that may be cancelled looks whether it was
 
 
-def play_freely(batch: "RolloutBatch", sampler: Sampler) -> None:
+def play_freely(batch: "RolloutBatch", sampler: Sampler, cancelled: Event | None = None) -> None:
     """
     Play the episodes of a batch to their ends.
 
@@ -34,8 +36,10 @@ def play_freely(batch: "RolloutBatch", sampler: Sampler) -> None:
             The batch.
         sampler ([`~seeupo_trl.rollout.sampler.Sampler`]):
             Answers the requests. It is closed at the end, also when something went wrong.
+        cancelled (`Event`, *optional*):
+            The episodes are given up as soon as it is set.
     """
-    play = _FreePlay(batch, sampler)
+    play = _FreePlay(batch, sampler, cancelled)
     try:
         play.run()
     finally:
@@ -44,9 +48,11 @@ def play_freely(batch: "RolloutBatch", sampler: Sampler) -> None:
 
 
 class _FreePlay:
-    def __init__(self, batch: "RolloutBatch", sampler: Sampler):
+    def __init__(self, batch: "RolloutBatch", sampler: Sampler, cancelled: Event | None):
         self._batch = batch
         self._sampler = sampler
+        self._cancelled = Event() if cancelled is None else cancelled
+        self._patience = None if cancelled is None else CANCEL_GLANCE
         self._waiting = deque(batch.episodes)
         timeout = batch.settings.env_timeout
         self._calls = batch.environments.pool.pending_calls(None if timeout == math.inf else timeout)
@@ -56,17 +62,22 @@ class _FreePlay:
         self._num_playing = 0
 
     def run(self) -> None:
-        while self._num_playing or self._waiting:
+        while (self._num_playing or self._waiting) and not self._cancelled.is_set():
             self._begin_waiting()
             self._begin_again()
             for key, outcome in self._calls.wait(0.0 if self._asked else GLANCE):
                 self._hear(self._batch.episodes[key], outcome)
-            for response in self._sampler.poll(GLANCE if self._calls or self._retries else None):
+            for response in self._sampler.poll(GLANCE if self._calls or self._retries else self._patience):
                 self._take(response)
 
     def give_up(self) -> None:
-        """Wait for no environment any longer; there are none to wait for unless something went wrong."""
+        """
+        Wait for no environment any longer, and take back those whose episodes wait for the sampler; there are none
+        unless something went wrong or the batch was cancelled.
+        """
         self._calls.give_up()
+        for key in self._asked:
+            self._batch.environments.give_back(self._batch.episodes[key].instance)
 
     def _begin_waiting(self) -> None:
         while self._waiting and self._num_playing < self._batch.settings.max_concurrent_envs:

@@ -18,6 +18,7 @@ environments ([`MultiTurnRollout`]) and those of TRL ([`~seeupo_trl.rollout.trl_
 and the limits.
 """
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from .chat_format import ChatFormat
 from .contexts import History
 from .limits import EpisodeLimits
 from .message_environments import MessageEnvironments
+from .schedule import play
 from .settings import RolloutSettings
 from .tasks import Tasks
 
@@ -180,26 +182,50 @@ class MultiTurnRollout:
         self._tasks = Tasks(tasks)
         self._environments = MessageEnvironments(environment_factory)
         self._chats: weakref.WeakKeyDictionary[GRPOTrainer, ChatFormat] = weakref.WeakKeyDictionary()
+        self._chats_ahead: weakref.WeakKeyDictionary[GRPOTrainer, ChatFormat] = weakref.WeakKeyDictionary()
 
     def close(self) -> None:
         """Close all environments. Happens by itself when the object is deleted and when the interpreter exits."""
         self._environments.close()
 
     def __call__(self, prompts: list[Any], trainer: "GRPOTrainer") -> dict[str, list[Any] | None]:
-        settings = RolloutSettings.of(self._options, vars(trainer.args))
         rows = getattr(trainer, "rollout_inputs", None)  # set by SeeUPOTrainer only
-        if rows is None and settings.history != "append":
+        history = RolloutSettings.of(self._options, vars(trainer.args)).history
+        if rows is None and history != "append":
             raise ValueError(
-                f"history={settings.history!r} rewrites contexts, and {type(trainer).__name__} trains on an "
+                f"history={history!r} rewrites contexts, and {type(trainer).__name__} trains on an "
                 "episode as one sequence: it would train on contexts that the policy never saw. Use history='append', "
                 "or SeeUPOTrainer."
             )
+        batch = self.prepare(self._tasks.of(prompts) if rows is None else rows, trainer)
+        play(batch)
+        return batch.output()
+
+    def prepare(self, rows: list[dict[str, Any]], trainer: "GRPOTrainer", steps_ahead: int = 0) -> RolloutBatch:
+        """
+        A batch that is ready to be played, with the policy as it is now. A collective operation.
+
+        Args:
+            rows (`list[dict]`):
+                Dataset rows of this process, one for each episode.
+            trainer ([`~trl.GRPOTrainer`]):
+                The trainer whose policy plays.
+            steps_ahead (`int`, *optional*, defaults to `0`):
+                1 for the batch of the iteration after the one that the trainer is at. It may be played in another
+                thread, so it has a copy of the tokenizer: fast ones work in one thread at a time.
+        """
+        settings = RolloutSettings.of(self._options, vars(trainer.args))
         if trainer not in self._chats:
             self._chats[trainer] = ChatFormat(trainer)
+        chat = self._chats[trainer]
+        if steps_ahead:
+            if trainer not in self._chats_ahead:
+                self._chats_ahead[trainer] = copy.deepcopy(chat)
+            chat = self._chats_ahead[trainer]
         limits = EpisodeLimits.of(settings, trainer)
-        batch = RolloutBatch(self._environments, settings, limits, self._chats[trainer], trainer)
-        batch.play(self._tasks.of(prompts) if rows is None else rows)
-        return batch.output()
+        batch = RolloutBatch(self._environments, settings, limits, chat, trainer, steps_ahead)
+        batch.prepare(rows)
+        return batch
 
 
 def environment_reward(environment_reward: list[float | None], **kwargs: Any) -> list[float | None]:

@@ -42,17 +42,19 @@ class Progress:
         self._bar: tqdm | None = None
 
     @contextmanager
-    def shown(self, trainer: "GRPOTrainer", num_episodes: int) -> Iterator[None]:
+    def shown(self, trainer: "GRPOTrainer", num_episodes: int, in_background: bool = False) -> Iterator[None]:
         """
-        Show a bar while the batch is played, on the main process and unless `disable_tqdm`.
+        Show a bar while the batch is played, on the main process, unless `disable_tqdm` and not in the background.
 
         Args:
             trainer ([`~trl.GRPOTrainer`]):
                 The trainer.
             num_episodes (`int`):
                 Number of episodes of this process.
+            in_background (`bool`, *optional*, defaults to `False`):
+                Whether the process does something else meanwhile.
         """
-        hidden = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
+        hidden = in_background or trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
         start = time.perf_counter()
         bar = tqdm(total=num_episodes, desc="Episodes", unit="", leave=False, delay=BAR_DELAY, disable=hidden)
         with bar as self._bar:

@@ -57,6 +57,10 @@ class Sampler(Protocol):
     is there or `timeout` seconds are over (`None`: until a response is there; it returns at once without requests),
     and returns the responses that came since the last call. `forget` says that an episode has ended: a request of it
     is given up, and nothing is kept of it. `close` gives everything up.
+
+    One that samples from a copy of the parameters, works in any thread and leaves PyTorch's own random numbers alone
+    may say so with `is_independent = True`: then the trainer may update the parameters while it is in use, see
+    [`seeupo_trl.rollout.ahead`]. It reports log-probabilities, and its `poll` keeps to its `timeout`.
     """
 
     def submit(self, request: Request) -> None: ...

@@ -32,12 +32,26 @@ def open_sampler(trainer: "GRPOTrainer", ends: TurnEnds, settings: RolloutSettin
         [`~seeupo_trl.rollout.sampler.Sampler`], *optional*:
             `None` where episodes play in lock step: `lock_step_rollouts`, or a backend that answers whole batches
             only. The reason is logged once.
+
+    Raises:
+        `ValueError`:
+            With `rollouts_ahead`, where the sampler does not sample from weights of its own.
     """
-    if settings.lock_step_rollouts:
-        return None
-    if hasattr(trainer, "rollout_sampler"):
-        return trainer.rollout_sampler(ends, settings)
-    return sampler_of_backend(trainer, ends, settings)
+    sampler = None
+    if not settings.lock_step_rollouts:
+        own = hasattr(trainer, "rollout_sampler")
+        sampler = trainer.rollout_sampler(ends, settings) if own else sampler_of_backend(trainer, ends, settings)
+    if vars(trainer.args).get("rollouts_ahead") and not getattr(sampler, "is_independent", False):
+        found = "episodes play in lock step"
+        if sampler is not None:
+            sampler.close()
+            found = f"`{type(sampler).__name__}` has no `is_independent = True`"
+        raise ValueError(
+            f"`rollouts_ahead=1` needs a sampler that holds a copy of the weights, and {found}. Sample from a vLLM "
+            "server that all processes can reach (`use_vllm=True, vllm_mode='server'`), declare it in a sampler of "
+            "your own, or leave `rollouts_ahead` at 0."
+        )
+    return sampler
 
 
 def sampler_of_backend(trainer: "GRPOTrainer", ends: TurnEnds, settings: RolloutSettings) -> Sampler | None:

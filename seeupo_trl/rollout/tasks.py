@@ -60,25 +60,27 @@ class Tasks:
         return [self._by_prompt[_as_key(prompt)] for prompt in prompts]
 
 
-def seeds_for(trainer: "GRPOTrainer", num_episodes: int) -> list[int]:
+def seeds_for(trainer: "GRPOTrainer", num_episodes: int, occasion: str) -> list[int]:
     """
     Seeds for the episodes of a batch: the same for the episodes of a group, which begin alike so that they can be
     compared, another in each iteration, the same in all evaluations.
 
     Args:
         trainer ([`~trl.GRPOTrainer`]):
-            The trainer, whose `seed` they depend on.
+            The trainer.
         num_episodes (`int`):
             Number of episodes of this process.
+        occasion (`str`):
+            What they depend on, see [`occasion`].
     """
     group_size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
     first = trainer.accelerator.process_index * num_episodes
     groups = [number // group_size for number in range(first, first + num_episodes)]
-    by_group = {group: random.Random(f"{occasion(trainer)} {group}").getrandbits(31) for group in set(groups)}
+    by_group = {group: random.Random(f"{occasion} {group}").getrandbits(31) for group in set(groups)}
     return [by_group[group] for group in groups]
 
 
-def occasion(trainer: "GRPOTrainer") -> str:
+def occasion(trainer: "GRPOTrainer", steps_ahead: int = 0) -> str:
     """
     What all seeds of a rollout depend on: the run's seed, and which iteration it is and which round of drawing tasks,
     or that it is an evaluation.
@@ -86,11 +88,13 @@ def occasion(trainer: "GRPOTrainer") -> str:
     Args:
         trainer ([`~trl.GRPOTrainer`]):
             The trainer.
+        steps_ahead (`int`, *optional*, defaults to `0`):
+            1 for the iteration after the one that the trainer is at.
     """
     if not trainer.model.training:
         return f"{trainer.args.seed} evaluation"
     further = getattr(trainer, "rollout_round", 0)
-    return f"{trainer.args.seed} {trainer.state.global_step}" + (f" {further}" if further else "")
+    return f"{trainer.args.seed} {trainer.state.global_step + steps_ahead}" + (f" {further}" if further else "")
 
 
 def _as_key(prompt: Any) -> str:

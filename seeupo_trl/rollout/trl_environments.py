@@ -28,6 +28,7 @@ from .episode import Episode
 from .limits import EpisodeLimits
 from .lock_step import call
 from .observations import copied
+from .schedule import play
 from .settings import RolloutSettings
 
 
@@ -111,7 +112,8 @@ class ToolRollout:
             self._chats[trainer].chat_template = trainer.chat_template  # chosen by TRL, for tools
         self._environments.begin_batch(trainer)
         batch = RolloutBatch(self._environments, settings, limits, self._chats[trainer], trainer)
-        batch.play(trainer.rollout_inputs)
+        batch.prepare(trainer.rollout_inputs)
+        play(batch)
         _score(batch)
         self._environments.end_batch(batch.episodes)
         for episode in batch.episodes:

@@ -68,6 +68,8 @@ class VllmServerSampler:
     `start_time` is when the server was started, in seconds since 1970; `None` if it does not say.
     """
 
+    is_independent = True
+
     def __init__(self, url: str, payload: dict[str, Any], ends: TurnEnds, request_timeout: float, patience: float):
         self._url = url
         self._payload = payload

@@ -70,7 +70,7 @@ class LossSettings:
     def of(cls, config: SeeUPOConfig) -> "LossSettings":
         """The settings that a configuration asks for."""
         bounds = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
-        corrects = config.use_vllm and config.vllm_importance_sampling_correction
+        corrects = (config.use_vllm or config.rollouts_ahead) and config.vllm_importance_sampling_correction
         return cls(
             epsilon_low=config.epsilon,
             epsilon_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,

@@ -100,6 +100,11 @@ SIGNATURES = [
     (add_response_schema, "processing_class", "chat_format.py teaches the tokenizer to parse"),
     (get_training_chat_template, "processing_class tokenizer", "chat_format.py: templates that only grow"),
     (start_event_loop_in_daemon, "name", "envs/tools.py: coroutines of environments"),
+    (
+        Trainer.get_batch_samples,
+        "self epoch_iterator num_batches device",
+        "rollout/ahead.py looks at the batch after it, in the one iterator of an epoch",
+    ),
     (Trainer._clip_grad_norm, "self model", "seeupo_trainer.py and lock_step.py clip inner optimizer steps with it"),
     (Trainer._get_grad_norm, "self model grad_norm", "seeupo_trainer.py and lock_step.py report inner gradient norms"),
     (GRPOTrainer._save_checkpoint, "self model trial", "seeupo_trainer.py: no stale word that a checkpoint is whole"),
