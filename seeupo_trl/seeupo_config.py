@@ -14,7 +14,7 @@ from .rollout.settings import RolloutSettings
 
 UPDATE_ORDERS = ("reverse", "forward", "random", "simultaneous")
 OLD_POLICIES = ("iteration", "turn")
-TURN_RATIOS = ("geometric", "product")
+RATIOS = ("geometric", "product")
 PACKINGS = ("auto", "tree", "rows")
 ZERO_VARIANCE = ("keep", "resample")
 SAMPLER_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
@@ -72,9 +72,13 @@ class SeeUPOConfig(GRPOConfig):
         old_policy (`str`, *optional*, defaults to `"iteration"`):
             Policy in the denominator of the importance ratios. `"iteration"`: the policy that sampled, as in the
             paper. `"turn"`: the policy just before the turn's own update, as in the authors' code.
+        surrogate_ratio (`str`, *optional*, defaults to `"geometric"`):
+            Ratio in the surrogate of a turn. `"geometric"` is Eq. 6, normalised by the number of tokens as in GSPO.
+            `"product"` is the ratio of the probabilities of the whole response, which the method's guarantees speak
+            of; it leaves the clipping range the sooner the longer a response is.
         turn_ratio (`str`, *optional*, defaults to `"geometric"`):
-            Ratio that enters the turn weight `M` (Eq. 8). `"geometric"` is normalised by the number of tokens, as in
-            the surrogate; `"product"` is the plain product over tokens.
+            Ratio that enters the turn weight `M` (Eq. 8). `"geometric"` is normalised by the number of tokens;
+            `"product"` is the plain product over tokens.
         turn_weight_clip (`float`, *optional*, defaults to `0.2`):
             Each ratio inside `M` and their running product are bounded to `[1 - c, 1 + c]`. `None` leaves the plain
             product of Eq. 8, which can grow without limit when the steps are large (only e^-20 and e^20 bound a
@@ -229,12 +233,19 @@ class SeeUPOConfig(GRPOConfig):
             "choices": OLD_POLICIES,
         },
     )
+    surrogate_ratio: str = field(
+        default="geometric",
+        metadata={
+            "help": "Ratio in the surrogate: 'geometric' (normalised by the number of tokens, as in GSPO) or 'product'.",
+            "choices": RATIOS,
+        },
+    )
     turn_ratio: str = field(
         default="geometric",
         metadata={
             "help": "Ratio that enters the turn weight M: 'geometric' (normalised by the number of tokens) or "
             "'product'.",
-            "choices": TURN_RATIOS,
+            "choices": RATIOS,
         },
     )
     turn_weight_clip: float | None = field(
@@ -437,7 +448,8 @@ class SeeUPOConfig(GRPOConfig):
         for name, allowed in (
             ("update_order", UPDATE_ORDERS),
             ("old_policy", OLD_POLICIES),
-            ("turn_ratio", TURN_RATIOS),
+            ("surrogate_ratio", RATIOS),
+            ("turn_ratio", RATIOS),
             ("packing", PACKINGS),
             ("history", HISTORIES),
             ("zero_variance", ZERO_VARIANCE),
@@ -511,6 +523,11 @@ class SeeUPOConfig(GRPOConfig):
             raise ValueError(
                 f"`delta={self.delta}` bounds the ratio of a clipped surrogate, and `loss_type={self.loss_type!r}` "
                 "has none. Leave `delta` unset."
+            )
+        if self.loss_type == "vespo" and self.surrogate_ratio != "geometric":
+            raise ValueError(
+                "`loss_type='vespo'` has its own ratio, which is a product over tokens always: leave "
+                "`surrogate_ratio` unset."
             )
         if self.loss_type == "vespo" and self.use_vllm and self.vllm_importance_sampling_correction:
             if not self.vllm_importance_sampling_mode.startswith("token"):

@@ -2,7 +2,8 @@
 The equations of SeeUPO as pure tensor functions, one equation each (arXiv 2602.06554).
 
 Conventions the paper leaves open: a standard deviation has the divisor N - 1 (as in TRL and in the authors' code), no
-epsilon is added to it, and a ratio inside `M` is bounded to [e^-20, e^20] so that it stays a number.
+epsilon is added to it, and a ratio inside `M` is bounded to [e^-20, e^20] so that it stays a number (a product ratio in
+the surrogate to e^20).
 """
 
 import math
@@ -10,7 +11,7 @@ import math
 import torch
 
 
-_MAX_LOG_RATIO = 20.0
+MAX_LOG_RATIO = 20.0
 _LOWEST_VESPO_LOG_RATIO = math.log(1e-8)
 
 
@@ -161,7 +162,8 @@ def sequence_log_ratios(
         lengths (`torch.Tensor` of shape `(n,)`):
             Numbers of tokens of the actions; they add up to `S`.
         ratio (`str`, *optional*, defaults to `"geometric"`):
-            `"geometric"` divides the sum over an action's tokens by their number, as GSPO does; `"product"` does not.
+            `"geometric"` divides the sum over an action's tokens by their number, as GSPO does; `"product"` does not, and
+            is the ratio of the probabilities of the whole action.
 
     Returns:
         `torch.Tensor` of shape `(n,)`
@@ -267,7 +269,7 @@ def vespo_surrogate(
         `torch.Tensor`:
             Surrogates, to be maximised.
     """
-    log_w = log_ratio.detach().clamp(_LOWEST_VESPO_LOG_RATIO, _MAX_LOG_RATIO)
+    log_w = log_ratio.detach().clamp(_LOWEST_VESPO_LOG_RATIO, MAX_LOG_RATIO)
     exponent = torch.where(weight >= 0, *k).to(log_w)
     decay = torch.where(weight >= 0, *lam).to(log_w).clamp(min=1e-4)
     phi = (decay + exponent * log_w - decay * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
@@ -306,7 +308,7 @@ def fold_in_ratio(weight: float, log_ratio: float, clip: float | None) -> float:
     Returns:
         `float`
     """
-    ratio = math.exp(min(max(log_ratio, -_MAX_LOG_RATIO), _MAX_LOG_RATIO))
+    ratio = math.exp(min(max(log_ratio, -MAX_LOG_RATIO), MAX_LOG_RATIO))
     if clip is None:
         return weight * ratio
     low, high = 1 - clip, 1 + clip

@@ -56,6 +56,8 @@ def draw_case(number: int) -> dict[str, Any]:
         "num_iterations": often(1, 2, 3),
         "max_grad_norm": often(0.0, 2.0, 0.1),
     }
+    if update["loss_type"] != "vespo":
+        update["surrogate_ratio"] = often("geometric", "product")
     if update["loss_type"] in ("seeupo", "luspo"):
         update["delta"] = often(None, 1.02, 1.5)
     if update["loss_type"] == "cispo":

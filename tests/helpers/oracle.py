@@ -35,6 +35,7 @@ class OracleSettings:
     permutation: tuple[int, ...] | None = None
     max_turn_updates: int | None = None
     old_policy: str = "iteration"
+    surrogate_ratio: str = "geometric"
     turn_ratio: str = "geometric"
     turn_weight_clip: float | None = 0.2
     scale_rewards: str = "batch"
@@ -143,7 +144,7 @@ def seeupo_iteration(model, groups, settings: OracleSettings, ref_model=None, sa
                         if minibatches[i] != minibatch:
                             continue
                         log_ratio, new_logps = log_ratios(i)
-                        ratio = log_ratio.mean().exp()
+                        ratio = surrogate_ratio(log_ratio, settings)
                         record.first_ratios.setdefault(i, ratio.item())
                         objective = objective_of(log_ratio, new_logps, advantages[i] * weights[i], settings)
                         if sampling_logps is not None:
@@ -241,11 +242,16 @@ def token_entropies(model, context: list[int], action: list[int], temperature: f
     return torch.stack([-(logps.exp() * logps).sum() for logps in distributions])
 
 
+def surrogate_ratio(log_ratio: torch.Tensor, settings: OracleSettings) -> torch.Tensor:
+    """Ratio of one action, given the log-ratio of each of its tokens."""
+    return log_ratio.mean().exp() if settings.surrogate_ratio == "geometric" else log_ratio.exp().prod()
+
+
 def objective_of(
     log_ratio: torch.Tensor, new_logps: torch.Tensor, weighted_advantage: float, settings: OracleSettings
 ) -> torch.Tensor:
     """What is maximised of one action, given the log-ratio and the log-probability of each of its tokens."""
-    ratio = log_ratio.mean().exp()
+    ratio = surrogate_ratio(log_ratio, settings)
     high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
     if settings.loss_type == "cispo":
         return min(ratio.item(), high) * weighted_advantage * new_logps.sum() / len(new_logps)
