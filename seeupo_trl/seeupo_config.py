@@ -236,7 +236,8 @@ class SeeUPOConfig(GRPOConfig):
     surrogate_ratio: str = field(
         default="geometric",
         metadata={
-            "help": "Ratio in the surrogate: 'geometric' (normalised by the number of tokens, as in GSPO) or 'product'.",
+            "help": "Ratio in the surrogate: 'geometric' (normalised by the number of tokens, as in GSPO) or "
+            "'product'.",
             "choices": RATIOS,
         },
     )

@@ -2,8 +2,8 @@
 The equations of SeeUPO as pure tensor functions, one equation each (arXiv 2602.06554).
 
 Conventions the paper leaves open: a standard deviation has the divisor N - 1 (as in TRL and in the authors' code), no
-epsilon is added to it, and a ratio inside `M` is bounded to [e^-20, e^20] so that it stays a number (a product ratio in
-the surrogate to e^20).
+epsilon is added to it, and a ratio inside `M` is bounded to [e^-20, e^20] so that it stays a number. So is a product
+ratio in the surrogate, from above.
 """
 
 import math
@@ -162,8 +162,8 @@ def sequence_log_ratios(
         lengths (`torch.Tensor` of shape `(n,)`):
             Numbers of tokens of the actions; they add up to `S`.
         ratio (`str`, *optional*, defaults to `"geometric"`):
-            `"geometric"` divides the sum over an action's tokens by their number, as GSPO does; `"product"` does not, and
-            is the ratio of the probabilities of the whole action.
+            `"geometric"` divides the sum over an action's tokens by their number, as GSPO does; `"product"` does not,
+            and is the ratio of the probabilities of the whole action.
 
     Returns:
         `torch.Tensor` of shape `(n,)`
