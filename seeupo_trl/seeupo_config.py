@@ -14,6 +14,7 @@ from .rollout.settings import RolloutSettings
 
 UPDATE_ORDERS = ("reverse", "forward", "random", "simultaneous")
 OLD_POLICIES = ("iteration", "turn")
+TURN_CREDITS = ("episode", "to_go")
 RATIOS = ("geometric", "product")
 PACKINGS = ("auto", "tree", "rows")
 ZERO_VARIANCE = ("keep", "resample")
@@ -29,6 +30,31 @@ _BATCH_FIELDS = (
     "steps_per_generation",
     "num_iterations",
 )
+
+
+# What the published runs have in common, paper and code.
+_PUBLISHED = {"beta": 0.002, "temperature": 0.9, "learning_rate": 1e-6, "lr_scheduler_type": "constant"}
+_PLAIN_PRODUCTS = {
+    "old_policy": "iteration",
+    "surrogate_ratio": "product",
+    "turn_ratio": "product",
+    "turn_weight_clip": None,
+    "advantage_clip": None,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {**_PUBLISHED, **_PLAIN_PRODUCTS, "surrogate_ratio": "geometric", "update_order": "reverse"},
+    "authors": {
+        **_PUBLISHED,
+        "update_order": "reverse",
+        "old_policy": "turn",
+        "surrogate_ratio": "geometric",
+        "turn_ratio": "geometric",
+        "turn_weight_clip": 0.2,
+        "advantage_clip": 3.0,
+    },
+    "products": {**_PLAIN_PRODUCTS, "update_order": "reverse"},
+    "simultaneous_products": {**_PLAIN_PRODUCTS, "update_order": "simultaneous"},
+}
 
 
 def steps_in_backward(optimizer: str) -> str:
@@ -72,6 +98,12 @@ class SeeUPOConfig(GRPOConfig):
         old_policy (`str`, *optional*, defaults to `"iteration"`):
             Policy in the denominator of the importance ratios. `"iteration"`: the policy that sampled, as in the
             paper. `"turn"`: the policy just before the turn's own update, as in the authors' code.
+        turn_credit (`str`, *optional*, defaults to `"episode"`):
+            What the advantage of a turn is made of. `"episode"`: the reward of the episode, the same for all of its
+            turns, as in the paper. `"to_go"`: the rewards from that turn on, relative to the trajectories of the group
+            that have that turn, on the scale of the episodes' advantages. Environments give rewards of steps
+            ([`~seeupo_trl.envs.StepResult`]); those of reward functions count as arriving at the last turn. A block of
+            merged turns has the credit of its first one.
         surrogate_ratio (`str`, *optional*, defaults to `"geometric"`):
             Ratio in the surrogate of a turn. `"geometric"` is Eq. 6, normalised by the number of tokens as in GSPO.
             `"product"` is the ratio of the probabilities of the whole response, which the method's guarantees speak
@@ -231,6 +263,14 @@ class SeeUPOConfig(GRPOConfig):
             "help": "Policy in the denominator of the importance ratios: 'iteration' (the policy that sampled) or "
             "'turn' (the policy just before the turn's own update).",
             "choices": OLD_POLICIES,
+        },
+    )
+    turn_credit: str = field(
+        default="episode",
+        metadata={
+            "help": "What the advantage of a turn is made of: 'episode' (the reward of the whole episode) or 'to_go' "
+            "(the rewards from that turn on).",
+            "choices": TURN_CREDITS,
         },
     )
     surrogate_ratio: str = field(
@@ -395,6 +435,44 @@ class SeeUPOConfig(GRPOConfig):
         self._validate()
 
     @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "SeeUPOConfig":
+        """
+        A configuration by name. What each of them guarantees, and measured where it guarantees nothing, is in
+        `docs/guarantees.md`: in short, with one network for all turns only `"simultaneous_products"` has a guarantee.
+
+        | preset | settings | where every iteration improves the policy, if its surrogate is really maximised |
+        |---|---|---|
+        | `"paper"` | Eq. 6 to 9 as published: `surrogate_ratio="geometric"`, `turn_ratio="product"`, no bound on `M`, denominators of the iteration; its learning rate, KL term and temperature | turns with parameters of their own and actions of one token |
+        | `"authors"` | the published code: geometric ratios, `M` within 0.2 of 1, advantages within 3, denominators at the turn's start; the same learning rate, KL term and temperature | nowhere; on tables of one-token actions no fall was found |
+        | `"products"` | product ratios in the surrogate and in `M`, nothing bounded but by the clip | turns with parameters of their own, any number of tokens |
+        | `"simultaneous_products"` | the same, all turns at once | any parameters, those of one network too |
+
+        Args:
+            name (`str`):
+                Name of the preset.
+            overrides:
+                Other fields, and those of the preset that are to differ from it.
+
+        Returns:
+            [`SeeUPOConfig`]
+
+        Example:
+
+        ```python
+        >>> from seeupo_trl import SeeUPOConfig
+
+        >>> config = SeeUPOConfig.preset("paper", output_dir="paper", use_cpu=True, bf16=False)
+        ```
+
+        Raises:
+            `ValueError`:
+                Where there is no such preset.
+        """  # noqa: E501
+        if name not in PRESETS:
+            raise ValueError(f"There is no preset {name!r}; there are {', '.join(map(repr, PRESETS))}.")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @classmethod
     def from_grpo_config(cls, config: GRPOConfig) -> "SeeUPOConfig":
         """
         The SeeUPO configuration of a script written for GRPO.
@@ -449,6 +527,7 @@ class SeeUPOConfig(GRPOConfig):
         for name, allowed in (
             ("update_order", UPDATE_ORDERS),
             ("old_policy", OLD_POLICIES),
+            ("turn_credit", TURN_CREDITS),
             ("surrogate_ratio", RATIOS),
             ("turn_ratio", RATIOS),
             ("packing", PACKINGS),
@@ -479,6 +558,11 @@ class SeeUPOConfig(GRPOConfig):
             )
         if self.advantage_clip is not None and self.advantage_clip <= 0:
             raise ValueError(f"`advantage_clip` must be positive, or `None` for no bound; got {self.advantage_clip}.")
+        if self.turn_credit == "to_go" and (self.update_order == "simultaneous" or self.max_turn_updates == 1):
+            raise ValueError(
+                "`turn_credit='to_go'` gives turns advantages of their own, but `update_order='simultaneous'` and "
+                "`max_turn_updates=1` update all of them as one. Use another order, or `turn_credit='episode'`."
+            )
         if self.steps_per_generation % self.gradient_accumulation_steps != 0:
             raise ValueError(
                 f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}) must divide "

@@ -111,6 +111,74 @@ def batch_advantages(
     return advantages if clip is None else advantages.clamp(-clip, clip)
 
 
+def to_go_advantages(
+    rewards_per_func: torch.Tensor,
+    weights: torch.Tensor,
+    group_size: int,
+    to_come: torch.Tensor,
+    environment: int | None,
+    *,
+    normalize: bool = True,
+    per_function: bool = False,
+    clip: float | None = None,
+) -> torch.Tensor:
+    """
+    Advantages of single turns (`turn_credit="to_go"`): Eq. 9 with the rewards from turn t on in place of the return,
+    and with the trajectories of the group that have turn t in place of the group. The scale of all turns is that of
+    the episodes, so a turn whose rewards to come vary little has small advantages.
+
+    Args:
+        rewards_per_func (`torch.Tensor` of shape `(N, F)`), weights (`torch.Tensor` of shape `(F,)`):
+            As in [`batch_advantages`].
+        group_size (`int`):
+            The same.
+        to_come (`torch.Tensor` of shape `(N, T)`):
+            The environment's rewards from each turn on; NaN for turns that a trajectory does not have.
+        environment (`int`, *optional*):
+            Column of `rewards_per_func` with their sum. All other rewards, and all where it is `None`, count as
+            arriving at the last turn.
+        normalize (`bool`, *optional*, defaults to `True`), per_function (`bool`, *optional*, defaults to `False`):
+            As in [`batch_advantages`].
+        clip (`float`, *optional*):
+            Bound of the absolute value of the advantages.
+
+    Returns:
+        `torch.Tensor` of shape `(N, T)`:
+            Advantages in float64; 0 where a trajectory has no turn t, or no function scored it.
+    """
+    rewards_per_func, weights = rewards_per_func.double(), weights.double()
+    absent = to_come.isnan()
+
+    def advantages(episode: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        """Of rewards of episodes, `(N,)`, and of what of them is to come at each turn, `(N, T)`."""
+        turns = turns.masked_fill(absent, torch.nan)
+        relative = torch.stack([center_by_group(rewards, group_size) for rewards in turns.T], dim=1)
+        if not normalize:
+            return relative
+        scored = center_by_group(episode, group_size)
+        scored = scored[~scored.isnan()]
+        if scored.numel() < 2 or bool((scored == scored[0]).all()):
+            return torch.zeros_like(relative)
+        return relative / scored.std()
+
+    by_function = rewards_per_func.unsqueeze(2).expand(-1, -1, to_come.shape[1]).clone()  # (N, F, T)
+    if environment is not None:
+        given = ~rewards_per_func[:, environment].isnan()
+        by_function[given, environment] = to_come[given]
+    if per_function:
+        each = [
+            advantages(rewards_per_func[:, f], by_function[:, f]) * weights[f]
+            for f in range(rewards_per_func.shape[1])
+        ]
+        result = torch.stack(each).nansum(0)
+    else:
+        unscored = rewards_per_func.isnan().all(dim=1)
+        episode = (rewards_per_func * weights).nansum(dim=1).masked_fill(unscored, torch.nan)
+        turns = (by_function * weights[:, None]).nansum(dim=1).masked_fill(unscored[:, None], torch.nan)
+        result = advantages(episode, turns).nan_to_num(nan=0.0)
+    return result if clip is None else result.clamp(-clip, clip)
+
+
 def groups_without_variance(rewards_per_func: torch.Tensor, weights: torch.Tensor, group_size: int) -> torch.Tensor:
     """
     Which groups have no variance of rewards, so that nothing is learned from them.
