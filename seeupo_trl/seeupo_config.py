@@ -215,8 +215,8 @@ class SeeUPOConfig(GRPOConfig):
             Number of passes over each turn's pool.
         scale_rewards (`str` or `bool`, *optional*, defaults to `"batch"`):
             `"batch"` divides the group-relative advantages by their standard deviation over the whole batch (Eq. 9);
-            `"none"` or `False` does not. `"group"` or `True` would break the method's convergence conditions: it
-            warns and means `"batch"`.
+            `"none"` or `False` does not. `"group"` or `True` would weigh tasks by their variance, and
+            can unlearn the one that matters: it warns and means `"batch"`.
         importance_sampling_level (`str`, *optional*, defaults to `"sequence"`):
             Only `"sequence"`: the ratio of SeeUPO is one number per turn. `"token"` warns and means `"sequence"`.
         loss_type (`str`, *optional*, defaults to `"seeupo"`):
@@ -437,13 +437,13 @@ class SeeUPOConfig(GRPOConfig):
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "SeeUPOConfig":
         """
-        A configuration by name. What each of them guarantees, and measured where it guarantees nothing, is in
-        `docs/guarantees.md`: in short, with one network for all turns only `"simultaneous_products"` has a guarantee.
+        A configuration by name. With one network for all turns only `"simultaneous_products"` has a guarantee;
+        `docs/guarantees.md` has the conditions, and what was measured where they are not met.
 
-        | preset | settings | where every iteration improves the policy, if its surrogate is really maximised |
+        | preset | settings | where no iteration makes the policy worse that does not lower its surrogate |
         |---|---|---|
-        | `"paper"` | Eq. 6 to 9 as published: `surrogate_ratio="geometric"`, `turn_ratio="product"`, no bound on `M`, denominators of the iteration; its learning rate, KL term and temperature | turns with parameters of their own and actions of one token |
-        | `"authors"` | the published code: geometric ratios, `M` within 0.2 of 1, advantages within 3, denominators at the turn's start; the same learning rate, KL term and temperature | nowhere; on tables of one-token actions no fall was found |
+        | `"paper"` | Eq. 6 to 9 as published: `surrogate_ratio="geometric"`, `turn_ratio="product"`, no bound on `M`, denominators of the iteration; its learning rate, KL term and temperature | turns with parameters of their own, actions of one token, no KL term |
+        | `"authors"` | the published code: geometric ratios, `M` within 0.2 of 1, advantages within 3, denominators at the turn's start; the same learning rate, KL term and temperature | nowhere; with parameters of their own and actions of one token no fall was found |
         | `"products"` | product ratios in the surrogate and in `M`, nothing bounded but by the clip | turns with parameters of their own, any number of tokens |
         | `"simultaneous_products"` | the same, all turns at once | any parameters, those of one network too |
 
@@ -585,8 +585,8 @@ class SeeUPOConfig(GRPOConfig):
         """Values that GRPO has by default, or that only say how it averages, mean SeeUPO's own and warn."""
         if self.scale_rewards == "group":
             warnings.warn(
-                "`scale_rewards='group'` divides by a standard deviation that depends on the task, which breaks the "
-                "conditions under which SeeUPO improves monotonically. Using `scale_rewards='batch'` (Eq. 9).",
+                "`scale_rewards='group'` divides by a standard deviation that depends on the task, so tasks sharing "
+                "parameters are no longer weighed by their rewards. Using `scale_rewards='batch'` (Eq. 9).",
                 stacklevel=4,
             )
             self.scale_rewards = "batch"

@@ -112,7 +112,7 @@ def seeupo_iteration(
     advantages = normalised_advantages(rewards, settings.scale_rewards, settings.advantage_clip)
     credit = {(i, t): advantage for i, advantage in enumerate(advantages) for t in range(len(trajectories[i]))}
     if settings.turn_credit == "to_go":
-        credit = advantages_to_go(rewards, step_rewards, [len(turns) for turns in trajectories], settings)
+        credit = advantages_to_go(rewards, step_rewards, settings)
     blocks = ordered_blocks(max(len(turns) for turns in trajectories), settings)
 
     old_logps, ref_logps, start_logps = {}, {}, {}
@@ -220,11 +220,11 @@ def normalised_advantages(
 
 
 def advantages_to_go(
-    rewards: list[list[float]], step_rewards: list[list[float]], num_turns: list[int], settings: OracleSettings
+    rewards: list[list[float]], step_rewards: list[list[float]], settings: OracleSettings
 ) -> dict[tuple[int, int], float]:
     """
     Advantages of turns (counted from 0) by trajectory: the reward that is still to come, minus its mean over those of
-    the group who play the turn, in units of the standard deviation of the episodes' advantages.
+    the group who played the turn (trained on or not), in units of the standard deviation of the episodes' advantages.
     """
     episodes = normalised_advantages(rewards, "none")
     scale = 1.0
@@ -233,7 +233,8 @@ def advantages_to_go(
     credit, first = {}, 0
     for group in rewards:
         members = range(first, first + len(group))
-        for t in range(max(num_turns[i] for i in members)):
+        num_turns = {i: len(step_rewards[i]) for i in members}
+        for t in range(max(num_turns.values())):
             to_come = {i: group[i - first] - math.fsum(step_rewards[i][:t]) for i in members if num_turns[i] > t}
             mean = math.fsum(to_come.values()) / len(to_come)
             for i, value in to_come.items():

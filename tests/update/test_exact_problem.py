@@ -3,6 +3,7 @@ What the settings of the update guarantee, on problems without noise (`benchmark
 says that every iteration improves the policy it does, and where it says nothing a small instance gets worse.
 """
 
+import json
 import math
 import sys
 from dataclasses import replace
@@ -18,10 +19,12 @@ from exact import (
     DIFFER,
     FALLS,
     KINDS,
+    RESULTS,
     ROW_A_TURN,
     Learner,
     Method,
     identity_error,
+    markdown,
     maximiser,
     play,
     problem,
@@ -34,6 +37,7 @@ from seeupo_trl.scoring.turn_buffer import Block
 
 ORDERS = ("reverse", "forward", "random", "simultaneous")
 INSTANCES = 40
+PAGE = Path(__file__).parents[2] / "docs" / "guarantees.md"
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -161,3 +165,9 @@ def test_actions_that_are_never_taken_stay_so_and_ties_change_nothing():
     for _ in range(5):
         learner.iterate()
     assert learner.table.exp()[1].tolist() == [1.0, 0.0]
+
+
+def test_the_page_shows_the_committed_results():
+    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    table = markdown([line for line in lines if "update" in line])
+    assert table in PAGE.read_text()
