@@ -38,6 +38,10 @@ class EpisodeBatch:
             while its reward counts in the advantages of the group.
         outcomes (`list[Outcome]`):
             What became of the episodes.
+        turn_advantages (`list[list[float]]`, *optional*):
+            Advantages of the turns of each episode, where turns have their own (`turn_credit="to_go"`).
+        advantages (`torch.Tensor` of shape `(n,)`, *optional*):
+            Those of the episodes that they belong to.
         tokens (`dict[str, torch.Tensor]`):
             Tokens and masks of the rows of TRL's batch as it was made, see [`follow`].
     """
@@ -49,6 +53,8 @@ class EpisodeBatch:
     is_cut: list[bool] = field(default_factory=list)
     is_left_out: list[bool] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
+    turn_advantages: list[list[float]] | None = None
+    advantages: torch.Tensor | None = None
     tokens: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -84,7 +90,8 @@ class EpisodeBatch:
 
         Raises:
             `ValueError`:
-                Where the batch has another number of rows, or advantages that are not one number a row.
+                Where the batch has another number of rows, or advantages that are not one number a row; or where turns
+                have advantages of their own and the batch was changed.
         """
         advantages, rows = batch["advantages"], batch["completion_ids"]
         if advantages.dim() != 1:
@@ -97,7 +104,14 @@ class EpisodeBatch:
                 f"The batch has {len(rows)} rows and {len(advantages)} advantages for {len(self.trajectories)} "
                 "episodes; groups must stay whole. To leave an episode out, override `select_episodes`."
             )
-        if all(torch.equal(batch[name], tokens) for name, tokens in self.tokens.items()):
+        same_tokens = all(torch.equal(batch[name], tokens) for name, tokens in self.tokens.items())
+        if self.turn_advantages is not None and not (same_tokens and torch.equal(advantages, self.advantages)):
+            raise ValueError(
+                "The tokens or the `advantages` of the batch were changed, but with `turn_credit='to_go'` each turn "
+                "has an advantage of its own, made of the rewards of steps. Override `select_episodes` to replace or "
+                "leave out episodes before that, or use `turn_credit='episode'`."
+            )
+        if same_tokens:
             return
         logps = batch.get("sampling_per_token_logps")
         for i, (before, now) in enumerate(zip(_rows(self.tokens), _rows(batch), strict=True)):

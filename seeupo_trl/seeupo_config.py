@@ -15,7 +15,8 @@ from .rollout.settings import RolloutSettings
 
 UPDATE_ORDERS = ("reverse", "forward", "random", "simultaneous")
 OLD_POLICIES = ("iteration", "turn")
-TURN_RATIOS = ("geometric", "product")
+TURN_CREDITS = ("episode", "to_go")
+RATIOS = ("geometric", "product")
 PACKINGS = ("auto", "tree", "rows")
 ZERO_VARIANCE = ("keep", "resample")
 SAMPLER_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
@@ -30,6 +31,31 @@ _BATCH_FIELDS = (
     "steps_per_generation",
     "num_iterations",
 )
+
+
+# What the published runs have in common, paper and code.
+_PUBLISHED = {"beta": 0.002, "temperature": 0.9, "learning_rate": 1e-6, "lr_scheduler_type": "constant"}
+_PLAIN_PRODUCTS = {
+    "old_policy": "iteration",
+    "surrogate_ratio": "product",
+    "turn_ratio": "product",
+    "turn_weight_clip": None,
+    "advantage_clip": None,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {**_PUBLISHED, **_PLAIN_PRODUCTS, "surrogate_ratio": "geometric", "update_order": "reverse"},
+    "authors": {
+        **_PUBLISHED,
+        "update_order": "reverse",
+        "old_policy": "turn",
+        "surrogate_ratio": "geometric",
+        "turn_ratio": "geometric",
+        "turn_weight_clip": 0.2,
+        "advantage_clip": 3.0,
+    },
+    "products": {**_PLAIN_PRODUCTS, "update_order": "reverse"},
+    "simultaneous_products": {**_PLAIN_PRODUCTS, "update_order": "simultaneous"},
+}
 
 
 def steps_in_backward(optimizer: str) -> str:
@@ -73,9 +99,19 @@ class SeeUPOConfig(GRPOConfig):
         old_policy (`str`, *optional*, defaults to `"iteration"`):
             Policy in the denominator of the importance ratios. `"iteration"`: the policy that sampled, as in the
             paper. `"turn"`: the policy just before the turn's own update, as in the authors' code.
+        turn_credit (`str`, *optional*, defaults to `"episode"`):
+            What the advantage of a turn is made of. `"episode"`: the reward of the episode, the same for all of its
+            turns, as in the paper. `"to_go"`: the rewards from that turn on, relative to the trajectories of the group
+            that have that turn, on the scale of the episodes' advantages. Environments give rewards of steps
+            ([`~seeupo_trl.envs.StepResult`]); those of reward functions count as arriving at the last turn. A block of
+            merged turns has the credit of its first one.
+        surrogate_ratio (`str`, *optional*, defaults to `"geometric"`):
+            Ratio in the surrogate of a turn. `"geometric"` is Eq. 6, normalised by the number of tokens as in GSPO.
+            `"product"` is the ratio of the probabilities of the whole response, which the method's guarantees speak
+            of; it leaves the clipping range the sooner the longer a response is.
         turn_ratio (`str`, *optional*, defaults to `"geometric"`):
-            Ratio that enters the turn weight `M` (Eq. 8). `"geometric"` is normalised by the number of tokens, as in
-            the surrogate; `"product"` is the plain product over tokens.
+            Ratio that enters the turn weight `M` (Eq. 8). `"geometric"` is normalised by the number of tokens;
+            `"product"` is the plain product over tokens.
         turn_weight_clip (`float`, *optional*, defaults to `0.2`):
             Each ratio inside `M` and their running product are bounded to `[1 - c, 1 + c]`. `None` leaves the plain
             product of Eq. 8, which can grow without limit when the steps are large (only e^-20 and e^20 bound a
@@ -184,8 +220,8 @@ class SeeUPOConfig(GRPOConfig):
             Number of passes over each turn's pool.
         scale_rewards (`str` or `bool`, *optional*, defaults to `"batch"`):
             `"batch"` divides the group-relative advantages by their standard deviation over the whole batch (Eq. 9);
-            `"none"` or `False` does not. `"group"` or `True` would break the method's convergence conditions: it
-            warns and means `"batch"`.
+            `"none"` or `False` does not. `"group"` or `True` would weigh tasks by their variance, and
+            can unlearn the one that matters: it warns and means `"batch"`.
         importance_sampling_level (`str`, *optional*, defaults to `"sequence"`):
             Only `"sequence"`: the ratio of SeeUPO is one number per turn. `"token"` warns and means `"sequence"`.
         loss_type (`str`, *optional*, defaults to `"seeupo"`):
@@ -239,12 +275,28 @@ class SeeUPOConfig(GRPOConfig):
             "choices": OLD_POLICIES,
         },
     )
+    turn_credit: str = field(
+        default="episode",
+        metadata={
+            "help": "What the advantage of a turn is made of: 'episode' (the reward of the whole episode) or 'to_go' "
+            "(the rewards from that turn on).",
+            "choices": TURN_CREDITS,
+        },
+    )
+    surrogate_ratio: str = field(
+        default="geometric",
+        metadata={
+            "help": "Ratio in the surrogate: 'geometric' (normalised by the number of tokens, as in GSPO) or "
+            "'product'.",
+            "choices": RATIOS,
+        },
+    )
     turn_ratio: str = field(
         default="geometric",
         metadata={
             "help": "Ratio that enters the turn weight M: 'geometric' (normalised by the number of tokens) or "
             "'product'.",
-            "choices": TURN_RATIOS,
+            "choices": RATIOS,
         },
     )
     turn_weight_clip: float | None = field(
@@ -404,6 +456,44 @@ class SeeUPOConfig(GRPOConfig):
         self._validate()
 
     @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "SeeUPOConfig":
+        """
+        A configuration by name. With one network for all turns only `"simultaneous_products"` has a guarantee;
+        `docs/guarantees.md` has the conditions, and what was measured where they are not met.
+
+        | preset | settings | where no iteration makes the policy worse that does not lower its surrogate |
+        |---|---|---|
+        | `"paper"` | Eq. 6 to 9 as published: `surrogate_ratio="geometric"`, `turn_ratio="product"`, no bound on `M`, denominators of the iteration; its learning rate, KL term and temperature | turns with parameters of their own, actions of one token, no KL term |
+        | `"authors"` | the published code: geometric ratios, `M` within 0.2 of 1, advantages within 3, denominators at the turn's start; the same learning rate, KL term and temperature | nowhere; with parameters of their own and actions of one token no fall was found |
+        | `"products"` | product ratios in the surrogate and in `M`, nothing bounded but by the clip | turns with parameters of their own, any number of tokens |
+        | `"simultaneous_products"` | the same, all turns at once | any parameters, those of one network too |
+
+        Args:
+            name (`str`):
+                Name of the preset.
+            overrides:
+                Other fields, and those of the preset that are to differ from it.
+
+        Returns:
+            [`SeeUPOConfig`]
+
+        Example:
+
+        ```python
+        >>> from seeupo_trl import SeeUPOConfig
+
+        >>> config = SeeUPOConfig.preset("paper", output_dir="paper", use_cpu=True, bf16=False)
+        ```
+
+        Raises:
+            `ValueError`:
+                Where there is no such preset.
+        """  # noqa: E501
+        if name not in PRESETS:
+            raise ValueError(f"There is no preset {name!r}; there are {', '.join(map(repr, PRESETS))}.")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @classmethod
     def from_grpo_config(cls, config: GRPOConfig) -> "SeeUPOConfig":
         """
         The SeeUPO configuration of a script written for GRPO.
@@ -458,7 +548,9 @@ class SeeUPOConfig(GRPOConfig):
         for name, allowed in (
             ("update_order", UPDATE_ORDERS),
             ("old_policy", OLD_POLICIES),
-            ("turn_ratio", TURN_RATIOS),
+            ("turn_credit", TURN_CREDITS),
+            ("surrogate_ratio", RATIOS),
+            ("turn_ratio", RATIOS),
             ("packing", PACKINGS),
             ("history", HISTORIES),
             ("zero_variance", ZERO_VARIANCE),
@@ -489,6 +581,11 @@ class SeeUPOConfig(GRPOConfig):
             )
         if self.advantage_clip is not None and self.advantage_clip <= 0:
             raise ValueError(f"`advantage_clip` must be positive, or `None` for no bound; got {self.advantage_clip}.")
+        if self.turn_credit == "to_go" and (self.update_order == "simultaneous" or self.max_turn_updates == 1):
+            raise ValueError(
+                "`turn_credit='to_go'` gives turns advantages of their own, but `update_order='simultaneous'` and "
+                "`max_turn_updates=1` update all of them as one. Use another order, or `turn_credit='episode'`."
+            )
         if self.steps_per_generation % self.gradient_accumulation_steps != 0:
             raise ValueError(
                 f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}) must divide "
@@ -530,8 +627,8 @@ class SeeUPOConfig(GRPOConfig):
         """Values that GRPO has by default, or that only say how it averages, mean SeeUPO's own and warn."""
         if self.scale_rewards == "group":
             warnings.warn(
-                "`scale_rewards='group'` divides by a standard deviation that depends on the task, which breaks the "
-                "conditions under which SeeUPO improves monotonically. Using `scale_rewards='batch'` (Eq. 9).",
+                "`scale_rewards='group'` divides by a standard deviation that depends on the task, so tasks sharing "
+                "parameters are no longer weighed by their rewards. Using `scale_rewards='batch'` (Eq. 9).",
                 stacklevel=4,
             )
             self.scale_rewards = "batch"
@@ -553,6 +650,11 @@ class SeeUPOConfig(GRPOConfig):
             raise ValueError(
                 f"`delta={self.delta}` bounds the ratio of a clipped surrogate, and `loss_type={self.loss_type!r}` "
                 "has none. Leave `delta` unset."
+            )
+        if self.loss_type == "vespo" and self.surrogate_ratio != "geometric":
+            raise ValueError(
+                "`loss_type='vespo'` has its own ratio, which is a product over tokens always: leave "
+                "`surrogate_ratio` unset."
             )
         samples_apart = self.use_vllm or self.rollouts_ahead
         if self.loss_type == "vespo" and samples_apart and self.vllm_importance_sampling_correction:

@@ -39,6 +39,7 @@ from .evaluation.outcome import describe_outcomes
 from .evaluation.silence import Silence
 from .evaluation.summary import Evaluation
 from .grpo_compatibility import check_overrides, fixed_values, loss_settings
+from .rollout import environment_reward
 from .rollout.ahead import Ahead, PlaysAhead
 from .rollout.checks import checked_rollout
 from .rollout.sampler import Sampler
@@ -68,6 +69,7 @@ from .update.loss import Actions, LossSettings, turn_surrogate
 from .update.objective import batch_advantages, groups_without_variance
 from .update.resampling import fill_with_variance
 from .update.scorers import Scorers
+from .update.turn_credit import TurnCredit
 from .update.turn_updater import TurnUpdater
 
 
@@ -198,6 +200,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
             self._play_by(rollout.tool_rollout)
         check_overrides(type(self), SeeUPOTrainer, plays_tools=self._tool_rollout is not None)
         self._scorers = Scorers(self)
+        self._turn_credit = TurnCredit(self.reward_funcs, environment_reward, args)
         self._silence = Silence()
         self.rollout_inputs: list[dict[str, Any]] = []
         self._batch = EpisodeBatch([])
@@ -273,6 +276,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
             aux_loss_coef=self.router_aux_loss_coef if self.aux_loss_enabled else 0.0,
             settings=loss_settings(self),
             surrogate=self.turn_surrogate,
+            turn_advantages=episodes.turn_advantages,
         )
         self._is_idle = updater.plan.last_step is None
         loss = updater.run()
@@ -351,6 +355,13 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         first = self.accelerator.process_index * len(inputs)
         local = slice(first, first + len(inputs))
         batch["advantages"] = advantages[local]
+        if self.model.training and self.config.turn_credit == "to_go":
+            per_function = self.multi_objective_aggregation == "normalize_then_sum"
+            turn_advantages = self._turn_credit.advantages(
+                episodes.trajectories, rewards_per_func, self.reward_weights, group_size, per_function
+            )
+            episodes.turn_advantages = turn_advantages[local]
+            episodes.advantages = batch["advantages"].clone()
         episodes.num_trajectories = len(advantages)
         # by group, as in GRPO with `scale_rewards="group"`
         without_variance = groups_without_variance(rewards_per_func, self.reward_weights, group_size)

@@ -25,8 +25,8 @@ class Turn:
         sampling_logps (`list[float]`, *optional*):
             Log-probability of each action token under the sampler, where the sampler reports it (vLLM does).
         reward (`float`, *optional*):
-            The environment's reward of this step, where it answered the action. Not used for training: the return of
-            the episode is.
+            The environment's reward of this step, where it answered the action. Training uses the return of the
+            episode, and these rewards where `turn_credit="to_go"`.
     """
 
     context_ids: list[int]

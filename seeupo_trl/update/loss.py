@@ -8,6 +8,7 @@ import torch
 
 from ..seeupo_config import SeeUPOConfig
 from .objective import (
+    MAX_LOG_RATIO,
     action_of_tokens,
     cispo_surrogate,
     clipped_surrogate,
@@ -45,6 +46,8 @@ class LossSettings:
             [`~seeupo_trl.update.objective.sampler_correction`].
         loss_type (`str`, *optional*, defaults to `"seeupo"`):
             Which surrogate, see [`turn_surrogate`].
+        surrogate_ratio (`str`, *optional*, defaults to `"geometric"`):
+            Ratio in the surrogate, see [`~seeupo_trl.update.objective.sequence_log_ratios`].
         sapo_temperatures (`tuple[float, float]`, *optional*, defaults to `(1.0, 1.05)`):
             Where the turn weight is positive, and where it is not.
         vespo_k (`tuple[float, float]`, *optional*, defaults to `(2.0, 3.0)`):
@@ -62,6 +65,7 @@ class LossSettings:
     off_policy_mask_threshold: float | None = None
     sampler_correction: tuple[str, float | None, float | None] | None = None
     loss_type: str = "seeupo"
+    surrogate_ratio: str = "geometric"
     sapo_temperatures: tuple[float, float] = (1.0, 1.05)
     vespo_k: tuple[float, float] = (2.0, 3.0)
     vespo_lambda: tuple[float, float] = (3.0, 2.0)
@@ -80,6 +84,7 @@ class LossSettings:
             off_policy_mask_threshold=config.off_policy_mask_threshold,
             sampler_correction=(config.vllm_importance_sampling_mode, *bounds) if corrects else None,
             loss_type=config.loss_type,
+            surrogate_ratio=config.surrogate_ratio,
             sapo_temperatures=(config.sapo_temperature_pos, config.sapo_temperature_neg),
             vespo_k=(config.vespo_k_pos, config.vespo_k_neg),
             vespo_lambda=(config.vespo_lambda_pos, config.vespo_lambda_neg),
@@ -169,7 +174,7 @@ def turn_surrogate(
 
     Args:
         ratios (`torch.Tensor` of shape `(n,)`):
-            Sequence ratios of Eq. 6, with gradient.
+            Sequence ratios of Eq. 6 (`surrogate_ratio="geometric"`) or their products over tokens, with gradient.
         weights (`torch.Tensor` of shape `(n,)`):
             Turn weights `M` of the continuation, constants.
         actions ([`Actions`]):
@@ -218,7 +223,11 @@ def turn_loss(
     Returns:
         [`TurnLoss`]
     """
-    ratios = sequence_log_ratios(actions.new, actions.old, actions.lengths).exp()  # (n,)
+    log_ratios = sequence_log_ratios(actions.new, actions.old, actions.lengths, settings.surrogate_ratio)
+    if settings.surrogate_ratio == "product":
+        # over many tokens it can leave the range of float32, and a gradient through infinity is not a number
+        log_ratios = log_ratios.clamp(max=MAX_LOG_RATIO)
+    ratios = log_ratios.exp()  # (n,)
     surrogates = surrogate(ratios, weights, actions, settings)
     if surrogates.shape != ratios.shape:
         raise ValueError(
@@ -273,7 +282,7 @@ def _product_log_ratios(actions: Actions, settings: LossSettings) -> torch.Tenso
         return log_ratios
     mode = settings.sampler_correction[0]
     ratios = sampler_ratios(actions.start, actions.sampled, actions.lengths, *settings.sampler_correction)
-    corrections = ratios.log().clamp(min=math.log(1e-8), max=20.0)
+    corrections = ratios.log().clamp(min=math.log(1e-8), max=MAX_LOG_RATIO)
     corrections = actions.sums(corrections) if mode.startswith("token") else corrections
     return log_ratios + torch.where(is_reported(actions.sampled, actions.lengths), corrections, 0.0)
 

@@ -250,7 +250,10 @@ class UpdateMetrics:
 
         is_clipped = (table["clip_low"] + table["clip_high"]) > 0
         rows = zip(indices, table["ratio"].tolist(), is_clipped.tolist(), table["weight"].tolist(), strict=True)
-        updates = [TurnUpdate(ratio, clipped, weights[index], weight) for index, ratio, clipped, weight in rows]
+        first = 1 if block is None else block.first
+        updates = [
+            TurnUpdate(ratio, clipped, weights.of_turn(index, first), weight) for index, ratio, clipped, weight in rows
+        ]
         return updates, float(table["entropy"].sum()), int(table["tokens"].sum())
 
     def reduce(self, lock_step: LockStep) -> dict[str, float]:

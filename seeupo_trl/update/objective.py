@@ -2,7 +2,8 @@
 The equations of SeeUPO as pure tensor functions, one equation each (arXiv 2602.06554).
 
 Conventions the paper leaves open: a standard deviation has the divisor N - 1 (as in TRL and in the authors' code), no
-epsilon is added to it, and a ratio inside `M` is bounded to [e^-20, e^20] so that it stays a number.
+epsilon is added to it, and a ratio inside `M` is bounded to [e^-20, e^20] so that it stays a number. So is a product
+ratio in the surrogate, from above.
 """
 
 import math
@@ -10,7 +11,7 @@ import math
 import torch
 
 
-_MAX_LOG_RATIO = 20.0
+MAX_LOG_RATIO = 20.0
 _LOWEST_VESPO_LOG_RATIO = math.log(1e-8)
 
 
@@ -110,6 +111,74 @@ def batch_advantages(
     return advantages if clip is None else advantages.clamp(-clip, clip)
 
 
+def to_go_advantages(
+    rewards_per_func: torch.Tensor,
+    weights: torch.Tensor,
+    group_size: int,
+    to_come: torch.Tensor,
+    environment: int | None,
+    *,
+    normalize: bool = True,
+    per_function: bool = False,
+    clip: float | None = None,
+) -> torch.Tensor:
+    """
+    Advantages of single turns (`turn_credit="to_go"`): Eq. 9 with the rewards from turn t on in place of the return,
+    and with the trajectories of the group that have turn t in place of the group. The scale of all turns is that of
+    the episodes, so a turn whose rewards to come vary little has small advantages.
+
+    Args:
+        rewards_per_func (`torch.Tensor` of shape `(N, F)`), weights (`torch.Tensor` of shape `(F,)`):
+            As in [`batch_advantages`].
+        group_size (`int`):
+            The same.
+        to_come (`torch.Tensor` of shape `(N, T)`):
+            The environment's rewards from each turn on; NaN for turns that a trajectory does not have.
+        environment (`int`, *optional*):
+            Column of `rewards_per_func` with their sum. All other rewards, and all where it is `None`, count as
+            arriving at the last turn.
+        normalize (`bool`, *optional*, defaults to `True`), per_function (`bool`, *optional*, defaults to `False`):
+            As in [`batch_advantages`].
+        clip (`float`, *optional*):
+            Bound of the absolute value of the advantages.
+
+    Returns:
+        `torch.Tensor` of shape `(N, T)`:
+            Advantages in float64; 0 where a trajectory has no turn t, or no function scored it.
+    """
+    rewards_per_func, weights = rewards_per_func.double(), weights.double()
+    absent = to_come.isnan()
+
+    def advantages(episode: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        """Of rewards of episodes, `(N,)`, and of what of them is to come at each turn, `(N, T)`."""
+        turns = turns.masked_fill(absent, torch.nan)
+        relative = torch.stack([center_by_group(rewards, group_size) for rewards in turns.T], dim=1)
+        if not normalize:
+            return relative
+        scored = center_by_group(episode, group_size)
+        scored = scored[~scored.isnan()]
+        if scored.numel() < 2 or bool((scored == scored[0]).all()):
+            return torch.zeros_like(relative)
+        return relative / scored.std()
+
+    by_function = rewards_per_func.unsqueeze(2).expand(-1, -1, to_come.shape[1]).clone()  # (N, F, T)
+    if environment is not None:
+        given = ~rewards_per_func[:, environment].isnan()
+        by_function[given, environment] = to_come[given]
+    if per_function:
+        each = [
+            advantages(rewards_per_func[:, f], by_function[:, f]) * weights[f]
+            for f in range(rewards_per_func.shape[1])
+        ]
+        result = torch.stack(each).nansum(0)
+    else:
+        unscored = rewards_per_func.isnan().all(dim=1)
+        episode = (rewards_per_func * weights).nansum(dim=1).masked_fill(unscored, torch.nan)
+        turns = (by_function * weights[:, None]).nansum(dim=1).masked_fill(unscored[:, None], torch.nan)
+        result = advantages(episode, turns).nan_to_num(nan=0.0)
+    return result if clip is None else result.clamp(-clip, clip)
+
+
 def groups_without_variance(rewards_per_func: torch.Tensor, weights: torch.Tensor, group_size: int) -> torch.Tensor:
     """
     Which groups have no variance of rewards, so that nothing is learned from them.
@@ -168,7 +237,8 @@ def sequence_log_ratios(
         lengths (`torch.Tensor` of shape `(n,)`):
             Numbers of tokens of the actions; they add up to `S`.
         ratio (`str`, *optional*, defaults to `"geometric"`):
-            `"geometric"` divides the sum over an action's tokens by their number, as GSPO does; `"product"` does not.
+            `"geometric"` divides the sum over an action's tokens by their number, as GSPO does; `"product"` does not,
+            and is the ratio of the probabilities of the whole action.
 
     Returns:
         `torch.Tensor` of shape `(n,)`
@@ -281,7 +351,7 @@ def vespo_phi(
     log_ratio: torch.Tensor, weight: torch.Tensor, k: tuple[float, float], lam: tuple[float, float]
 ) -> torch.Tensor:
     """`phi(w)` of [`vespo_surrogate`], without gradient; takes and returns tensors of any one shape."""
-    log_w = log_ratio.detach().clamp(_LOWEST_VESPO_LOG_RATIO, _MAX_LOG_RATIO)
+    log_w = log_ratio.detach().clamp(_LOWEST_VESPO_LOG_RATIO, MAX_LOG_RATIO)
     exponent = torch.where(weight >= 0, *k).to(log_w)
     decay = torch.where(weight >= 0, *lam).to(log_w).clamp(min=1e-4)
     return (decay + exponent * log_w - decay * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
@@ -319,7 +389,7 @@ def fold_in_ratio(weight: float, log_ratio: float, clip: float | None) -> float:
     Returns:
         `float`
     """
-    ratio = math.exp(min(max(log_ratio, -_MAX_LOG_RATIO), _MAX_LOG_RATIO))
+    ratio = math.exp(min(max(log_ratio, -MAX_LOG_RATIO), MAX_LOG_RATIO))
     if clip is None:
         return weight * ratio
     low, high = 1 - clip, 1 + clip

@@ -1,6 +1,7 @@
 """Who trains in which optimizer step of an iteration, and what must fit into a micro-batch."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -53,8 +54,8 @@ class UpdatePlan:
     Args:
         buffer ([`~seeupo_trl.scoring.turn_buffer.TurnBuffer`]):
             This process's trajectories.
-        learning (`list[bool]`):
-            Whether each trajectory contributes a gradient.
+        learns_from (`Callable[[int, int], bool]`):
+            Whether a trajectory contributes a gradient with its turn t, or with the block that begins with it.
         lock_step ([`~seeupo_trl.distributed.lock_step.LockStep`]):
             Communication.
         num_minibatches (`int`):
@@ -76,7 +77,7 @@ class UpdatePlan:
     def __init__(
         self,
         buffer: TurnBuffer,
-        learning: list[bool],
+        learns_from: Callable[[int, int], bool],
         lock_step: LockStep,
         *,
         num_minibatches: int,
@@ -93,12 +94,14 @@ class UpdatePlan:
         order_seed = random.Random(f"{seed} {iteration}").getrandbits(32)
         schedule = update_schedule(num_turns, update_order, max_turn_updates, order_seed)
 
-        self._active = {block: [i for i in buffer.pool(block) if learning[i]] for block in schedule}
+        # one that learns from any of its turns goes through all of them: their ratios weigh it
+        learning = {i for block in schedule for i in buffer.pool(block) if learns_from(i, block.first)}
+        self._active = {block: [i for i in buffer.pool(block) if i in learning] for block in schedule}
 
         counts = torch.zeros(len(schedule), num_minibatches)
         for row, block in enumerate(schedule):
             for index in self._active[block]:
-                counts[row, self._minibatch_of[index]] += 1
+                counts[row, self._minibatch_of[index]] += learns_from(index, block.first)
         counts = lock_step.gather(counts).sum(0)
         self.steps: dict[Block, list[OptimizerStep]] = {}
         for row, block in enumerate(schedule):
@@ -123,7 +126,7 @@ class UpdatePlan:
         return self.steps[self.blocks[-1]][-1] if self.blocks else None
 
     def active(self, block: Block) -> list[int]:
-        """Trajectories of the block's pool that contribute a gradient."""
+        """Trajectories of the block's pool that contribute a gradient, in this block or in another."""
         return self._active[block]
 
     def members(self, step: OptimizerStep) -> list[int]:

@@ -8,10 +8,11 @@ pass and nothing else; only `old_policy="iteration"` adds one pass without gradi
 
 Departures from the paper, all of them options with the paper's form available: the bound on `M` (`turn_weight_clip`),
 blocks of turns (`max_turn_updates`), mini-batches and epochs within a turn. A turn whose pool has no advantage other
-than 0 takes no optimizer step, because its gradient is 0 (unless a KL or entropy term is on).
+than 0 takes no optimizer step, because its gradient is 0 (unless a KL or entropy term is on). It counts as not
+updated: its ratio does not enter `M`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 
@@ -23,6 +24,7 @@ from ..scoring.interface import DUMMY_KEY, Scorer, TurnScores
 from ..scoring.turn_buffer import Block, Key, TurnBuffer
 from ..seeupo_config import SeeUPOConfig
 from .entropy_bonus import EntropyBonus
+from .improvement import Improvement
 from .log_probs import LogProbs, Reference, logps_of
 from .loss import Actions, LossSettings, Surrogate, turn_loss, turn_surrogate
 from .metrics import GATES, TurnUpdate, UpdateMetrics
@@ -85,6 +87,9 @@ class TurnUpdater:
             The numbers in the loss; by default those of the configuration.
         surrogate (`Callable`, *optional*, defaults to [`~seeupo_trl.update.loss.turn_surrogate`]):
             What is maximised of each action.
+        turn_advantages (`list[Sequence[float]]`, *optional*):
+            Normalised advantage `A_{i,t}` of each turn of each trajectory, where turns have their own; `advantages` is
+            then that of the episode.
     """
 
     def __init__(
@@ -102,6 +107,7 @@ class TurnUpdater:
         aux_loss_coef: float = 0.0,
         settings: LossSettings | None = None,
         surrogate: Surrogate = turn_surrogate,
+        turn_advantages: list[Sequence[float]] | None = None,
     ):
         if len(buffer) != len(advantages):
             raise ValueError(f"Got {len(buffer)} trajectories but {len(advantages)} advantages; need one each.")
@@ -117,9 +123,10 @@ class TurnUpdater:
         self.surrogate = surrogate
         regularized = reference is not None or entropy_bonus.is_enabled
         num_minibatches = config.steps_per_generation // config.gradient_accumulation_steps
+        self.weights = TurnWeights(advantages, config.turn_weight_clip, turn_advantages)
         self.plan = UpdatePlan(
             buffer,
-            [regularized or advantage != 0.0 for advantage in advantages],
+            lambda index, turn: regularized or self.weights.advantage(index, turn) != 0.0,
             lock_step,
             num_minibatches=num_minibatches,
             num_passes=config.num_iterations,
@@ -128,7 +135,10 @@ class TurnUpdater:
             seed=config.seed,
             iteration=iteration,
         )
-        self.weights = TurnWeights(advantages, config.turn_weight_clip)
+        self.improvement = None
+        if config.update_order == "reverse" and config.old_policy == "iteration" and len(self.plan.blocks) > 1:
+            trained = sorted({i for block in self.plan.blocks for i in self.plan.active(block)})
+            self.improvement = Improvement({i: advantages[i] for i in trained if advantages[i] != 0}, num_trajectories)
         self.log_probs = LogProbs(
             buffer, scorer, model, lock_step, config.per_device_train_batch_size, config.old_policy
         )
@@ -179,7 +189,7 @@ class TurnUpdater:
                 if step is not self.plan.last_step:
                     # theta^t, when it is the block's last step
                     self.record.grad_norms.append((block, self.lock_step.step()))
-            self._ratio_due.update((i, block) for i in self.plan.active(block) if self.weights[i] != 0)
+            self._ratio_due.update((i, block) for i in self.plan.active(block) if self.weights.matters(i))
         if not self.plan.blocks:
             self._measure_without_update()
         self.record.seconds["update"] = perf_counter() - start
@@ -194,6 +204,8 @@ class TurnUpdater:
             values["ratio/noise_floor"] = self.scorer.noise_floor
         values["turn_updates"] = len(self.plan.blocks)
         values["optimizer_steps"] = self.plan.num_steps
+        if self.improvement is not None:
+            values |= self.improvement.reduce(self.lock_step)
         if self.entropy_bonus.is_enabled:
             values["entropy_coef"] = self.entropy_bonus.coef
         values |= {f"time/{name}": seconds for name, seconds in record.seconds.items()}
@@ -212,9 +224,14 @@ class TurnUpdater:
             return
         turns = [self.buffer.turns_in(*one) for one in updated]
         new, old = _in_a_row(turns, logps), _in_a_row(turns, self.log_probs.old)
-        log_ratios = sequence_log_ratios(new, old, _lengths(turns, logps), self.config.turn_ratio)
+        lengths = _lengths(turns, logps)
+        log_ratios = sequence_log_ratios(new, old, lengths, self.config.turn_ratio)
         for (index, _), log_ratio in zip(updated, log_ratios.tolist(), strict=True):
             self.weights.multiply(index, log_ratio)
+        if self.improvement is not None:
+            products = sequence_log_ratios(new, old, lengths, "product")
+            for (index, _), log_ratio in zip(updated, products.tolist(), strict=True):
+                self.improvement.take_in(index, log_ratio)
 
     def _weigh_outside_the_pass(self, block: Block) -> None:
         """
@@ -353,7 +370,9 @@ class TurnUpdater:
         actions = self._actions(indices, block, scores)
         entropy_weight = self.entropy_bonus.weight if self.entropy_bonus.is_enabled else None
         settings = replace(self.settings, entropy_weight=entropy_weight)
-        weights = torch.tensor([self.weights[i] for i in indices], dtype=actions.new.dtype)  # (n,)
+        weights = torch.tensor(
+            [self.weights.of_turn(i, block.first) for i in indices], dtype=actions.new.dtype
+        )  # (n,)
         weights = weights.to(actions.new.device, non_blocking=True)
         loss = turn_loss(actions, weights, settings, self.surrogate)
         updates, entropy, tokens = self.record.metrics.add_micro_batch(

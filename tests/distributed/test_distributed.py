@@ -46,6 +46,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "adam": {"optim": "adamw_torch", "learning_rate": 1e-3},
     "plays": {"plays": True},
     "plays_lora": {"plays": True, "lora": True},
+    "plays_to_go": {"plays": True, "turn_credit": "to_go"},
     # these only have to run
     "bf16": {"bf16": True, "beta": 0.1},
     "moe_with_auxiliary_loss": {"model": "moe_aux"},
@@ -56,10 +57,10 @@ ORACLE_SETTINGS = ("beta", "old_policy", "turn_weight_clip", "max_turn_updates",
 ORACLE_SETTINGS += ("entropy_coef", "update_order", "num_iterations")
 ORACLE_RUNS = ("rows", "kl", "trees", "stripped", "blocks", "entropy", "lora", "minibatches", "frozen")
 ORACLE_RUNS += ("reduced_always", "moe")
-SINGLE_RUNS = ("adam", "plays", "plays_lora")
+SINGLE_RUNS = ("adam", "plays", "plays_lora", "plays_to_go")
 
 LAUNCHES: dict[str, tuple[str | None, int, list[str]]] = {
-    "one": (None, 1, ["rows", "adam", "plays", "plays_lora"]),
+    "one": (None, 1, ["rows", "adam", "plays", "plays_lora", "plays_to_go"]),
     "ddp": (
         "ddp",
         2,
@@ -79,7 +80,7 @@ LAUNCHES: dict[str, tuple[str | None, int, list[str]]] = {
     "zero3_offload": ("zero3_offload", 2, ["trees", "lora"]),
     "torchrun-zero3": ("torchrun_zero3", 2, ["kl"]),
     "fsdp2": ("fsdp2", 2, ["kl", "trees", "lora", "frozen", "adam", "bf16", "plays", "plays_lora"]),
-    "three-ddp": ("ddp", 3, ["blocks", "trees", "plays", "refused"]),
+    "three-ddp": ("ddp", 3, ["blocks", "trees", "plays", "plays_to_go", "refused"]),
     "three-zero3": ("zero3", 3, ["kl", "trees", "plays"]),
 }
 

@@ -24,7 +24,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import ON_CPU, load_tiny_model, tiny_tokenizer
 from transformers import TrainerCallback
 
-from seeupo_trl import SeeUPOConfig, SeeUPOTrainer
+from seeupo_trl import SeeUPOConfig, SeeUPOTrainer, environment_reward
 from seeupo_trl.trajectory import Trajectory, Turn
 from seeupo_trl.update.steps import assign_minibatches
 
@@ -67,6 +67,7 @@ def train(
     tmp_path,
     *,
     turns=None,
+    step_rewards=None,
     optimizer=torch.optim.SGD,
     optimizer_kwargs=None,
     lr_lambda=lambda step: 1.0,
@@ -79,6 +80,8 @@ def train(
     Args:
         turns (`list`, *optional*):
             Turns of each trajectory for each iteration, handed over as `trajectories`, not read from the mask.
+        step_rewards (`list[list[list[float]]]`, *optional*):
+            Rewards after each turn of each trajectory for each iteration, as an environment's.
         peft_config (`PeftConfig`, *optional*):
             Adapter that the trainer creates; the trainer then makes the optimizer as well, from `config`.
     """
@@ -99,6 +102,13 @@ def train(
             rollouts["trajectories"] = [
                 Trajectory([Turn(context, action) for context, action in trajectory]) for trajectory in turns[step]
             ]
+        if step_rewards is not None:
+            shown = turns[step] if turns is not None else [episode.turns for episode in episodes]
+            rollouts["trajectories"] = [
+                Trajectory([Turn(*turn, reward=r) for turn, r in zip(played, steps, strict=True)], episode.reward)
+                for played, steps, episode in zip(shown, step_rewards[step], episodes, strict=True)
+            ]
+            rollouts["environment_reward"] = rollouts["outcome"]
         return rollouts
 
     settings = {
@@ -125,7 +135,7 @@ def train(
     snapshots = Snapshots()
     SeeUPOTrainer(
         model=model,
-        reward_funcs=outcome_reward,
+        reward_funcs=outcome_reward if step_rewards is None else environment_reward,
         args=SeeUPOConfig(**{**settings, **config}),
         train_dataset=Dataset.from_dict(
             {"prompt": [[{"role": "user", "content": f"w{i}"}] for i in range(NUM_GROUPS * len(iterations))]}
@@ -139,7 +149,9 @@ def train(
     return snapshots.parameters
 
 
-def run_oracle(model, groups_per_iteration, lr_lambda=lambda step: 1.0, num_minibatches=1, **settings):
+def run_oracle(
+    model, groups_per_iteration, lr_lambda=lambda step: 1.0, num_minibatches=1, step_rewards=None, **settings
+):
     """Every iteration of the naive implementation, in float64, from `model` (left untouched)."""
     policy = copy.deepcopy(model).double()
     reference = copy.deepcopy(policy)
@@ -152,7 +164,8 @@ def run_oracle(model, groups_per_iteration, lr_lambda=lambda step: 1.0, num_mini
             minibatches=tuple(assign_minibatches(NUM_TRAJECTORIES, num_minibatches, SEED, step)),
             **settings,
         )
-        results.append(seeupo_iteration(policy, groups, step_settings, ref_model=reference))
+        steps = None if step_rewards is None else step_rewards[step]
+        results.append(seeupo_iteration(policy, groups, step_settings, ref_model=reference, step_rewards=steps))
     return results
 
 

@@ -69,6 +69,12 @@ def ragged_rollouts() -> tuple[list[Episode], ...]:
     )
 
 
+def draw_step_rewards(episodes: list[Episode], seed: int) -> list[list[float]]:
+    """Rewards after each turn, multiples of 1/8, often 0; what they leave of an episode's reward comes at its end."""
+    rng = random.Random(seed)
+    return [[rng.choice((0, 0, 1, 2, -1)) / 8 for _ in episode.turns] for episode in episodes]
+
+
 def as_groups(episodes: list[Episode]):
     rows = [(episode.turns, episode.reward) for episode in episodes]
     return [rows[start : start + GROUP_SIZE] for start in range(0, len(rows), GROUP_SIZE)]

@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 from against_oracle import SEED, load_model, parameters_of, train
-from fixed_rollouts import NUM_TRAJECTORIES, Episode, as_groups, make_iteration, rewrite_contexts
+from fixed_rollouts import (
+    NUM_TRAJECTORIES,
+    Episode,
+    as_groups,
+    draw_step_rewards,
+    make_iteration,
+    rewrite_contexts,
+)
 from oracle import OracleSettings, seeupo_iteration
 from tiny import VOCABULARY, save_tiny_model
 
@@ -44,6 +51,7 @@ def draw_case(number: int) -> dict[str, Any]:
         "max_turn_updates": often(None, 1, 2, 3),
         "old_policy": often("iteration", "turn"),
         "turn_ratio": often("geometric", "product"),
+        "turn_credit": often("episode", "to_go"),
         "turn_weight_clip": often(0.2, None, 0.05, 0.01),
         "scale_rewards": often("batch", "none"),
         "advantage_clip": often(None, 1.0, 0.5),
@@ -56,6 +64,10 @@ def draw_case(number: int) -> dict[str, Any]:
         "num_iterations": often(1, 2, 3),
         "max_grad_norm": often(0.0, 2.0, 0.1),
     }
+    if update["update_order"] == "simultaneous" or update["max_turn_updates"] == 1:
+        update["turn_credit"] = "episode"
+    if update["loss_type"] != "vespo":
+        update["surrogate_ratio"] = often("geometric", "product")
     if update["loss_type"] in ("seeupo", "luspo"):
         update["delta"] = often(None, 1.02, 1.5)
     if update["loss_type"] == "cispo":
@@ -133,7 +145,10 @@ def run_case(directory: str, output: Any, case: dict[str, Any]) -> None:
     model = load_model(directory, lora=case["lora"])
     start = parameters_of(model)
     policy, reference = copy.deepcopy(model), copy.deepcopy(model)
-    trained = train(model, iterations, output, turns=turns, **update, **layout)
+    step_rewards = None
+    if update["turn_credit"] == "to_go":
+        step_rewards = [draw_step_rewards(played, case["episodes"]["seed"] + n) for n, played in enumerate(iterations)]
+    trained = train(model, iterations, output, turns=turns, step_rewards=step_rewards, **update, **layout)
     minibatches = layout["steps_per_generation"] // layout["gradient_accumulation_steps"]
     for step, played in enumerate(iterations):
         groups = trained_turns(played, turns and turns[step], layout["mask_truncated_completions"])
@@ -145,7 +160,8 @@ def run_case(directory: str, output: Any, case: dict[str, Any]) -> None:
             permutation=_permutation(longest, update["max_turn_updates"], step),
             **update,
         )
-        result = seeupo_iteration(policy, groups, settings, ref_model=reference)
+        steps = None if step_rewards is None else step_rewards[step]
+        result = seeupo_iteration(policy, groups, settings, ref_model=reference, step_rewards=steps)
         moved = max((result.parameters[name] - start[name].double()).abs().max().item() for name in start)
         difference = max((result.parameters[name] - trained[step][name]).abs().max().item() for name in start)
         # the oracle moves by rounding errors where nothing is learned

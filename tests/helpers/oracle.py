@@ -35,6 +35,8 @@ class OracleSettings:
     permutation: tuple[int, ...] | None = None
     max_turn_updates: int | None = None
     old_policy: str = "iteration"
+    turn_credit: str = "episode"
+    surrogate_ratio: str = "geometric"
     turn_ratio: str = "geometric"
     turn_weight_clip: float | None = 0.2
     scale_rewards: str = "batch"
@@ -83,7 +85,9 @@ class OracleResult:
     parameters: dict[str, torch.Tensor]
 
 
-def seeupo_iteration(model, groups, settings: OracleSettings, ref_model=None, sampling_logps=None) -> OracleResult:
+def seeupo_iteration(
+    model, groups, settings: OracleSettings, ref_model=None, sampling_logps=None, step_rewards=None
+) -> OracleResult:
     """
     Run one iteration on `model`, in place.
 
@@ -99,10 +103,16 @@ def seeupo_iteration(model, groups, settings: OracleSettings, ref_model=None, sa
         sampling_logps (`list[list[list[float]]]`, *optional*):
             Log-probabilities that a sampler reported, by trajectory, turn and token. The objective of an action is
             then corrected for the difference from the policy's.
+        step_rewards (`list[list[float]]`, *optional*):
+            What of its reward a trajectory got after each turn, for `settings.turn_credit="to_go"`; the rest comes
+            after the last turn.
     """
     trajectories = [turns for group in groups for turns, _ in group]
     rewards = [[reward for _, reward in group] for group in groups]
     advantages = normalised_advantages(rewards, settings.scale_rewards, settings.advantage_clip)
+    credit = {(i, t): advantage for i, advantage in enumerate(advantages) for t in range(len(trajectories[i]))}
+    if settings.turn_credit == "to_go":
+        credit = advantages_to_go(rewards, step_rewards, settings)
     blocks = ordered_blocks(max(len(turns) for turns in trajectories), settings)
 
     old_logps, ref_logps, start_logps = {}, {}, {}
@@ -133,7 +143,8 @@ def seeupo_iteration(model, groups, settings: OracleSettings, ref_model=None, sa
             old = [old_logps[i, t] for t in turns_of[i]]
             return torch.cat(new) - torch.cat(old), torch.cat(new)
 
-        if any(advantages[i] != 0 for i in pool) or settings.beta != 0 or settings.entropy_coef != 0:
+        is_updated = any(credit[i, block[0]] != 0 for i in pool)
+        if is_updated or settings.beta != 0 or settings.entropy_coef != 0:
             minibatches = settings.minibatches or (0,) * len(trajectories)
             num_minibatches = max(minibatches) + 1
             for _epoch in range(settings.num_iterations):
@@ -143,9 +154,10 @@ def seeupo_iteration(model, groups, settings: OracleSettings, ref_model=None, sa
                         if minibatches[i] != minibatch:
                             continue
                         log_ratio, new_logps = log_ratios(i)
-                        ratio = log_ratio.mean().exp()
+                        ratio = surrogate_ratio(log_ratio, settings)
                         record.first_ratios.setdefault(i, ratio.item())
-                        objective = objective_of(log_ratio, new_logps, advantages[i] * weights[i], settings)
+                        weighted = credit[i, block[0]] * weights[i]
+                        objective = objective_of(log_ratio, new_logps, weighted, settings)
                         if sampling_logps is not None:
                             policy = [logp.item() for t in turns_of[i] for logp in start_logps[i, t]]
                             sampler = [logp for t in turns_of[i] for logp in sampling_logps[i][t]]
@@ -165,6 +177,8 @@ def seeupo_iteration(model, groups, settings: OracleSettings, ref_model=None, sa
                         if loss.requires_grad:  # not where the ratio is clipped
                             loss.backward()
                     record.grad_norms.append(sgd_step(model, settings.lr, settings.max_grad_norm))
+        else:
+            continue  # a turn that nobody learns from is not updated, so the weights do not hear of it
 
         for i in pool:
             with torch.no_grad():
@@ -205,6 +219,34 @@ def normalised_advantages(
     return advantages
 
 
+def advantages_to_go(
+    rewards: list[list[float]], step_rewards: list[list[float]], settings: OracleSettings
+) -> dict[tuple[int, int], float]:
+    """
+    Advantages of turns (counted from 0) by trajectory: the reward that is still to come, minus its mean over those of
+    the group who played the turn (trained on or not), in units of the standard deviation of the episodes' advantages.
+    """
+    episodes = normalised_advantages(rewards, "none")
+    scale = 1.0
+    if settings.scale_rewards == "batch":
+        scale = math.sqrt(math.fsum(a**2 for a in episodes) / (len(episodes) - 1))
+    credit, first = {}, 0
+    for group in rewards:
+        members = range(first, first + len(group))
+        num_turns = {i: len(step_rewards[i]) for i in members}
+        for t in range(max(num_turns.values())):
+            to_come = {i: group[i - first] - math.fsum(step_rewards[i][:t]) for i in members if num_turns[i] > t}
+            mean = math.fsum(to_come.values()) / len(to_come)
+            for i, value in to_come.items():
+                equal = all(other == value for other in to_come.values())
+                advantage = 0.0 if equal or scale == 0 else (value - mean) / scale
+                if settings.advantage_clip is not None:
+                    advantage = min(max(advantage, -settings.advantage_clip), settings.advantage_clip)
+                credit[i, t] = advantage
+        first += len(group)
+    return credit
+
+
 def ordered_blocks(num_turns: int, settings: OracleSettings) -> list[list[int]]:
     """Blocks of consecutive turns (counted from 0), in the order they are updated."""
     num_blocks = num_turns if settings.max_turn_updates is None else min(settings.max_turn_updates, num_turns)
@@ -241,11 +283,16 @@ def token_entropies(model, context: list[int], action: list[int], temperature: f
     return torch.stack([-(logps.exp() * logps).sum() for logps in distributions])
 
 
+def surrogate_ratio(log_ratio: torch.Tensor, settings: OracleSettings) -> torch.Tensor:
+    """Ratio of one action, given the log-ratio of each of its tokens."""
+    return log_ratio.mean().exp() if settings.surrogate_ratio == "geometric" else log_ratio.exp().prod()
+
+
 def objective_of(
     log_ratio: torch.Tensor, new_logps: torch.Tensor, weighted_advantage: float, settings: OracleSettings
 ) -> torch.Tensor:
     """What is maximised of one action, given the log-ratio and the log-probability of each of its tokens."""
-    ratio = log_ratio.mean().exp()
+    ratio = surrogate_ratio(log_ratio, settings)
     high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
     if settings.loss_type == "cispo":
         return min(ratio.item(), high) * weighted_advantage * new_logps.sum() / len(new_logps)

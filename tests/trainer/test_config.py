@@ -13,6 +13,7 @@ from transformers import HfArgumentParser
 from trl import GRPOConfig, TrlParser
 
 from seeupo_trl import SeeUPOConfig
+from seeupo_trl.seeupo_config import PRESETS
 from seeupo_trl.trainer_inputs import arguments_for_trl
 
 
@@ -25,6 +26,7 @@ def test_defaults_are_the_algorithm_of_the_paper_with_a_bounded_turn_weight():
     assert defaults.update_order == "reverse"
     assert defaults.old_policy == "iteration"
     assert defaults.turn_ratio == "geometric"
+    assert (defaults.surrogate_ratio, defaults.turn_credit) == ("geometric", "episode")
     assert defaults.turn_weight_clip == 0.2
     assert (defaults.max_turn_updates, defaults.advantage_clip) == (None, None)
     assert defaults.scale_rewards == "batch"
@@ -43,6 +45,11 @@ def test_defaults_warn_about_nothing():
         ({"update_order": "backward"}, "`update_order='backward'` is not one of 'reverse', 'forward'"),
         ({"old_policy": "theta"}, "`old_policy='theta'` is not one of"),
         ({"turn_ratio": "mean"}, "`turn_ratio='mean'` is not one of"),
+        ({"surrogate_ratio": "mean"}, "`surrogate_ratio='mean'` is not one of"),
+        ({"surrogate_ratio": "product", "loss_type": "vespo"}, "`loss_type='vespo'` has its own ratio"),
+        ({"turn_credit": "turn"}, "`turn_credit='turn'` is not one of"),
+        ({"turn_credit": "to_go", "update_order": "simultaneous"}, "update all of them as one"),
+        ({"turn_credit": "to_go", "max_turn_updates": 1}, "update all of them as one"),
         ({"importance_sampling_level": "word"}, "`importance_sampling_level='word'` is not one of 'sequence'"),
         ({"vllm_importance_sampling_mode": "token"}, "`vllm_importance_sampling_mode='token'` is not one of"),
         ({"max_turns": 0}, "`max_turns` must be at least 1"),
@@ -67,6 +74,26 @@ def test_defaults_warn_about_nothing():
 def test_what_cannot_work_is_refused(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         config(**options)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_has_its_settings_and_takes_others(name):
+    given = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
+    preset = SeeUPOConfig.preset(name, **given)
+    assert {field: getattr(preset, field) for field in PRESETS[name]} == PRESETS[name]
+    changed = SeeUPOConfig.preset(name, turn_ratio="geometric", turn_weight_clip=0.1, epsilon=0.3, **given)
+    assert (changed.turn_ratio, changed.turn_weight_clip, changed.epsilon) == ("geometric", 0.1, 0.3)
+    assert f'`"{name}"`' in SeeUPOConfig.preset.__doc__
+
+
+def test_the_presets_of_the_paper_and_of_its_code_differ_where_these_do():
+    differ = {field for field in PRESETS["paper"] if PRESETS["paper"][field] != PRESETS["authors"][field]}
+    assert differ == {"old_policy", "turn_ratio", "turn_weight_clip", "advantage_clip"}
+
+
+def test_a_preset_that_is_none_is_named_with_those_there_are():
+    with pytest.raises(ValueError, match="no preset 'theory'; there are 'paper', 'authors'"):
+        SeeUPOConfig.preset("theory", output_dir="unused")
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])

@@ -44,6 +44,8 @@ CASES = {
     "simultaneous": {"update_order": "simultaneous"},
     "old-turn": {"old_policy": "turn"},
     "old-turn-forward": {"old_policy": "turn", "update_order": "forward"},
+    "product-ratio-in-the-surrogate": {"surrogate_ratio": "product", "epsilon": 0.02, "num_iterations": 2},
+    "product-ratio-everywhere": {"surrogate_ratio": "product", "turn_ratio": "product", "turn_weight_clip": None},
     "product-ratio": {"turn_ratio": "product"},
     "product-ratio-unclipped": {"turn_ratio": "product", "turn_weight_clip": None},
     "product-ratio-unclipped-old-turn": {"turn_ratio": "product", "turn_weight_clip": None, "old_policy": "turn"},
