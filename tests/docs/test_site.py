@@ -27,8 +27,8 @@ def source(tmp_path):
     ignored = shutil.ignore_patterns("__pycache__")
     for name in ("docs", "seeupo_trl"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
-    (tmp_path / "benchmarks").mkdir()
-    for name in ("mkdocs.yml", "benchmarks/README.md"):
+    (tmp_path / "benchmarks" / "learning" / "results").mkdir(parents=True)
+    for name in ("mkdocs.yml", "benchmarks/README.md", "benchmarks/learning/results/tables.md"):
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 

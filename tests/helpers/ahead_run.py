@@ -4,6 +4,7 @@ it is one of two processes of `test_rollouts_ahead.py`:
 `accelerate launch --config_file CONFIG ahead_run.py OUTPUT MODEL`.
 """
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ class Apart:
     def __init__(self, trainer, ends):
         policy = trainer.accelerator.unwrap_model(trainer.model)
         with torch.random.fork_rng(devices=[]):
-            self.model = Qwen3ForCausalLM(policy.config).to(policy.dtype)
+            self.model = Qwen3ForCausalLM(copy.deepcopy(policy.config)).to(policy.dtype)
         self.model.load_state_dict(policy.state_dict())
         self.model.eval()
         self.ends, self.temperature = ends, trainer.args.temperature
