@@ -43,12 +43,10 @@ def check_observation(observation: Any) -> Observation:
 
 
 def _own_tools(tools: list[dict] | None) -> list[dict] | None:
-    """A copy by JSON: schemas are long, and what it writes shows whether anything in them has to be changed."""
+    """A copy. Schemas are long, and JSON's own is ten times faster than one in Python."""
     text = json.dumps(tools)
     tools = json.loads(text)
-    if "null" in text:
-        tools = without_none(tools)
-    return mended(tools) if r"\ud" in text else tools  # a surrogate, which JSON writes as \ud83d
+    return mended(without_none(tools) if "null" in text else tools)
 
 
 def check_step_result(result: Any) -> StepResult:
@@ -130,14 +128,23 @@ def mended(value: Any) -> Any:
     Plain data in which all text can be encoded: lone surrogates, as in `"\\ud83d"`, have no UTF-8 form, and become a
     question mark. The value itself where there is nothing to mend.
     """
+    try:
+        if r"\ud" not in json.dumps(value):  # JSON writes a surrogate as \ud83d, and is faster than a walk
+            return value
+    except (TypeError, ValueError, RecursionError):  # not plain data
+        pass
+    return _mended(value)
+
+
+def _mended(value: Any) -> Any:
     kind = type(value)
     if kind is str:
         return value if _is_encodable(value) else value.encode("utf-8", "replace").decode("utf-8")
     if kind is list:
-        items = [mended(item) for item in value]
+        items = [_mended(item) for item in value]
         return items if any(new is not old for new, old in zip(items, value, strict=True)) else value
     if kind is dict:
-        items = {mended(key): mended(item) for key, item in value.items()}
+        items = {_mended(key): _mended(item) for key, item in value.items()}
         same = len(items) == len(value) and all(key in value and items[key] is value[key] for key in items)
         return value if same else items
     return value
