@@ -838,6 +838,24 @@ def bias_of_weights(instances: int, seed: int, lr: float, samples: int = 8) -> d
     }
 
 
+def rare_falls(instances: int, seed: int) -> list[dict]:
+    """Where falls were looked for and may not be found: many instances, few iterations."""
+    bounded = Method(weight="bounded", iterations=20)
+    cases = [("M within 0.2 of 1, clip 0.2", kind, bounded, shape) for kind in KINDS[:2] for shape in SHAPES]
+    past = Method(**{**PAST_CLIP, "iterations": 3})
+    cases.append(("20 SGD steps, lr 5, one turn, one task", "table", past, (1, 3)))
+    return [
+        {
+            "looked_for": what,
+            "policy": kind,
+            "turns_and_actions": shape,
+            "instances": instances,
+            "falling": instances - play(random_problems(kind, instances, seed, *shape), method).num_monotone,
+        }
+        for what, kind, method, shape in cases
+    ]
+
+
 def findings(instances: int, seed: int) -> list[dict]:
     """Numbers behind the statements of the documentation that are not in the table."""
     own = [
@@ -858,6 +876,7 @@ def findings(instances: int, seed: int) -> list[dict]:
             for steps in (1, 4)
         ],
         *[{"finding": "bias of M", **bias_of_weights(20 * instances, seed, lr)} for lr in (0.1, 0.3, 1.0)],
+        *[{"finding": "rare falls", **found} for found in rare_falls(30 * instances, seed)],
     ]
 
 
