@@ -78,7 +78,7 @@ def config(directory, **overrides):
             "num_generations": 4,
             "max_completion_length": 24,
             "temperature": TEMPERATURE,
-            "learning_rate": 0.005,
+            "learning_rate": 0.003,
             "lr_scheduler_type": "constant",
             **overrides,
         }

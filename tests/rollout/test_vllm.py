@@ -150,6 +150,7 @@ def test_the_corrections_of_each_mode_follow_from_the_logps_of_the_turn(talker, 
     args = config(
         tmp_path,
         max_steps=4,
+        per_device_train_batch_size=16,
         vllm_importance_sampling_clip_min=low,
         vllm_importance_sampling_clip_max=high,
     )

@@ -16,7 +16,7 @@ import urllib.request
 import pytest
 import torch
 from launching import run_on_two_processes
-from transformers import Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM, TrainerCallback
 
 from seeupo_trl import SeeUPOTrainer
 
@@ -96,6 +96,33 @@ def test_a_server_gets_the_weights_once_an_iteration(server, talker, tmp_path, m
         torch.testing.assert_close(torch.tensor(turn.sampling_logps), policy, rtol=0, atol=TOLERANCE)
     moved = [(torch.tensor(t.sampling_logps) - watch.policy(t, start)).abs().max() for t, _ in watch.rollouts[-1]]
     assert max(moved) > 1000 * TOLERANCE
+
+
+def test_the_next_batch_is_sampled_while_this_one_is_updated(server, talker, tmp_path, monkeypatch):
+    """It comes from the policy before; the weights are pushed between batches."""
+    requests = send_weights_through_files(monkeypatch)
+    options = {"vllm_mode": "server", "vllm_server_base_url": server, "vllm_max_model_length": None}
+    args = config(tmp_path, beta=0.01, rollouts_ahead=1, **options)
+    trainer = SeeUPOTrainer(talker, args=args, train_dataset=chats(1, 3, 2, 3, 2, 1), environment_factory=Chat)
+    policies = []
+
+    class Keep(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            policies.append(Qwen3ForCausalLM.from_pretrained(talker))
+            policies[-1].load_state_dict(model.state_dict())
+
+    trainer.add_callback(Keep())
+    watch = Watch(trainer).train()
+    assert re.fullmatch("sggu+sgu+su+", watch.events), watch.events
+    push = ["start_weight_update", "update_weights", "finish_weight_update", "reset_prefix_cache"]
+    assert [r for r in requests[1:] if r != "completions"] == push * 3
+    assert [entry["rollout/staleness"] for entry in trainer.state.log_history[:3]] == [0, 1, 1]
+    for rollout, sampled_by in zip(watch.rollouts, (0, 0, 1), strict=True):
+        for turn, _ in rollout:
+            expected = watch.policy(turn, policies[sampled_by])
+            torch.testing.assert_close(torch.tensor(turn.sampling_logps), expected, rtol=0, atol=TOLERANCE)
+    moved = [(torch.tensor(turn.sampling_logps) - policy).abs().max() for turn, policy in watch.rollouts[2]]
+    assert max(moved) > 100 * TOLERANCE
 
 
 def test_no_context_is_sent_that_the_server_would_refuse(server, talker, tmp_path, monkeypatch):
