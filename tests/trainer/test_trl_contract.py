@@ -18,6 +18,7 @@ from tiny import load_tiny_model, tiny_tokenizer
 from transformers import DynamicCache, Trainer
 from transformers.cache_utils import DynamicLayer
 from transformers.trainer_callback import CallbackHandler
+from transformers.utils.chat_parsing.response_templates import load_response_template
 from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import (
     add_response_schema,
@@ -96,6 +97,7 @@ SIGNATURES = [
     (split_pixel_values_by_grid, "batch", "images.py takes samples out of a batch"),
     (unsplit_pixel_values_by_grid, "batch", "images.py puts a batch together"),
     (parse_response, f"tokenizer ids prefix{' tools' * PARSES_WITH_TOOLS}", "chat_format.py reads responses"),
+    (load_response_template, "spec", "chat_format.py compiles a response template once"),
     (supports_tool_calling, "processing_class", "chat_format.py checks the chat template"),
     (add_response_schema, "processing_class", "chat_format.py teaches the tokenizer to parse"),
     (get_training_chat_template, "processing_class tokenizer", "chat_format.py: templates that only grow"),
