@@ -586,6 +586,11 @@ class SeeUPOConfig(GRPOConfig):
                 "`turn_credit='to_go'` gives turns advantages of their own, but `update_order='simultaneous'` and "
                 "`max_turn_updates=1` update all of them as one. Use another order, or `turn_credit='episode'`."
             )
+        if self.turn_credit == "to_go" and self.zero_variance == "resample":
+            raise ValueError(
+                "`zero_variance='resample'` replaces groups whose returns are all equal, which may teach something with "
+                "`turn_credit='to_go'`: their rewards of steps may differ. Choose one of the two."
+            )
         if self.steps_per_generation % self.gradient_accumulation_steps != 0:
             raise ValueError(
                 f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}) must divide "

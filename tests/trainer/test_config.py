@@ -50,6 +50,7 @@ def test_defaults_warn_about_nothing():
         ({"turn_credit": "turn"}, "`turn_credit='turn'` is not one of"),
         ({"turn_credit": "to_go", "update_order": "simultaneous"}, "update all of them as one"),
         ({"turn_credit": "to_go", "max_turn_updates": 1}, "update all of them as one"),
+        ({"turn_credit": "to_go", "zero_variance": "resample"}, "Choose one of the two"),
         ({"importance_sampling_level": "word"}, "`importance_sampling_level='word'` is not one of 'sequence'"),
         ({"vllm_importance_sampling_mode": "token"}, "`vllm_importance_sampling_mode='token'` is not one of"),
         ({"max_turns": 0}, "`max_turns` must be at least 1"),
