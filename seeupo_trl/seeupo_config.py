@@ -588,8 +588,8 @@ class SeeUPOConfig(GRPOConfig):
             )
         if self.turn_credit == "to_go" and self.zero_variance == "resample":
             raise ValueError(
-                "`zero_variance='resample'` replaces groups whose returns are all equal. With `turn_credit='to_go'` they "
-                "may teach something, where their rewards of steps differ. Choose one of the two."
+                "`zero_variance='resample'` replaces groups whose returns are all equal. With `turn_credit='to_go'` "
+                "they may teach something, where their rewards of steps differ. Choose one of the two."
             )
         if self.steps_per_generation % self.gradient_accumulation_steps != 0:
             raise ValueError(
