@@ -11,14 +11,17 @@ from unkind_rollouts import NUM_TRAJECTORIES, TURNS, groups
 
 LEARNING_RATE = 0.005
 # on a CPU over gloo, to see that the test itself is right; `tests/distributed` has the others
-LAUNCHES = [pytest.param("zero2", 1, "cpu")]
-LAUNCHES += [pytest.param(backend, 1, "cuda", marks=CARD) for backend in ("ddp", "zero1", "zero2", "zero3", "fsdp2")]
-LAUNCHES += [pytest.param(backend, 2, "cuda", marks=TWO_CARDS) for backend in ("ddp", "zero3", "fsdp2")]
+LAUNCHES = [pytest.param("zero2", 1, "cpu", "fp32")]
+LAUNCHES += [
+    pytest.param(backend, 1, "cuda", "fp32", marks=CARD) for backend in ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+]
+LAUNCHES += [pytest.param(backend, 2, "cuda", "fp32", marks=TWO_CARDS) for backend in ("ddp", "zero3", "fsdp2")]
+# DeepSpeed's bfloat16 parameters are rounded by more than an iteration moves them
+LAUNCHES += [pytest.param(backend, 1, "cuda", "bf16", marks=CARD) for backend in ("ddp", "fsdp2")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("backend", "num_processes", "device"), LAUNCHES)
+@pytest.mark.parametrize(("backend", "num_processes", "device", "precision"), LAUNCHES)
 def test_processes_end_where_the_oracle_ends(backend, num_processes, device, precision, tmp_path):
     if backend.startswith("zero"):
         pytest.importorskip("deepspeed")
