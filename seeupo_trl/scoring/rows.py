@@ -189,9 +189,12 @@ class RowScorer:
     ):
         causal_lm = model.get_base_model() if is_peft_model(model) else model
         self._scored_positions = _ScoredPositions(causal_lm.base_model)
-        head = causal_lm.get_output_embeddings().weight
-        self._given_device, self._head = device, head
-        self._fused_head = head.dtype != torch.float64 and (_FUSED_HEAD_ON_CPU or self._device.type != "cpu")
+        # not its weight: FSDP2 puts shards in its place, and what refers to the whole keeps it in memory
+        self._head = causal_lm.get_output_embeddings()
+        self._given_device = device
+        self._fused_head = self._head.weight.dtype != torch.float64 and (
+            _FUSED_HEAD_ON_CPU or self._device.type != "cpu"
+        )
         self._pad_token_id = pad_token_id
         self._temperature = temperature
         self._pad_to_multiple_of = pad_to_multiple_of or 1
@@ -200,7 +203,7 @@ class RowScorer:
 
     @property
     def _device(self) -> torch.device:
-        return self._head.device if self._given_device is None else self._given_device
+        return self._head.weight.device if self._given_device is None else self._given_device
 
     def check(self, buffer: TurnBuffer, keys: Iterable[Key], model: nn.Module, lock_step: LockStep) -> None:
         """Rows need no check: every causal language model computes them."""
