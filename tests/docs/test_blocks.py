@@ -18,6 +18,8 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, reader):
     for block in PYTHON[page]:
         if "envs.bfcl" in block.code:
             pytest.importorskip("bfcl_eval", reason="bfcl-eval comes without its dependencies, see docs/bfcl.md")
+        if "envs.textarena" in block.code:
+            pytest.importorskip("textarena", reason="needs the extra `textarena`")
         if block.reason is None:
             block.run(namespace)
         else:
