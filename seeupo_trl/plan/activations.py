@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from accelerate.utils import is_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from trl.trainer.utils import add_fused_lm_head
 
+from ..scoring.causal_lm import causal_lm_of
 from ..scoring.interface import MicroBatch
 from ..scoring.rows import RowBatch
 from ..scoring.tree_attention import BRANCHES, use_attention
@@ -198,7 +198,7 @@ def measure_pass(model: nn.Module, forward: Callable[[], torch.Tensor], keeps_gr
     Returns:
         [`PassMemory`]
     """
-    causal_lm = model.get_base_model() if is_peft_model(model) else model
+    causal_lm = causal_lm_of(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handles = []
     peaks: dict[str, int] = {}
@@ -322,7 +322,7 @@ def trace_pass(config: PreTrainedConfig, one: Pass, batch: MicroBatch | None = N
 
 def _trace(config: PreTrainedConfig, one: Pass, batch: MicroBatch | None) -> PassMemory:
     model = build_model(config, one.dtype, one.lora_rank).train()
-    causal_lm = model.get_base_model() if is_peft_model(model) else model
+    causal_lm = causal_lm_of(model)
     if one.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         if one.lora_rank is not None:

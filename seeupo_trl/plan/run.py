@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from accelerate.utils import is_peft_model
 from transformers import PreTrainedConfig
 
+from ..scoring.causal_lm import causal_lm_of
 from .activations import build_model
 
 
@@ -75,7 +75,7 @@ def model_shape(config: PreTrainedConfig, lora_rank: int | None = None) -> Model
 
 def _model_shape(config: PreTrainedConfig, lora_rank: int | None) -> ModelShape:
     model = build_model(config, torch.bfloat16, lora_rank)
-    causal_lm = model.get_base_model() if is_peft_model(model) else model
+    causal_lm = causal_lm_of(model)
     text = config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads

@@ -5,6 +5,7 @@ The episodes of one batch: what an episode may do, how it goes on, and what it e
 [`~seeupo_trl.rollout.lock_step`] takes all of them through one turn after another.
 """
 
+import math
 import random
 import zlib
 from collections import Counter
@@ -213,7 +214,7 @@ class RolloutBatch:
 
     def _cut(self, result: StepResult) -> StepResult:
         limit = self.settings.max_observation_tokens
-        if limit != float("inf"):
+        if limit != math.inf:
             for message in result.messages:
                 self.counts["env/observations_cut"] += cut_message(message, limit, self._chat.tokenizer)
         return result

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import is_peft_model
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, register_fsdp_forward_method
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
+from ..scoring.causal_lm import causal_lm_of
 from ..scoring.tree_attention import reason_against_trees
 from .key_values import CachedSequence, as_batch, as_rows, cache_argument, compute, into_batches, share_beginnings
 from .turn_ends import replaced
@@ -86,7 +86,7 @@ class CachedGeneration:
         """
         reason = reason_against_cache(trainer)
         if reason is not None and not trainer.use_vllm:
-            _log_once(f"Every turn encodes its whole context again, because {reason}.")
+            log_once(f"Every turn encodes its whole context again, because {reason}.")
         return reason is None
 
     def generate(self, keys: Sequence[Hashable], contexts: list[list[int]]) -> list[list[int]]:
@@ -118,11 +118,11 @@ class CachedGeneration:
                     f"{len(input_ids)}."
                 )
             width = input_ids.shape[1]
-            cache = self._encode(_causal_lm(model), keys, contexts, width - 1)
+            cache = self._encode(causal_lm_of(model), keys, contexts, width - 1)
             batches.append((cache, width))
             generation_config = copy(generation_config)
             generation_config.use_cache = True  # models are configured without for training
-            inputs[cache_argument(_causal_lm(model))] = cache
+            inputs[cache_argument(causal_lm_of(model))] = cache
             return generate(input_ids=input_ids, generation_config=generation_config, **inputs)
 
         with replaced(model, generate=generate_from_cache):
@@ -224,7 +224,7 @@ def reason_against_cache(trainer: "GRPOTrainer") -> str | None:
     reason = reason_against_trees(trainer.accelerator.unwrap_model(trainer.model))
     if reason is not None:
         return f"the model is not one of full attention over text: {reason}"
-    model = _causal_lm(trainer.accelerator.unwrap_model(trainer.model))
+    model = causal_lm_of(trainer.accelerator.unwrap_model(trainer.model))
     if model.is_remote_code():
         return "the model's code comes from the Hub"
     if not model._supports_default_dynamic_cache() or any(
@@ -241,11 +241,7 @@ def reason_against_cache(trainer: "GRPOTrainer") -> str | None:
     return None
 
 
-def _causal_lm(model: nn.Module) -> nn.Module:
-    """The model whose forward pass `generate` calls."""
-    return model.get_base_model() if is_peft_model(model) else model
-
-
 @functools.cache
-def _log_once(message: str) -> None:
+def log_once(message: str) -> None:
+    """Warn of something, once in a process."""
     logger.warning(message)

@@ -1,19 +1,14 @@
 """Which backend answers the single requests of a rollout, and why none does where episodes play in lock step."""
 
-import functools
-import logging
-
 from trl import GRPOTrainer
 
+from .cached_generation import log_once
 from .sampler import Sampler
 from .settings import RolloutSettings
-from .transformers_sampler import TransformersSampler
+from .transformers_sampler import TransformersSampler, is_overridden
 from .turn_ends import TurnEnds
 from .vllm_engine import VllmEngineSampler
 from .vllm_server import VllmServerSampler, reason_against_server
-
-
-logger = logging.getLogger(__name__)
 
 
 def open_sampler(trainer: "GRPOTrainer", ends: TurnEnds, settings: RolloutSettings) -> Sampler | None:
@@ -60,7 +55,7 @@ def sampler_of_backend(trainer: "GRPOTrainer", ends: TurnEnds, settings: Rollout
     """
     reason = _reason_against_samplers(trainer)
     if reason is not None:
-        _log_once(f"Episodes play in lock step, where each turn waits for its longest response, because {reason}.")
+        log_once(f"Episodes play in lock step, where each turn waits for its longest response, because {reason}.")
         return None
     if not trainer.use_vllm:
         return TransformersSampler(trainer, ends)
@@ -70,14 +65,8 @@ def sampler_of_backend(trainer: "GRPOTrainer", ends: TurnEnds, settings: Rollout
 
 
 def _reason_against_samplers(trainer: "GRPOTrainer") -> str | None:
-    owner = next(cls for cls in type(trainer).__mro__ if "_generate_single_turn" in vars(cls))
-    if "_generate_single_turn" in vars(trainer) or owner.__module__.split(".")[0] not in ("trl", "seeupo_trl"):
+    if is_overridden(trainer, "_generate_single_turn"):
         return f"{type(trainer).__name__} has a `_generate_single_turn` of its own"
     if not trainer.use_vllm:
         return TransformersSampler.reason_against(trainer)
     return reason_against_server(trainer) if trainer.vllm_mode == "server" else None
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    logger.warning(message)

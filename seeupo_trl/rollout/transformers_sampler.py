@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import is_peft_model
 from torch import nn
 from trl.models import unwrap_model_for_generation
 
+from ..scoring.causal_lm import causal_lm_of
 from ..scoring.tree_attention import use_attention
 from .cached_generation import reason_against_cache
 from .key_values import MAX_TOKENS_PER_PASS
@@ -107,7 +107,7 @@ class TransformersSampler:
                 **_checkpointing_options(trainer),
             )
         )
-        self._model = _causal_lm(self._policy)
+        self._model = causal_lm_of(self._policy)
         self._modules = list(self._policy.modules())
         accepted = inspect.signature(self._model.forward).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
@@ -133,10 +133,9 @@ class TransformersSampler:
         deepspeed = trainer.accelerator.state.deepspeed_plugin
         if deepspeed is not None and deepspeed.zero_stage == 3 and not trainer.args.ds3_gather_for_generation:
             return "a forward pass under ZeRO-3 is a collective operation with `ds3_gather_for_generation=False`"
-        model = _causal_lm(trainer.accelerator.unwrap_model(trainer.model_wrapped))
+        model = causal_lm_of(trainer.accelerator.unwrap_model(trainer.model_wrapped))
         for owner, name in ((trainer, "_generate_single_turn"), (model, "generate")):
-            function = vars(owner).get(name, getattr(type(owner), name))
-            if name in vars(owner) or function.__module__.split(".")[0] not in ("seeupo_trl", "trl", "transformers"):
+            if is_overridden(owner, name):
                 return f"`{name}` of {type(owner).__name__} has been overridden"
         if trainer.args.torch_compile:
             return "the model is compiled"
@@ -319,9 +318,10 @@ class TransformersSampler:
         self._pass = DecodingPass(leaves, shared, device)
 
 
-def _causal_lm(model: nn.Module) -> nn.Module:
-    """The model whose forward pass `generate` calls."""
-    return model.get_base_model() if is_peft_model(model) else model
+def is_overridden(owner: Any, name: str) -> bool:
+    """Whether a method is somebody's own, of the object or of its class, and not the libraries' or ours."""
+    libraries = ("seeupo_trl", "trl", "transformers")
+    return name in vars(owner) or getattr(type(owner), name).__module__.split(".")[0] not in libraries
 
 
 def _checkpointing_options(trainer: "GRPOTrainer") -> dict[str, Any]:

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 import trl
-from accelerate.utils import is_peft_model
 from packaging.version import Version
 from torch import nn
 
 from ..distributed.lock_step import LockStep
+from .causal_lm import causal_lm_of
 from .interface import DUMMY_KEY, MicroBatch, TurnScores
 from .turn_buffer import Key, TurnBuffer
 
@@ -187,7 +187,7 @@ class RowScorer:
         aux_loss: bool = False,
         device: torch.device | None = None,
     ):
-        causal_lm = model.get_base_model() if is_peft_model(model) else model
+        causal_lm = causal_lm_of(model)
         self._scored_positions = _ScoredPositions(causal_lm.base_model)
         # not its weight: FSDP2 puts shards in its place, and what refers to the whole keeps it in memory
         self._head = causal_lm.get_output_embeddings()

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import is_peft_model
 from torch import nn
 
 from ..distributed.lock_step import LockStep
+from .causal_lm import causal_lm_of
 from .deterministic import without_noise
 from .interface import MicroBatch, TurnScores
 from .rows import RowBatch, RowScorer, build_rows, group_rows
@@ -114,7 +114,7 @@ class TreeScorer(RowScorer):
 
     def __init__(self, model: nn.Module, *args, packing: str = "auto", aux_loss: bool = False, **kwargs):
         super().__init__(model, *args, aux_loss=aux_loss, **kwargs)
-        causal_lm = model.get_base_model() if is_peft_model(model) else model
+        causal_lm = causal_lm_of(model)
         self._causal_lm = causal_lm
         self._packing = packing
         if packing != "rows":

@@ -10,6 +10,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from ..distributed.precision import LOW_PRECISION, compute_dtype
+from ..scoring.causal_lm import causal_lm_of
 from ..scoring.images import SampleScorer
 from ..scoring.interface import Scorer
 from ..scoring.trees import TreeScorer
@@ -80,6 +81,6 @@ def _compute_logits_in_float32(trainer: GRPOTrainer, model: nn.Module, outputs: 
     Where a model computes in 16 bits, have TRL's fused head compute in float32, tile by tile and from the weights as
     they are: logits rounded to bfloat16 put an error of about 0.03 on the log-probability of a token.
     """
-    causal_lm = model.get_base_model() if is_peft_model(model) else model
+    causal_lm = causal_lm_of(model)
     if compute_dtype(trainer.config, causal_lm.dtype) in LOW_PRECISION:
         add_fused_lm_head(causal_lm, trainer.temperature, cast_lm_head_to_fp32=True, outputs=outputs)

@@ -11,15 +11,11 @@ from fixed_rollouts import NUM_TRAJECTORIES, ragged_rollouts
 from tiny import load_tiny_model, save_tiny_model
 from torch.nn.attention import flex_attention
 from transformers.utils import is_triton_available
-from tree_kernel import a_tree, attention_errors, num_graphs, tree_kernel
-from trl.trainer.utils import add_fused_lm_head
+from tree_kernel import a_tree, attention_errors, num_graphs, score_trees_of_twenty_lengths, tree_kernel
 
 from seeupo_trl.scoring import tree_attention
 from seeupo_trl.scoring.tree_attention import attend_on_tree, flex_length, tree_block_mask
 from seeupo_trl.scoring.tree_check import reason_against_attention
-from seeupo_trl.scoring.trees import TreeScorer
-from seeupo_trl.scoring.turn_buffer import TurnBuffer
-from seeupo_trl.trajectory import Trajectory, Turn
 from seeupo_trl.update.turn_updater import TurnUpdater
 
 
@@ -78,24 +74,8 @@ def test_the_kernel_gets_bfloat16_under_autocast(device, monkeypatch):
 def test_a_run_compiles_at_most_eight_graphs(checkpointing, device, tmp_path):
     """Policy and reference, with and without gradient, over trees of twenty lengths."""
     directory = save_tiny_model(tmp_path, head_dim=16)
-    scorers = []
-    for _ in range(2):
-        model = load_tiny_model(directory).train().to(device)
-        add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-        if checkpointing is not None:
-            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
-            model.enable_input_require_grads()
-        scorers.append((TreeScorer(model, 0, 1.0, packing="tree"), model))
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        for number in range(20):
-            prompt = [5] * (60 + 37 * number)
-            buffer = TurnBuffer([Trajectory([Turn(prompt, [6 + i] * 20)]) for i in range(2)])
-            for (scorer, model), grad in ((scorers[0], True), (scorers[0], False), (scorers[1], False)):
-                (batch,) = scorer.micro_batches(buffer, [(0, 1), (1, 1)], 2)
-                with scorer.attention(batch), torch.set_grad_enabled(grad):
-                    loss = sum(score.logps.sum() for score in scorer.score(model, batch)[0].values())
-                    if grad:
-                        loss.backward()
+        score_trees_of_twenty_lengths(lambda: load_tiny_model(directory).to(device), checkpointing)
     assert 2 <= num_graphs() <= 8
 
 

@@ -9,10 +9,14 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention
+from trl.trainer.utils import add_fused_lm_head
 
 from seeupo_trl.scoring import tree_attention, trees
 from seeupo_trl.scoring.token_tree import build_tree
 from seeupo_trl.scoring.tree_attention import FLEX, attend_on_tree, compiled_attention, flex_length, tree_block_mask
+from seeupo_trl.scoring.trees import TreeScorer
+from seeupo_trl.scoring.turn_buffer import TurnBuffer
+from seeupo_trl.trajectory import Trajectory, Turn
 
 
 @contextmanager
@@ -104,3 +108,27 @@ def attention_errors(
 def autocast(device: str, enabled: bool):
     """bfloat16 autocast, or nothing."""
     return torch.autocast(device, torch.bfloat16) if enabled else nullcontext()
+
+
+def score_trees_of_twenty_lengths(load_model, checkpointing: bool | None) -> None:
+    """
+    Score trees by a policy with and without gradient and by a reference, as a run does; `checkpointing` says whether
+    gradient checkpointing is reentrant, `None` that there is none.
+    """
+    scorers = []
+    for _ in range(2):
+        model = load_model().train()
+        add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+        if checkpointing is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+            model.enable_input_require_grads()
+        scorers.append((TreeScorer(model, 0, 1.0, packing="tree"), model))
+    for number in range(20):
+        prompt = [5] * (60 + 37 * number)
+        buffer = TurnBuffer([Trajectory([Turn(prompt, [6 + i] * 20)]) for i in range(2)])
+        for (scorer, model), grad in ((scorers[0], True), (scorers[0], False), (scorers[1], False)):
+            (batch,) = scorer.micro_batches(buffer, [(0, 1), (1, 1)], 2)
+            with scorer.attention(batch), torch.set_grad_enabled(grad):
+                loss = sum(score.logps.sum() for score in scorer.score(model, batch)[0].values())
+                if grad:
+                    loss.backward()

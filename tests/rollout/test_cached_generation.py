@@ -7,62 +7,22 @@ import weakref
 
 import pytest
 import torch
-from datasets import Dataset
+from generating import ENDS, EOS, GREEDY, make_generating_trainer, small_config, words
 from launching import run_on_two_processes
 from peft import LoraConfig
-from tiny import ON_CPU, VOCABULARY, load_tiny_model, save_tiny_model, tiny_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-from trl import GRPOConfig, GRPOTrainer
+from tiny import VOCABULARY
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from seeupo_trl.rollout import key_values
 from seeupo_trl.rollout.cached_generation import CachedGeneration, reason_against_cache
 
 
-EOS = VOCABULARY.index("<|im_end|>")
-ENDS = [EOS, *range(VOCABULARY.index("w0"), VOCABULARY.index("w10"))]  # so many that responses differ in length
-GREEDY = {"do_sample": False}
-
-
-@pytest.fixture(scope="module")
-def tiny_path(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.fixture
-def make_trainer(tiny_path, tmp_path):
-    def make(model=None, dtype=torch.float64, peft_config=None, generation=GREEDY, **config):
-        model = model or load_tiny_model(tiny_path, dtype)
-        model.generation_config.eos_token_id = ENDS
-        settings = {"max_completion_length": 9, "num_generations": 2, "per_device_train_batch_size": 2}
-        return GRPOTrainer(
-            model=model,
-            args=GRPOConfig(
-                output_dir=str(tmp_path),
-                generation_kwargs=generation,
-                **{**ON_CPU, **settings, **config},
-            ),
-            train_dataset=Dataset.from_dict({"prompt": ["w1"] * 2}),
-            processing_class=tiny_tokenizer(),
-            reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
-            peft_config=peft_config,
-        )
+def make_trainer(tiny_dir, tmp_path):
+    def make(model=None, dtype=torch.float64, **options):
+        return make_generating_trainer(tiny_dir, tmp_path, dtype, model, **options)
 
     return make
-
-
-def small_config(model_type, **options):
-    """A configuration of two layers of width 32."""
-    return AutoConfig.for_model(
-        model_type,
-        **{"vocab_size": len(VOCABULARY), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2},
-        **{"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "initializer_range": 0.2},
-        **{"eos_token_id": EOS, "pad_token_id": VOCABULARY.index("<pad>"), "bos_token_id": None},
-        **options,
-    )
-
-
-def words(rng, count):
-    return [rng.randrange(len(VOCABULARY) - 72, len(VOCABULARY)) for _ in range(count)]
 
 
 def reencode(trainer):
@@ -319,11 +279,11 @@ def test_what_is_kept_has_no_padding_and_goes_with_its_episode(make_trainer):
 
 
 @pytest.mark.slow
-def test_processes_with_unequal_work_run_equally_many_forward_passes_under_zero3(tiny_path, tmp_path):
+def test_processes_with_unequal_work_run_equally_many_forward_passes_under_zero3(tiny_dir, tmp_path):
     """Without the parameters gathered for generation every forward pass is a collective operation, and hangs alone."""
     pytest.importorskip("deepspeed")
     model = tmp_path / "model"
-    shutil.copytree(tiny_path, model)
+    shutil.copytree(tiny_dir, model)
     GenerationConfig(eos_token_id=ENDS, pad_token_id=VOCABULARY.index("<pad>")).save_pretrained(model)
     first, second = run_on_two_processes("generation_run.py", tmp_path, str(model), backend="zero3")
     for found in (first, second):

@@ -12,14 +12,15 @@ import pytest
 import torch
 from byte_tokenizer import byte_tokenizer, forced_end, tiny_model
 from datasets import Dataset
+from generating import ENDS, EOS, GREEDY, make_generating_trainer, small_config, words
 from launching import run_on_two_processes
 from peft import LoraConfig
 from talk import Talk, row, user
-from tiny import ON_CPU, VOCABULARY, load_tiny_model, save_tiny_model, tiny_tokenizer
+from tiny import ON_CPU, VOCABULARY
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
-from trl import GRPOConfig, GRPOTrainer
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
+from trl import GRPOTrainer
 
 from seeupo_trl import MultiTurnRollout, SeeUPOConfig, SeeUPOTrainer
 from seeupo_trl.rollout import transformers_sampler
@@ -30,32 +31,10 @@ from seeupo_trl.rollout.turn_ends import TurnEnds
 from seeupo_trl.scoring.tree_attention import use_attention
 
 
-EOS = VOCABULARY.index("<|im_end|>")
-ENDS = [EOS, *range(VOCABULARY.index("w0"), VOCABULARY.index("w10"))]  # so many that responses differ in length
-GREEDY = {"do_sample": False}
-
-
-@pytest.fixture(scope="module")
-def tiny_path(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.fixture
-def make_trainer(tiny_path, tmp_path):
-    def make(model=None, dtype=torch.float32, peft_config=None, generation=GREEDY, **config):
-        model = model or load_tiny_model(tiny_path, dtype)
-        model.generation_config.eos_token_id = ENDS
-        settings = {"max_completion_length": 9, "num_generations": 2, "per_device_train_batch_size": 2}
-        return GRPOTrainer(
-            model=model,
-            args=GRPOConfig(
-                output_dir=str(tmp_path), generation_kwargs=generation, **{**ON_CPU, **settings, **config}
-            ),
-            train_dataset=Dataset.from_dict({"prompt": ["w1"] * 2}),
-            processing_class=tiny_tokenizer(),
-            reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
-            peft_config=peft_config,
-        )
+def make_trainer(tiny_dir, tmp_path):
+    def make(model=None, dtype=torch.float32, **options):
+        return make_generating_trainer(tiny_dir, tmp_path, dtype, model, **options)
 
     return make
 
@@ -80,19 +59,9 @@ def make_sampler():
 
 def small_model(model_type, **options):
     """A model of two layers of width 32."""
-    config = AutoConfig.for_model(
-        model_type,
-        **{"vocab_size": len(VOCABULARY), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2},
-        **{"eos_token_id": EOS, "pad_token_id": VOCABULARY.index("<pad>"), "bos_token_id": None},
-        **options,
-    )
+    config = small_config(model_type, **{"num_key_value_heads": 2, **options})
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
-
-
-def words(rng, count):
-    return [rng.randrange(len(VOCABULARY) - 72, len(VOCABULARY)) for _ in range(count)]
 
 
 def anew(trainer, contexts):
@@ -574,11 +543,11 @@ def test_rows_may_be_as_different_in_length_as_they_are(make_trainer, make_sampl
 
 
 @pytest.mark.slow
-def test_processes_answer_their_own_requests_under_zero3(tiny_path, tmp_path):
+def test_processes_answer_their_own_requests_under_zero3(tiny_dir, tmp_path):
     """One has two requests, the other eleven; parameters are gathered once for all of them."""
     pytest.importorskip("deepspeed")
     model = tmp_path / "model"
-    shutil.copytree(tiny_path, model)
+    shutil.copytree(tiny_dir, model)
     GenerationConfig(eos_token_id=ENDS, pad_token_id=VOCABULARY.index("<pad>")).save_pretrained(model)
     found = run_on_two_processes("generation_run.py", tmp_path, str(model), backend="zero3")
     assert [len(process["gathered=True"]["asked"]) for process in found] == [2, 11]

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from tiny import load_tiny_model
-from tree_kernel import a_tree, attention_errors, autocast, num_graphs, tree_kernel
-from trl.trainer.utils import add_fused_lm_head
+from tree_kernel import a_tree, attention_errors, autocast, num_graphs, score_trees_of_twenty_lengths, tree_kernel
 
 from seeupo_trl.scoring import tree_attention
 from seeupo_trl.scoring.tree_attention import (
@@ -13,9 +12,6 @@ from seeupo_trl.scoring.tree_attention import (
     flex_length,
     tree_block_mask,
 )
-from seeupo_trl.scoring.trees import TreeScorer
-from seeupo_trl.scoring.turn_buffer import TurnBuffer
-from seeupo_trl.trajectory import Trajectory, Turn
 
 
 CPU = torch.device("cpu")
@@ -84,23 +80,7 @@ def test_what_is_not_plain_attention_is_refused(kernel):
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["", "non-reentrant", "reentrant"])
 def test_a_run_compiles_at_most_eight_graphs(checkpointing, kernel, tiny_dir):
     """Policy and reference, with and without gradient, over trees of twenty lengths."""
-    scorers = []
-    for _ in range(2):
-        model = load_tiny_model(tiny_dir).train()
-        add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-        if checkpointing is not None:
-            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
-            model.enable_input_require_grads()
-        scorers.append((TreeScorer(model, 0, 1.0, packing="tree"), model))
-    for number in range(20):
-        prompt = [5] * (60 + 37 * number)
-        buffer = TurnBuffer([Trajectory([Turn(prompt, [6 + i] * 20)]) for i in range(2)])
-        for (scorer, model), grad in ((scorers[0], True), (scorers[0], False), (scorers[1], False)):
-            (batch,) = scorer.micro_batches(buffer, [(0, 1), (1, 1)], 2)
-            with scorer.attention(batch), torch.set_grad_enabled(grad):
-                loss = sum(score.logps.sum() for score in scorer.score(model, batch)[0].values())
-                if grad:
-                    loss.backward()
+    score_trees_of_twenty_lengths(lambda: load_tiny_model(tiny_dir), checkpointing)
     assert 2 <= num_graphs() <= 8
 
 
