@@ -25,8 +25,9 @@ What `train_bfcl.py` made of it, as it was trained, on 8 GPUs:
 import os
 
 
-# threads that wait for one another in a loop are slow where other programs run; read when torch is imported
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# threads that wait for one another in a loop for long are slow where other programs run, and those that never do are
+# slow where none does; read when torch is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from dataclasses import dataclass, field
 from functools import partial

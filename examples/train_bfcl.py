@@ -18,8 +18,9 @@ environment that plays them, the model, the trainer. All else is a report of wha
 import os
 
 
-# threads that wait for one another in a loop are slow where other programs run; read when torch is imported
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# threads that wait for one another in a loop for long are slow where other programs run, and those that never do are
+# slow where none does; read when torch is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,7 @@ from seeupo_trl.recipes.training import (
     train_and_report,
     use_all_cores,
 )
+from seeupo_trl.recipes.warm_up import train_last_layers
 
 
 CONFIGS = Path(__file__).with_name("configs")
@@ -85,6 +87,8 @@ def main(script_args: BfclArguments, training_args: Config, model_args: ModelCon
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    if script_args.trained_layers is not None:
+        train_last_layers(trainer.model, script_args.trained_layers)
     train_and_report(trainer, rollout, held_out, dataset_name="BFCL v4")
 
 

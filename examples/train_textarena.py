@@ -20,8 +20,9 @@ The baseline that updates all turns at once (GSPO with advantages normalised ove
 import os
 
 
-# threads that wait for one another in a loop are slow where other programs run; read when torch is imported
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# threads that wait for one another in a loop for long are slow where other programs run, and those that never do are
+# slow where none does; read when torch is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import json
 from functools import partial

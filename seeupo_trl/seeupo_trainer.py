@@ -35,7 +35,7 @@ from .envs.tools import EMPTY_PROMPT
 from .episode_batch import EpisodeBatch, check_finite, checked_batch, trajectories_from_masks, was_cut
 from .evaluation.info_metrics import InfoMetrics, numbers_in
 from .evaluation.logs import as_logged, completion_metrics, episode_metrics, replace_last, tool_call_metrics
-from .evaluation.outcome import describe_outcomes
+from .evaluation.outcome import Outcome, describe_outcomes
 from .evaluation.silence import Silence
 from .evaluation.summary import Evaluation
 from .grpo_compatibility import check_overrides, fixed_values, loss_settings
@@ -134,6 +134,8 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
 
     _tool_rollout: ToolRollout | None = None
     _evaluation: Evaluation | None = None
+    # the episodes of the last evaluation, the same on all processes
+    last_evaluation: list[Outcome] | None = None
     # set while the Trainer's own optimizer step is due: the block it belongs to, or that there is no step to take
     _block_of_last_step: Block | None = None
     _is_idle = False
@@ -489,7 +491,9 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         """
         Evaluate as [`~transformers.Trainer.evaluation_loop`] does, and report what
         [`~seeupo_trl.evaluation.summary`] defines over all episodes: success, rewards and stop reasons, with
-        confidence intervals and by category.
+        confidence intervals and by category. `last_evaluation` has the outcome of each episode
+        ([`~seeupo_trl.evaluation.outcome.Outcome`]), the same on all processes;
+        [`~seeupo_trl.evaluation.comparison.compare`] compares two evaluations task by task.
         """
         self._evaluation = evaluation = Evaluation(
             dataloader.dataset,
@@ -503,9 +507,10 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         finally:
             self._evaluation = None
+        self.last_evaluation = evaluation.outcomes()
         # TRL averages over batches, whose sizes may differ
         self._metrics["eval"].update({name: [value] for name, value in evaluation.rewards().items()})
-        numbers = [outcome.numbers for outcome in evaluation.outcomes() if not outcome.is_quarantined]
+        numbers = [outcome.numbers for outcome in self.last_evaluation if not outcome.is_quarantined]
         metrics = evaluation.metrics() | self._info_metrics.of(numbers)
         output.metrics.update({f"{metric_key_prefix}_{n}": value for n, value in metrics.items()})
         self._trajectory_log.write(metric_key_prefix, self.state.global_step, evaluation.num_episodes)

@@ -57,13 +57,18 @@ def _promises_not_kept(trainer: "GRPOTrainer") -> list[str]:
             "float32`) with `bf16=True`, train LoRA adapters, or use DeepSpeed or FSDP2 with `bf16=True`."
         )
     is_low = compute_dtype(args, model.dtype) in LOW_PRECISION
-    product = "`loss_type='vespo'`" if args.loss_type == "vespo" else "`turn_ratio='product'`"
-    if is_low and (args.loss_type == "vespo" or args.turn_ratio == "product"):
+    products = {
+        "loss_type='vespo'": args.loss_type == "vespo",
+        "turn_ratio='product'": args.turn_ratio == "product",
+        "surrogate_ratio='product'": args.surrogate_ratio == "product",
+    }
+    chosen = " and ".join(f"`{option}`" for option, is_chosen in products.items() if is_chosen)
+    if is_low and chosen:
         messages.append(
-            f"{product} multiplies the ratios of all tokens of a turn, and the model computes in 16 bits: rounding "
+            f"{chosen} multiplies the ratios of all tokens of a turn, and the model computes in 16 bits: rounding "
             "alone moves the log of such a ratio by about 0.03 times the square root of the number of tokens (0.3 at "
             "100 tokens), more than an update does. `ratio/noise_floor` in the log is what it does to a "
-            "length-normalised ratio. Use `turn_ratio='geometric'`, or compute in float32."
+            "length-normalised ratio. Use 'geometric', or compute in float32."
         )
     if args.use_vllm and is_peft_model(model):
         messages.append(

@@ -33,19 +33,24 @@ class BfclArguments:
         max_user_turns (`int`, *optional*):
             Play only the first user turns of a task.
         reward (`str`, *optional*, defaults to `"success"`):
-            `"success"`, the official score, or `"fraction"` of the user turns that pass.
+            `"success"`, the official score, `"fraction"` of the user turns that pass, or `"calls"`: that, and
+            something for single calls that are right.
         success_reward (`float`, *optional*, defaults to `1.0`):
             Reward of a solved task.
         max_task_tokens (`int`, *optional*):
             Leave out tasks whose ground-truth conversation is longer.
         held_out_tasks (`int`, *optional*, defaults to `0`):
-            Tasks of the training split that are kept for evaluation, and number of tasks of the test split that are
-            evaluated beside them, before and after training. 0 evaluates nothing.
+            Tasks of the training split that are kept for evaluation, before and after training. 0 evaluates nothing.
+        test_tasks (`int`, *optional*):
+            Tasks of the test split that are evaluated beside them; by default as many.
         warmup_steps_sft (`int`, *optional*, defaults to `0`):
             Supervised steps on ground-truth conversations of training tasks before reinforcement learning. The
             result is kept in `cache_dir`.
         warmup_learning_rate (`float`, *optional*, defaults to `3e-4`):
             Learning rate of the warm-up.
+        trained_layers (`int`, *optional*):
+            Train only this many of the model's last layers, in the warm-up and after it: less work and memory on a
+            CPU. By default the whole model is trained.
         cache_dir (`str`, *optional*):
             Where converted and warmed-up models are kept. Defaults to `$SEEUPO_TRL_CACHE`, else
             `~/.cache/seeupo_trl`.
@@ -59,12 +64,14 @@ class BfclArguments:
     tool_list: str = field(default="classes", metadata={"help": "Functions shown: 'classes' or 'needed'."})
     distractors: int = field(default=0, metadata={"help": "With tool_list 'needed', how many others to add."})
     max_user_turns: int | None = field(default=None, metadata={"help": "Play only the first user turns."})
-    reward: str = field(default="success", metadata={"help": "'success' or 'fraction' of user turns that pass."})
+    reward: str = field(default="success", metadata={"help": "'success', 'fraction' of user turns, or 'calls', too."})
     success_reward: float = field(default=1.0, metadata={"help": "Reward of a solved task."})
     max_task_tokens: int | None = field(default=None, metadata={"help": "Leave out tasks with longer ground truth."})
-    held_out_tasks: int = field(default=0, metadata={"help": "Tasks of each split evaluated before and after."})
+    held_out_tasks: int = field(default=0, metadata={"help": "Tasks kept for evaluation before and after."})
+    test_tasks: int | None = field(default=None, metadata={"help": "Tasks of the test split evaluated, too."})
     warmup_steps_sft: int = field(default=0, metadata={"help": "Supervised steps before reinforcement learning."})
     warmup_learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of the warm-up."})
+    trained_layers: int | None = field(default=None, metadata={"help": "Train only this many of the last layers."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where converted and warmed-up models are kept."})
 
 

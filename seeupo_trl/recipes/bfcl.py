@@ -20,7 +20,8 @@ def choose_tasks(
 ) -> tuple[Dataset, dict[str, Dataset]]:
     """
     Training tasks, and the tasks to evaluate: some of the training split that are not trained on, and some of the test
-    split, which is another domain in the paper's scheme (trading and travel instead of files and vehicles).
+    split. In the paper's scheme that is another domain (trading and travel instead of files and vehicles), in the
+    stratified one the same.
     """
 
     def is_short(row):
@@ -37,16 +38,19 @@ def choose_tasks(
             name: split.select([i for i, row in enumerate(split) if is_short(row)]) for name, split in splits.items()
         }
     train, test, count = splits["train"], splits["test"], script_args.held_out_tasks
-    if not count:
-        return train, {}
-    # every few tasks, because neighbours resemble one another
-    chosen = list(range(0, len(train), max(len(train) // count, 1)))[:count]
-    held_out = train.select(chosen)
-    # a task has the same number in all categories
-    numbers = [id.rpartition("_")[2] for id in train["id"]]
-    not_trained_on = {numbers[i] for i in chosen}
-    train = train.select([i for i, number in enumerate(numbers) if number not in not_trained_on])
-    return train, {"held-out training-domain": held_out, "test-split": test.select(range(min(count, len(test))))}
+    evaluated = {}
+    if count:
+        # every few tasks, because neighbours resemble one another
+        chosen = list(range(0, len(train), max(len(train) // count, 1)))[:count]
+        evaluated["held-out training-domain"] = train.select(chosen)
+        # a task has the same number in all categories
+        numbers = [id.rpartition("_")[2] for id in train["id"]]
+        not_trained_on = {numbers[i] for i in chosen}
+        train = train.select([i for i, number in enumerate(numbers) if number not in not_trained_on])
+    num_tests = count if script_args.test_tasks is None else script_args.test_tasks
+    if num_tests:
+        evaluated["test-split"] = test.select(range(min(num_tests, len(test))))
+    return train, evaluated
 
 
 def warmed_up(
@@ -70,7 +74,7 @@ def warmed_up(
         environment ([`~seeupo_trl.envs.bfcl.BfclEnvironment`]):
             Shows the tasks as the policy will see them.
         script_args ([`BfclArguments`]):
-            Number of steps and learning rate.
+            Number of steps, learning rate, and how many layers are trained.
         **loading:
             Given to `from_pretrained`, as `revision`.
     """
@@ -84,12 +88,13 @@ def warmed_up(
         )
         for id in train["id"]
     ]
-    made_of = [model, _files_of(model), loading, conversations, steps, learning_rate]
+    training = {"steps": steps, "learning_rate": learning_rate, "trained_layers": script_args.trained_layers}
+    made_of = [model, _files_of(model), loading, conversations, training]
     digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
     return str(
         made_once(
             cache_dir / f"{Path(model).name}-warmed-up-{digest}",
-            partial(warm_up, model, conversations=conversations, steps=steps, learning_rate=learning_rate, **loading),
+            partial(warm_up, model, conversations=conversations, **training, **loading),
         )
     )
 

@@ -1,20 +1,28 @@
 """Training with a readable report of what happens, on a CPU as well."""
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from transformers import ProgressCallback, TrainerCallback
 from trl import ModelConfig
 
+from ..evaluation.comparison import compare
+from ..evaluation.outcome import Outcome
 from ..rollout import MultiTurnRollout
 from ..seeupo_config import SeeUPOConfig
 from ..seeupo_trainer import SeeUPOTrainer
 from ..trajectory import Trajectory
+from ..view.command import write_page
+from .learning_curve import describe_change, print_learning_curve
+from .results import interval
 
 
 @dataclass
@@ -36,6 +44,7 @@ class ReportingRollout(MultiTurnRollout):
         output = super().__call__(prompts, trainer)
         self.last_episodes = list(zip(prompts, output["trajectories"], strict=True))
         output["solved"] = [float(t.info.get("success", False)) for t in output["trajectories"]]
+        return_memory()
         return output
 
 
@@ -65,6 +74,24 @@ class IterationLine(ProgressCallback):
         self.training_bar.write(line)
 
 
+class ReturnsMemory(TrainerCallback):
+    """Returns memory after each iteration, see [`return_memory`]."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        return_memory()
+
+
+def return_memory() -> None:
+    """
+    Give memory that nobody uses back to the system. Rollouts and updates need memory in pieces of different sizes, and
+    an allocator that keeps both needs the sum. On a CPU glibc's does, which Python leaves alone.
+    """
+    clear_device_cache(garbage_collection=True)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 class BeforeTraining(TrainerCallback):
     """Calls a function when the model is ready for training: what DeepSpeed evaluates before, it cannot train."""
 
@@ -76,9 +103,10 @@ class BeforeTraining(TrainerCallback):
 
 
 def use_all_cores(training_args: Config) -> None:
-    """On a CPU, share out its cores among the processes: launchers give each one thread."""
+    """On a CPU, share out the cores that may be used among the processes: launchers give each one thread."""
     if training_args.use_cpu:
-        torch.set_num_threads(max((os.cpu_count() or 1) // PartialState().num_processes, 1))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(cores // PartialState().num_processes, 1))
 
 
 def model_init_kwargs(training_args: Config, model_args: ModelConfig) -> dict[str, Any]:
@@ -109,6 +137,7 @@ def train_and_report(
     """
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(IterationLine)
+    trainer.add_callback(ReturnsMemory)
     args = trainer.config
     say = PartialState().print
 
@@ -117,7 +146,7 @@ def train_and_report(
     def evaluate_before() -> None:
         for name, tasks in held_out.items():
             before[name] = evaluate(trainer, tasks)
-            say(f"before training: success {before[name]:.3f} on {len(tasks)} {name} tasks")
+            say(f"before training: success {before[name].text} on {len(tasks)} {name} tasks")
         if held_out:
             say("\nAn episode before training\n" + readable(*rollout.last_episodes[0]))
 
@@ -126,19 +155,42 @@ def train_and_report(
     say(f"\n{len(trainer.train_dataset)} training tasks; evaluated: {sizes}")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     say("\nAn episode of the last iteration\n" + readable(*rollout.last_episodes[0]))
+    if trainer.is_world_process_zero():
+        print_learning_curve(trainer.state.log_history)
     for name, tasks in held_out.items():
-        say(f"success on {len(tasks)} {name} tasks: {before[name]:.3f} before, {evaluate(trainer, tasks):.3f} after")
+        after = evaluate(trainer, tasks)
+        change = compare(before[name].outcomes, after.outcomes)
+        say(describe_change(name, change, before[name].text, after.text))
     trainer.save_model(args.output_dir)
     say(f"Model saved to {args.output_dir}")
+    if args.save_trajectories and trainer.is_world_process_zero():
+        print("The page of this run, with every episode:", end=" ")
+        write_page(args.output_dir)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
     trainer.accelerator.end_training()
 
 
-def evaluate(trainer: SeeUPOTrainer, tasks: Dataset) -> float:
-    """Official score on tasks, sampled as in training."""
-    trainer.evaluate(tasks)
-    return trainer.state.log_history[-1]["eval_rewards/success/mean"]
+@dataclass(frozen=True)
+class Evaluated:
+    """
+    What an evaluation found.
+
+    Args:
+        text (`str`):
+            Success with its interval.
+        outcomes (`list[Outcome]`):
+            The outcomes of the episodes.
+    """
+
+    text: str
+    outcomes: list[Outcome]
+
+
+def evaluate(trainer: SeeUPOTrainer, tasks: Dataset) -> Evaluated:
+    """Success on tasks, sampled as in training."""
+    metrics = trainer.evaluate(tasks)
+    return Evaluated(interval(metrics, f"eval_success/avg@{trainer.num_generations_eval}"), trainer.last_evaluation)
 
 
 def readable(prompt: list[dict], episode: Trajectory) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl.chat_template_utils import get_training_chat_template
 from trl.trainer.utils import add_fused_lm_head
 
@@ -33,6 +33,29 @@ def tokenize_conversation(tokenizer: Any, messages: list[dict], tools: list[dict
     return Trajectory(turns=turns_from_mask(token_ids[:first], token_ids[first:], mask[first:], None))
 
 
+def train_last_layers(model: PreTrainedModel, count: int) -> None:
+    """
+    Leave all of a model as it is but its last layers and the norm behind them. The layers before them are computed
+    without a backward pass, and their activations, gradients and optimizer states need no memory.
+
+    Args:
+        model (`PreTrainedModel`):
+            A decoder with the attributes `model.layers` and `model.norm`, as Llama, Qwen and most others.
+        count (`int`):
+            How many layers to train.
+
+    Raises:
+        `ValueError`:
+            When the model does not have as many layers.
+    """
+    layers = model.model.layers
+    if not 1 <= count <= len(layers):
+        raise ValueError(f"trained_layers is {count}; this model has {len(layers)} layers: give 1 to {len(layers)}.")
+    model.requires_grad_(False)
+    for module in (*layers[-count:], model.model.norm):
+        module.requires_grad_(True)
+
+
 def warm_up(
     model_path: str | Path,
     target: Path,
@@ -41,6 +64,7 @@ def warm_up(
     learning_rate: float,
     batch_size: int = 4,
     seed: int = 0,
+    trained_layers: int | None = None,
     **loading: Any,
 ) -> None:
     """
@@ -61,18 +85,24 @@ def warm_up(
             Conversations of a step.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the order of the conversations.
+        trained_layers (`int`, *optional*):
+            Train only this many of the last layers, see [`train_last_layers`]. `None` trains the whole model.
         **loading:
             Given to `from_pretrained`, as `revision`.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_path, **loading)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, **loading)
     model.train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if trained_layers is None:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        train_last_layers(model, trained_layers)
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     scorer = RowScorer(model, tokenizer.pad_token_id, temperature=1.0)
     trajectories = [tokenize_conversation(tokenizer, *conversation) for conversation in conversations]
     buffer = TurnBuffer(trajectories)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     rng = random.Random(seed)
     order: list[int] = []
     for step in range(steps):
@@ -89,7 +119,7 @@ def warm_up(
             share = -torch.cat([score.logps for score in scores.values()]).sum() / num_tokens
             share.backward()
             loss += share.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min((step + 1) / 3, (steps - step) / steps)
         optimizer.step()

@@ -109,6 +109,7 @@ class TransformersSampler:
         )
         self._model = causal_lm_of(self._policy)
         self._modules = list(self._policy.modules())
+        self._frozen = [parameter for parameter in self._policy.parameters() if not parameter.requires_grad]
         accepted = inspect.signature(self._model.forward).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
@@ -181,7 +182,13 @@ class TransformersSampler:
         """
         end = float("inf") if timeout is None else time.monotonic() + timeout
         responses: list[Response] = []
-        with use_attention(self._model.config, SEGMENTS), _in_evaluation_mode(self._modules):
+        with (
+            # the base of an adapter is called itself, and not through the forward that Accelerate wrapped
+            self.trainer.accelerator.autocast(),
+            use_attention(self._model.config, SEGMENTS),
+            _in_evaluation_mode(self._modules),
+            _casts_of_all_are_kept(self._frozen),
+        ):
             while (self._waiting or self._rows) and not responses:
                 self._admit()
                 responses = self._decode()
@@ -358,3 +365,18 @@ def _casts_are_kept() -> Iterator[None]:
     finally:
         if torch.autocast_decrement_nesting() == 0:
             torch.clear_autocast_cache()
+
+
+@contextmanager
+def _casts_of_all_are_kept(frozen: list[nn.Parameter]) -> Iterator[None]:
+    """
+    Have frozen parameters cast once, too: autocast keeps the casts of those alone that ask for a gradient, as these
+    then do while there is none to compute. The base of an adapter is frozen, and may be all of the model.
+    """
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)

@@ -61,17 +61,33 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _write(args: argparse.Namespace, selection: dict) -> None:
-    run_dir = Path(args.run_dir)
+    output = write_page(args.run_dir, args.output, **selection)
+    if args.open:
+        webbrowser.open(output.resolve().as_uri())
+
+
+def write_page(run_dir: str | Path, output: str | Path | None = None, **selection) -> Path:
+    """
+    Write the page of a run, and say where it is.
+
+    Args:
+        run_dir (`str` or `Path`):
+            As in [`~seeupo_trl.view.run.read_run`].
+        output (`str` or `Path`, *optional*):
+            The file; by default `trajectories.html` in `run_dir`.
+        **selection:
+            `splits`, `iterations` and `max_trajectories` of [`~seeupo_trl.view.run.read_run`].
+    """
+    run_dir = Path(run_dir)
     shown = read_run(run_dir, **selection)
-    output = Path(args.output or (run_dir if run_dir.is_dir() else run_dir.parent) / "trajectories.html")
+    output = Path(output or (run_dir if run_dir.is_dir() else run_dir.parent) / "trajectories.html")
     page = render(shown.rows.to_pylist(), shown.title, shown.note, shown.charts, shown.notices)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.tmp")
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(output)
     print(f"{output}: {len(page) / 1e6:.1f} MB" + (f"; {shown.note}" if shown.note else ""))
-    if args.open:
-        webbrowser.open(output.resolve().as_uri())
+    return output
 
 
 def _positive(text: str) -> int:

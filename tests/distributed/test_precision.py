@@ -45,6 +45,7 @@ LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
         ({"dtype": torch.bfloat16, "bf16": True}, "nothing keeps a float32 copy"),
         ({"dtype": torch.bfloat16, "bf16": True, "peft_config": LORA}, None),
         ({"bf16": True, "turn_ratio": "product"}, "`turn_ratio='product'` multiplies"),
+        ({"bf16": True, "surrogate_ratio": "product"}, "`surrogate_ratio='product'` multiplies"),
         ({"turn_ratio": "product"}, None),
         ({"bf16": True, "loss_type": "vespo"}, "`loss_type='vespo'` multiplies"),
     ],

@@ -171,7 +171,7 @@ def test_14b_recipe_starts_under_zero3_with_a_tiny_model(tmp_path):
     process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr[-3000:]
     assert "before training: success 0.000 on 1 test-split tasks" in process.stdout
-    assert "success on 1 test-split tasks: 0.000 before, 0.000 after" in process.stdout
+    assert "success on 1 test-split tasks: 0.000 before, 0.000 after; difference +0.000" in process.stdout
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (tmp_path / "out" / "checkpoint-1" / "trainer_state.json").is_file()
 
@@ -187,6 +187,8 @@ def test_main_job_runs_from_end_to_end(tmp_path):
         "max_user_turns": 1,
         "max_task_tokens": 800,
         "held_out_tasks": 2,
+        "trained_layers": 1,
+        "save_trajectories": "true",
         "num_generations": 2,
         "num_generations_eval": 1,
         "per_device_train_batch_size": 2,
@@ -203,7 +205,10 @@ def test_main_job_runs_from_end_to_end(tmp_path):
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr[-3000:]
-    assert "success on 2 test-split tasks: 0.000 before, 0.000 after" in process.stdout
+    nothing = "0.000 [0.000, 0.000]"
+    assert f"success on 2 test-split tasks: {nothing} before, {nothing} after; difference +0.000" in process.stdout
+    assert "Success of the training episodes" in process.stdout
+    assert (tmp_path / "out" / "trajectories.html").is_file()
     assert "iteration 2/2  reward 0.000" in process.stdout + process.stderr
     assert "An episode of the last iteration" in process.stdout
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -48,6 +48,7 @@ def test_whatever_is_learned_names_the_entry(warm):
         warm(positions=range(7)),
         warm(tools="full"),
         warm(warmup_learning_rate=1e-3),
+        warm(trained_layers=1),
     ]
     save_model(Path(warm.model), seed=1)
     entries.append(warm())

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalL
 from trl import GRPOTrainer
 
 from seeupo_trl import MultiTurnRollout, SeeUPOConfig, SeeUPOTrainer
+from seeupo_trl.recipes.warm_up import train_last_layers
 from seeupo_trl.rollout import transformers_sampler
 from seeupo_trl.rollout.sampler import Request
 from seeupo_trl.rollout.segment_attention import attend_over_segments, attention, mask_after
@@ -181,7 +182,8 @@ def test_under_autocast(make_trainer, make_sampler):
     assert {layer[0].dtype for segment in sampler._tree for layer in segment.layers} <= {torch.bfloat16}
 
 
-def test_parameters_are_cast_once_a_rollout(make_trainer, make_sampler):
+@pytest.mark.parametrize("frozen", ["nothing", "layers", "all but an adapter"])
+def test_parameters_are_cast_once_a_rollout(make_trainer, make_sampler, frozen):
     class Casts(TorchDispatchMode):
         def __init__(self, shapes):
             super().__init__()
@@ -192,7 +194,11 @@ def test_parameters_are_cast_once_a_rollout(make_trainer, make_sampler):
                 self.count += tuple(args[0].shape) in self.shapes
             return func(*args, **(kwargs or {}))
 
-    trainer = make_trainer(bf16=True, generation={**GREEDY, "min_new_tokens": 9})
+    adapter = LoraConfig(r=4) if frozen == "all but an adapter" else None
+    trainer = make_trainer(bf16=True, generation={**GREEDY, "min_new_tokens": 9}, peft_config=adapter)
+    if frozen == "layers":
+        train_last_layers(trainer.model, 1)
+    asked = [parameter.requires_grad for parameter in trainer.model.parameters()]
     trainer.model_wrapped = trainer.accelerator.prepare(trainer.model)
     matrices = [tuple(module.weight.shape) for module in trainer.model.modules() if isinstance(module, nn.Linear)]
     for _ in range(2):
@@ -203,6 +209,7 @@ def test_parameters_are_cast_once_a_rollout(make_trainer, make_sampler):
         with Casts(matrices) as others:
             sampler.poll(None)
         assert first.count >= len(matrices) and others.count == 0
+        assert [parameter.requires_grad for parameter in trainer.model.parameters()] == asked
         sampler.close()
 
 

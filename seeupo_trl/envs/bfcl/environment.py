@@ -44,6 +44,7 @@ from .data import (
     to_tool_schema,
     user_messages,
 )
+from .partial_credit import share_of_calls_right
 from .services import Call, Services, ground_truth
 
 
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
 
 # The longest result of a ground-truth call has 32,000 characters.
 MAX_RESULT_CHARACTERS = 200_000
+# with reward="calls", what a user turn that does not pass earns at most, of what one that passes earns
+PARTIAL_REWARD = 0.5
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,9 @@ class BfclEnvironment(MultiTurnEnvironment):
             `"paper"`: the 10th assistant message of the episode ends it.
         reward (`str`, *optional*, defaults to `"success"`):
             `"success"`: `success_reward` if every user turn passes, else 0, the official score. `"fraction"`:
-            `success_reward` times the fraction of user turns that pass, each paid when its user turn ends.
+            `success_reward` times the fraction of user turns that pass, each paid when its user turn ends. `"calls"`:
+            as `"fraction"`, and a user turn that ends without passing earns half of its part, times the share of its
+            calls that are right ([`~seeupo_trl.envs.bfcl.partial_credit.share_of_calls_right`]).
         success_reward (`float`, *optional*, defaults to `1.0`):
             Reward of a solved task. The paper's code uses 1.5.
         tools (`str`, *optional*, defaults to `"full"`):
@@ -115,7 +120,7 @@ class BfclEnvironment(MultiTurnEnvironment):
         self,
         *,
         protocol: Literal["official", "paper"] = "official",
-        reward: Literal["success", "fraction"] = "success",
+        reward: Literal["success", "fraction", "calls"] = "success",
         success_reward: float = 1.0,
         tools: Literal["raw", "full", "trimmed", "brief"] = "full",
         tool_list: Literal["classes", "needed"] = "classes",
@@ -125,7 +130,7 @@ class BfclEnvironment(MultiTurnEnvironment):
         max_messages: int | None = None,
     ):
         check_option("protocol", protocol, tuple(PROTOCOLS))
-        check_option("reward", reward, ("success", "fraction"))
+        check_option("reward", reward, ("success", "fraction", "calls"))
         check_option("tools", tools, TOOL_DETAILS)
         check_option("tool_list", tool_list, ("classes", "needed"))
         limits = {
@@ -215,15 +220,19 @@ class BfclEnvironment(MultiTurnEnvironment):
 
     def _end_user_turn(self) -> StepResult:
         failure = self._check.end_user_turn(self._steps)
+        earned = float(failure is None)
+        if self.reward == "calls" and failure is not None:
+            made = [call for step in self._steps for call in step]
+            earned = PARTIAL_REWARD * share_of_calls_right(made, self._truth_calls[self._turn])
         self._failure = self._failure or failure
         self._turns_passed.append(failure is None)
         self._steps = []
         self._messages_with_calls = 0
         terminated = self._turn == len(self._truth_calls)
-        if self.reward == "fraction":
-            reward = self.success_reward * (failure is None) / len(self._truth_calls)
-        else:
+        if self.reward == "success":
             reward = self.success_reward * (terminated and all(self._turns_passed))
+        else:
+            reward = self.success_reward * earned / len(self._truth_calls)
         messages = [] if terminated else self._user_messages()
         return StepResult(messages, reward=reward, terminated=terminated, info=self._info())
 

@@ -1,0 +1,84 @@
+"""
+Does the main command learn? It is run with several seeds, and the table of held-out success before and after is
+written for the README and docs/bfcl.md.
+
+    python benchmarks/demo_seeds.py [--seeds 1 2 3 4 5] [--output demo_seeds.json]
+
+The warm-up is the same for all seeds (it is made once and kept in the cache): what differs is the order of the tasks,
+and what is sampled. Each run is a process of its own. Runs that `--output` has already are not repeated.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[1]
+NUMBER = r"([+-]?\d+\.\d+)"
+RESULT = re.compile(
+    rf"success on (\d+) test-split tasks: {NUMBER}.*? before, {NUMBER}.*? after; "
+    rf"difference {NUMBER}, standard error {NUMBER}"
+)
+NAMES = ("tasks", "before", "after", "difference", "standard_error")
+
+
+def run(seed: int, directory: Path, options: list[str]) -> dict[str, float]:
+    """One run of the main command with its result, minutes and peak memory (GB, of the process that trains)."""
+    script = [str(ROOT / "examples" / "train_bfcl.py"), "--seed", str(seed), "--output_dir", str(directory), *options]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *script]
+    begin = time.monotonic()
+    with open(directory / "log.txt", "w+b") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        # the usage of this child alone, with those it has waited for
+        _, status, usage = os.wait4(process.pid, 0)
+        log.seek(0)
+        text = log.read().decode(errors="replace")
+    if status:
+        raise RuntimeError(f"seed {seed} ended with status {os.waitstatus_to_exitcode(status)}:\n{text[-3000:]}")
+    result = dict(zip(NAMES, map(float, RESULT.search(text).groups()), strict=True))
+    minutes = (time.monotonic() - begin) / 60
+    return {"seed": seed, **result, "minutes": minutes, "peak_gb": usage.ru_maxrss * 1024 / 1e9}
+
+
+def table(runs: list[dict[str, float]]) -> str:
+    """The runs as a Markdown table, with what they say together below it."""
+    head = "| seed | before | after | difference (standard error) | minutes | peak memory |"
+    lines = [head, "|---|---|---|---|---|---|"]
+    for r in sorted(runs, key=lambda r: r["seed"]):
+        mark = "**" if r["difference"] > 2 * r["standard_error"] else ""
+        lines.append(
+            f"| {r['seed']:.0f} | {r['before']:.3f} | {r['after']:.3f} | {mark}{r['difference']:+.3f}{mark} "
+            f"({r['standard_error']:.3f}) | {r['minutes']:.1f} | {r['peak_gb']:.1f} GB |"
+        )
+    better = sum(r["difference"] > 2 * r["standard_error"] for r in runs)
+    lines += ["", f"{better} of {len(runs)} seeds above by more than two standard errors (bold)."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--output", type=Path, default=Path("outputs/demo_seeds/runs.json"))
+    args, options = parser.parse_known_args()
+    runs = json.loads(args.output.read_text()) if args.output.is_file() else []
+    for seed in args.seeds:
+        if any(r["seed"] == seed for r in runs):
+            continue
+        directory = (args.output.parent / f"seed-{seed}").resolve()
+        directory.mkdir(parents=True, exist_ok=True)
+        runs.append(run(seed, directory, options))
+        args.output.write_text(json.dumps(runs, indent=1))
+        print(json.dumps(runs[-1]), flush=True)
+    machine = platform.processor() or platform.machine()
+    print(f"\n{os.cpu_count()} cores, {machine}, Python {platform.python_version()}\n")
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main()

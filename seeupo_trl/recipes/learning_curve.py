@@ -1,0 +1,60 @@
+"""What a run learned, in the terminal: success by iteration as bars, and held-out success before and after."""
+
+import importlib.util
+from collections.abc import Sequence
+
+from ..evaluation.comparison import Change
+
+
+MOST_LINES = 24
+SUCCESS, REWARD = "rewards/success/mean", "reward"
+
+
+def print_learning_curve(history: Sequence[dict[str, float]]) -> None:
+    """
+    Print a bar for each iteration, or for some that follow one another: the success of its episodes, and their reward.
+
+    Args:
+        history (`list[dict[str, float]]`):
+            `trainer.state.log_history`.
+    """
+    logged = [(entry["step"], entry[SUCCESS], entry[REWARD]) for entry in history if {SUCCESS, REWARD} <= entry.keys()]
+    if not logged:
+        return
+    if importlib.util.find_spec("rich") is None:
+        print("pip install rich, and success by iteration is drawn here.")
+        return
+    from rich.bar import Bar
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Success of the training episodes (tasks differ from iteration to iteration)", box=None)
+    for name in ("iteration", "reward", "success"):
+        table.add_column(name, justify="right")
+    table.add_column("0" + " " * 34 + "1", no_wrap=True)
+    size = -(-len(logged) // MOST_LINES)
+    for first in range(0, len(logged), size):
+        steps, success, rewards = zip(*logged[first : first + size], strict=True)
+        mean, reward = sum(success) / len(success), sum(rewards) / len(rewards)
+        name = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]}-{steps[-1]}"
+        table.add_row(name, f"{reward:.2f}", f"{mean:.2f}", Bar(1.0, 0.0, mean, width=36))
+    Console().print(table)
+
+
+def describe_change(name: str, change: Change, before: str, after: str) -> str:
+    """
+    Success before and after training as a sentence, which says what of it is noise.
+
+    Args:
+        name (`str`):
+            What the tasks are called.
+        change ([`~seeupo_trl.evaluation.comparison.Change`]):
+            The comparison.
+        before (`str`), after (`str`):
+            The two successes with their intervals.
+    """
+    verdict = "more than two standard errors" if change.is_beyond_noise else "within two standard errors: noise"
+    return (
+        f"success on {change.tasks} {name} tasks: {before} before, {after} after; "
+        f"difference {change.difference:+.3f}, standard error {change.standard_error:.3f} ({verdict})"
+    )

@@ -1,0 +1,41 @@
+"""Which tasks a run of the BFCL script trains on, and which it evaluates."""
+
+import pytest
+
+
+pytest.importorskip("bfcl_eval")
+
+from byte_tokenizer import byte_tokenizer
+
+from seeupo_trl.envs.bfcl import BfclEnvironment, load_bfcl
+from seeupo_trl.recipes.arguments import BfclArguments
+from seeupo_trl.recipes.bfcl import choose_tasks
+
+
+def chosen(**arguments):
+    train, evaluated = choose_tasks(BfclArguments(**arguments), byte_tokenizer("qwen2_5"), BfclEnvironment())
+    return train["id"], {name: tasks["id"] for name, tasks in evaluated.items()}
+
+
+def test_nothing_is_evaluated_by_default():
+    train, evaluated = chosen()
+    assert (len(train), evaluated) == (100, {})
+
+
+def test_held_out_tasks_are_not_trained_on_in_any_category():
+    train, evaluated = chosen(held_out_tasks=10, category="base,miss_func")
+    assert {name: len(ids) for name, ids in evaluated.items()} == {"held-out training-domain": 10, "test-split": 10}
+    held_out = {id.rpartition("_")[2] for id in evaluated["held-out training-domain"]}
+    assert len(train) == 200 - 2 * len(held_out)
+    assert held_out.isdisjoint(id.rpartition("_")[2] for id in train)
+
+
+@pytest.mark.parametrize("held_out_tasks", [0, 4])
+@pytest.mark.parametrize("test_tasks", [0, 7])
+def test_tasks_of_the_test_split_have_a_number_of_their_own(held_out_tasks, test_tasks):
+    train, evaluated = chosen(held_out_tasks=held_out_tasks, test_tasks=test_tasks, split_scheme="stratified")
+    counts = {"held-out training-domain": held_out_tasks, "test-split": test_tasks}
+    assert {name: len(ids) for name, ids in evaluated.items()} == {n: count for n, count in counts.items() if count}
+    test_split = set(load_bfcl("base", "test", split_scheme="stratified")["id"])
+    assert set(evaluated.get("test-split", [])) <= test_split
+    assert test_split.isdisjoint(train)
