@@ -1,8 +1,8 @@
 """
 Does the main command learn? It is run with several seeds, and the table of held-out success before and after is
-written for the README and docs/bfcl.md.
+printed; of the runs in `demo_seeds.json` it is also written to the README and to docs/bfcl.md.
 
-    python benchmarks/demo_seeds.py [--seeds 1 2 3 4 5] [--output demo_seeds.json]
+    python benchmarks/demo_seeds.py [--seeds 1 2 3 4 5] [--output runs.json]
 
 The warm-up is the same for all seeds (it is made once and kept in the cache): what differs is the order of the tasks,
 and what is sampled. Each run is a process of its own. Runs that `--output` has already are not repeated.
@@ -20,6 +20,9 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[1]
+RUNS = Path(__file__).with_suffix(".json")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "bfcl.md")
+BEGIN, END = "<!-- demo seeds -->\n", "<!-- end of demo seeds -->\n"
 NUMBER = r"([+-]?\d+\.\d+)"
 RESULT = re.compile(
     rf"success on (\d+) test-split tasks: {NUMBER}.*? before, {NUMBER}.*? after; "
@@ -61,16 +64,23 @@ def table(runs: list[dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def write_table(document: Path, text: str) -> None:
+    """Put the table between its marks in a document."""
+    before, _, rest = document.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    document.write_text(f"{before}{BEGIN}{text}\n{END}{after}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--output", type=Path, default=Path("outputs/demo_seeds/runs.json"))
+    parser.add_argument("--output", type=Path, default=RUNS, help="where runs are kept (default: %(default)s)")
     args, options = parser.parse_known_args()
     runs = json.loads(args.output.read_text()) if args.output.is_file() else []
     for seed in args.seeds:
         if any(r["seed"] == seed for r in runs):
             continue
-        directory = (args.output.parent / f"seed-{seed}").resolve()
+        directory = Path("outputs", "demo_seeds", f"seed-{seed}").resolve()
         directory.mkdir(parents=True, exist_ok=True)
         runs.append(run(seed, directory, options))
         args.output.write_text(json.dumps(runs, indent=1))
@@ -78,6 +88,9 @@ def main() -> None:
     machine = platform.processor() or platform.machine()
     print(f"\n{os.cpu_count()} cores, {machine}, Python {platform.python_version()}\n")
     print(table(runs))
+    if args.output == RUNS:
+        for document in DOCUMENTS:
+            write_table(document, table(runs))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from seeupo_trl.recipes.smollm2 import smollm2
 from seeupo_trl.recipes.training import (
     Config,
     ReportingRollout,
+    check_evaluation,
     model_init_kwargs,
     success,
     train_and_report,
@@ -72,6 +73,7 @@ def main(script_args: BfclArguments, training_args: Config, model_args: ModelCon
         loading = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
         tokenizer = AutoTokenizer.from_pretrained(base_model, **loading)
         train, held_out = choose_tasks(script_args, tokenizer, make_environment())
+        check_evaluation(training_args, held_out)
         model = warmed_up(base_model, cache_dir, train, make_environment(), script_args, **loading)
 
     # the trainer: rewards are the environment's, and the official score is reported beside them with weight 0

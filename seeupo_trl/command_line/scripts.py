@@ -37,7 +37,7 @@ SCRIPTS = {
             "train_bfcl.py",
             script_arguments.BfclArguments,
             "Train an agent on the multi-turn tasks of the Berkeley Function-Calling Leaderboard. Without --config or "
-            "--model_name_or_path: a demonstration on a CPU, about ten minutes (--config smollm2_bfcl).",
+            "--model_name_or_path: a demonstration on a CPU, a quarter of an hour (--config smollm2_bfcl).",
             (
                 "seeupo-trl train bfcl",
                 "seeupo-trl train bfcl --max_steps 20 --output_dir outputs/longer --config smollm2_bfcl",

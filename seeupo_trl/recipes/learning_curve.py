@@ -1,22 +1,26 @@
-"""What a run learned, in the terminal: success by iteration as bars, and held-out success before and after."""
+"""What a run learned, in the terminal: success by iteration as bars, and on held-out tasks before and after."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..evaluation.comparison import Change
 
 
 MOST_LINES = 24
+WIDTH = 28
 SUCCESS, REWARD = "rewards/success/mean", "reward"
 
 
-def print_learning_curve(history: Sequence[dict[str, float]]) -> None:
+def print_learning_curve(history: Sequence[dict[str, float]], changes: Mapping[str, Change]) -> None:
     """
     Print a bar for each iteration, or for some that follow one another: the success of its episodes, and their reward.
+    Tasks differ from iteration to iteration; below them are the bars of the same tasks before and after.
 
     Args:
         history (`list[dict[str, float]]`):
             `trainer.state.log_history`.
+        changes (`dict[str, Change]`):
+            What the evaluations found, by the name of the tasks.
     """
     logged = [(entry["step"], entry[SUCCESS], entry[REWARD]) for entry in history if {SUCCESS, REWARD} <= entry.keys()]
     if not logged:
@@ -28,16 +32,20 @@ def print_learning_curve(history: Sequence[dict[str, float]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Success of the training episodes (tasks differ from iteration to iteration)", box=None)
-    for name in ("iteration", "reward", "success"):
-        table.add_column(name, justify="right")
-    table.add_column("0" + " " * 34 + "1", no_wrap=True)
+    table = Table(box=None)
+    for name in ("", "reward", "success"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("0" + "1".rjust(WIDTH - 1), no_wrap=True)
     size = -(-len(logged) // MOST_LINES)
     for first in range(0, len(logged), size):
         steps, success, rewards = zip(*logged[first : first + size], strict=True)
         mean, reward = sum(success) / len(success), sum(rewards) / len(rewards)
-        name = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]}-{steps[-1]}"
-        table.add_row(name, f"{reward:.2f}", f"{mean:.2f}", Bar(1.0, 0.0, mean, width=36))
+        name = f"iteration {steps[0]}" if len(steps) == 1 else f"iterations {steps[0]}-{steps[-1]}"
+        table.add_row(name, f"{reward:.2f}", f"{mean:.2f}", Bar(1.0, 0.0, mean, width=WIDTH))
+    for name, change in changes.items():
+        table.add_section()
+        for when, mean in (("before", change.before), ("after", change.after)):
+            table.add_row(f"{name}, {when}", "", f"{mean:.2f}", Bar(1.0, 0.0, mean, width=WIDTH))
     Console().print(table)
 
 

@@ -16,6 +16,7 @@ from trl import ModelConfig
 
 from ..evaluation.comparison import compare
 from ..evaluation.outcome import Outcome
+from ..evaluation.summary import Evaluation
 from ..rollout import MultiTurnRollout
 from ..seeupo_config import SeeUPOConfig
 from ..seeupo_trainer import SeeUPOTrainer
@@ -119,6 +120,25 @@ def model_init_kwargs(training_args: Config, model_args: ModelConfig) -> dict[st
     }
 
 
+def check_evaluation(training_args: Config, held_out: dict[str, Dataset]) -> None:
+    """
+    What an evaluation would refuse, refused before a warm-up takes its minutes.
+
+    Args:
+        training_args ([`Config`]):
+            The trainer's arguments.
+        held_out (`dict[str, Dataset]`):
+            Tasks to evaluate on, by the name of the set.
+
+    Raises:
+        `ValueError`:
+            When batches would cut the groups of a task.
+    """
+    args, processes = training_args, PartialState().num_processes
+    for tasks in held_out.values():
+        Evaluation(tasks, args.num_generations_eval, args.eval_batch_size, processes, args.seed)
+
+
 def train_and_report(
     trainer: SeeUPOTrainer, rollout: ReportingRollout, held_out: dict[str, Dataset], dataset_name: str
 ) -> None:
@@ -155,12 +175,12 @@ def train_and_report(
     say(f"\n{len(trainer.train_dataset)} training tasks; evaluated: {sizes}")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     say("\nAn episode of the last iteration\n" + readable(*rollout.last_episodes[0]))
+    after = {name: evaluate(trainer, tasks) for name, tasks in held_out.items()}
+    changes = {name: compare(before[name].outcomes, after[name].outcomes) for name in held_out}
     if trainer.is_world_process_zero():
-        print_learning_curve(trainer.state.log_history)
-    for name, tasks in held_out.items():
-        after = evaluate(trainer, tasks)
-        change = compare(before[name].outcomes, after.outcomes)
-        say(describe_change(name, change, before[name].text, after.text))
+        print_learning_curve(trainer.state.log_history, changes)
+    for name, change in changes.items():
+        say(describe_change(name, change, before[name].text, after[name].text))
     trainer.save_model(args.output_dir)
     say(f"Model saved to {args.output_dir}")
     if args.save_trajectories and trainer.is_world_process_zero():

@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils.memory import clear_device_cache
+
 from .cached_generation import CachedGeneration
 from .environment_pool import CallOutcome, Instance
 from .episode import Episode
@@ -47,7 +49,7 @@ def play_in_lock_step(batch: "RolloutBatch") -> None:
         start = time.perf_counter()
         responses = generate_responses(playing, trainer, cache, batch.ends)
         if responses is None:
-            return
+            break
         batch.progress.generated([len(ids) for ids, _ in responses], time.perf_counter() - start)
         for episode, (action_ids, logps) in zip(playing, responses, strict=True):
             batch.act(episode, action_ids, logps)
@@ -57,6 +59,10 @@ def play_in_lock_step(batch: "RolloutBatch") -> None:
             batch.answered(episode, outcome)
         if cache is not None:
             cache.forget(episode.key for episode in playing if not episode.active)
+    if cache is not None:
+        # what keys and values of all sizes leave behind is too small for an update's activations
+        del cache
+        clear_device_cache()
 
 
 def call(batch: "RolloutBatch", calls: list[tuple[Instance, Callable[[], Any]]]) -> list[CallOutcome]:

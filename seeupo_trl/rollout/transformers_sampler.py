@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from trl.models import unwrap_model_for_generation
 
@@ -109,7 +110,8 @@ class TransformersSampler:
         )
         self._model = causal_lm_of(self._policy)
         self._modules = list(self._policy.modules())
-        self._frozen = [parameter for parameter in self._policy.parameters() if not parameter.requires_grad]
+        # but for quantised ones, which are no numbers that a gradient could belong to
+        self._frozen = [p for p in self._policy.parameters() if p.is_floating_point() and not p.requires_grad]
         accepted = inspect.signature(self._model.forward).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
@@ -214,7 +216,10 @@ class TransformersSampler:
         """Give up all requests, free all memory and leave the model as it was."""
         self._waiting, self._rows, self._slabs, self._pass = {}, {}, {}, None
         self._tree = SegmentTree()
+        self._ordered = []
         self._stack.close()
+        # what keys and values of all sizes leave behind is too small for an update's activations
+        clear_device_cache()
 
     def _admit(self) -> None:
         """Make rows of waiting requests, and compute what their contexts have that is new."""

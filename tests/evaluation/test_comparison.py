@@ -62,11 +62,15 @@ def test_the_sentence_says_what_is_noise():
 def test_the_curve_has_a_bar_for_iterations_that_follow_one_another(capsys):
     pytest.importorskip("rich")
     history = [{"step": i, "reward": 0.5, "rewards/success/mean": i / 50} for i in range(1, 51)]
-    print_learning_curve([{"step": 0, "eval_reward": 1.0}, *history, {"step": 50, "train_runtime": 1.0}])
-    lines = capsys.readouterr().out.splitlines()
-    bars = [line for line in lines if "█" in line]
-    assert [line.split()[0] for line in bars[:2] + bars[-1:]] == ["1-3", "4-6", "49-50"]
+    change = compare(outcomes({"a": [True, False]}), outcomes({"a": [True]}))
+    print_learning_curve(
+        [{"step": 0, "eval_reward": 1.0}, *history, {"step": 50, "train_runtime": 1.0}], {"new": change}
+    )
+    *bars, before, after = [line for line in capsys.readouterr().out.splitlines() if "█" in line]
+    assert [line.split()[1] for line in bars[:2] + bars[-1:]] == ["1-3", "4-6", "49-50"]
     lengths = [line.count("█") for line in bars]
-    assert lengths == sorted(lengths) and lengths[-1] > 30
-    print_learning_curve([])
+    assert lengths == sorted(lengths) and lengths[-1] > 25
+    assert before.split()[:3] == ["new,", "before", "0.50"] and after.split()[:3] == ["new,", "after", "1.00"]
+    assert after.count("█") == 2 * before.count("█") == 28
+    print_learning_curve([], {})
     assert capsys.readouterr().out == ""

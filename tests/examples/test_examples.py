@@ -207,7 +207,7 @@ def test_main_job_runs_from_end_to_end(tmp_path):
     assert process.returncode == 0, process.stderr[-3000:]
     nothing = "0.000 [0.000, 0.000]"
     assert f"success on 2 test-split tasks: {nothing} before, {nothing} after; difference +0.000" in process.stdout
-    assert "Success of the training episodes" in process.stdout
+    assert "iteration 2    0.00" in process.stdout
     assert (tmp_path / "out" / "trajectories.html").is_file()
     assert "iteration 2/2  reward 0.000" in process.stdout + process.stderr
     assert "An episode of the last iteration" in process.stdout

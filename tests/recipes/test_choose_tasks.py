@@ -10,6 +10,7 @@ from byte_tokenizer import byte_tokenizer
 from seeupo_trl.envs.bfcl import BfclEnvironment, load_bfcl
 from seeupo_trl.recipes.arguments import BfclArguments
 from seeupo_trl.recipes.bfcl import choose_tasks
+from seeupo_trl.recipes.training import Config, check_evaluation
 
 
 def chosen(**arguments):
@@ -39,3 +40,13 @@ def test_tasks_of_the_test_split_have_a_number_of_their_own(held_out_tasks, test
     test_split = set(load_bfcl("base", "test", split_scheme="stratified")["id"])
     assert set(evaluated.get("test-split", [])) <= test_split
     assert test_split.isdisjoint(train)
+
+
+def test_an_evaluation_that_cannot_be_made_is_refused_before_the_warm_up(tmp_path):
+    tasks = load_bfcl("base", "test")
+    options = {"output_dir": str(tmp_path), "num_generations": 8, "num_generations_eval": 4, "report_to": "none"}
+    check_evaluation(Config(**options, per_device_eval_batch_size=60), {"tasks": tasks})
+    config = Config(**options, per_device_eval_batch_size=90)
+    with pytest.raises(ValueError, match="90 episodes .* whole groups of 4"):
+        check_evaluation(config, {"tasks": tasks})
+    check_evaluation(config, {})
