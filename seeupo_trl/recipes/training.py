@@ -198,7 +198,7 @@ class Evaluated:
 
     Args:
         text (`str`):
-            Success with its interval.
+            Success with its interval; where no episode went far enough to report success, 0.
         outcomes (`list[Outcome]`):
             The outcomes of the episodes.
     """
@@ -210,7 +210,8 @@ class Evaluated:
 def evaluate(trainer: SeeUPOTrainer, tasks: Dataset) -> Evaluated:
     """Success on tasks, sampled as in training."""
     metrics = trainer.evaluate(tasks)
-    return Evaluated(interval(metrics, f"eval_success/avg@{trainer.num_generations_eval}"), trainer.last_evaluation)
+    name = f"eval_success/avg@{trainer.num_generations_eval}"
+    return Evaluated(interval({name: 0.0, **metrics}, name), trainer.last_evaluation)
 
 
 def readable(prompt: list[dict], episode: Trajectory) -> str:

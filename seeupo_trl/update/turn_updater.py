@@ -225,12 +225,13 @@ class TurnUpdater:
         turns = [self.buffer.turns_in(*one) for one in updated]
         new, old = _in_a_row(turns, logps), _in_a_row(turns, self.log_probs.old)
         lengths = _lengths(turns, logps)
-        log_ratios = sequence_log_ratios(new, old, lengths, self.config.turn_ratio).tolist()
-        for (index, _), log_ratio in zip(updated, log_ratios, strict=True):
+        kinds = [self.config.turn_ratio] if self.improvement is None else [self.config.turn_ratio, "product"]
+        # one transfer from the device for both
+        log_ratios = torch.stack([sequence_log_ratios(new, old, lengths, kind) for kind in kinds]).tolist()
+        for (index, _), log_ratio in zip(updated, log_ratios[0], strict=True):
             self.weights.multiply(index, log_ratio)
         if self.improvement is not None:
-            products = sequence_log_ratios(new, old, lengths, "product").tolist()
-            for (index, _), log_ratio in zip(updated, products, strict=True):
+            for (index, _), log_ratio in zip(updated, log_ratios[1], strict=True):
                 self.improvement.take_in(index, log_ratio)
 
     def _weigh_outside_the_pass(self, block: Block) -> None:

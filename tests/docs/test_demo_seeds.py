@@ -19,7 +19,7 @@ def test_the_table_in_the_documents_is_made_of_the_runs_that_are_kept():
     benchmark = demo_seeds()
     table = benchmark.table(json.loads(benchmark.RUNS.read_text()))
     for document in benchmark.DOCUMENTS:
-        assert f"{benchmark.BEGIN}{table}\n{benchmark.END}" in document.read_text(encoding="utf-8"), document
+        assert f"{benchmark.BEGIN}\n{table}\n\n{benchmark.END}" in document.read_text(encoding="utf-8"), document
 
 
 def test_a_table_takes_the_place_of_the_one_before(tmp_path):
@@ -28,7 +28,7 @@ def test_a_table_takes_the_place_of_the_one_before(tmp_path):
     document.write_text(f"above\n{benchmark.BEGIN}old\n{benchmark.END}below\n")
     for text in ("| new |", "| newer |"):
         benchmark.write_table(document, text)
-        assert document.read_text() == f"above\n{benchmark.BEGIN}{text}\n{benchmark.END}below\n"
+        assert document.read_text() == f"above\n{benchmark.BEGIN}\n{text}\n\n{benchmark.END}below\n"
 
 
 def test_seeds_count_as_better_beyond_two_standard_errors():

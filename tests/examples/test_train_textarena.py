@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.resources import files
@@ -89,6 +90,6 @@ def test_the_script_trains_and_evaluates(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert "64 training tasks; evaluated: {'held-out': 4}" in result.stdout
     assert "user: FrozenLake-v0/" in result.stdout
-    nothing = "0.000 [0.000, 0.000]"
-    assert f"success on 4 held-out tasks: {nothing} before, {nothing} after; difference +0.000" in result.stdout
+    nothing = r"0\.000( \[0\.000, 0\.000\])?"
+    assert re.search(rf"success on 4 held-out tasks: {nothing} before, {nothing} after; difference \+0", result.stdout)
     assert (tmp_path / "out" / "model.safetensors").is_file()
