@@ -53,13 +53,15 @@ def table(runs: list[dict[str, float]]) -> str:
     """The runs as a Markdown table, with what they say together below it."""
     head = "| seed | before | after | difference (standard error) | minutes | peak memory |"
     lines = [head, "|---|---|---|---|---|---|"]
+    better = 0
     for r in sorted(runs, key=lambda r: r["seed"]):
-        mark = "**" if r["difference"] > 2 * r["standard_error"] else ""
+        is_better = r["difference"] > 2 * r["standard_error"]
+        better += is_better
+        mark = "**" if is_better else ""
         lines.append(
             f"| {r['seed']:.0f} | {r['before']:.3f} | {r['after']:.3f} | {mark}{r['difference']:+.3f}{mark} "
             f"({r['standard_error']:.3f}) | {r['minutes']:.1f} | {r['peak_gb']:.1f} GB |"
         )
-    better = sum(r["difference"] > 2 * r["standard_error"] for r in runs)
     lines += ["", f"{better} of {len(runs)} seeds above by more than two standard errors (bold)."]
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """Training with a readable report of what happens, on a CPU as well."""
 
 import ctypes
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from transformers import ProgressCallback, TrainerCallback
 from trl import ModelConfig
@@ -39,13 +39,17 @@ class Config(SeeUPOConfig):
 
 
 class ReportingRollout(MultiTurnRollout):
-    """Keeps the last batch of episodes for a look at one, and reports the official score of each."""
+    """
+    Keeps the last batch of episodes for a look at one, and reports the official score of each. On a CPU it returns the
+    memory that the update before it left, and its own.
+    """
 
     def __call__(self, prompts, trainer):
+        return_memory(trainer.accelerator.device)
         output = super().__call__(prompts, trainer)
         self.last_episodes = list(zip(prompts, output["trajectories"], strict=True))
         output["solved"] = [float(t.info.get("success", False)) for t in output["trajectories"]]
-        return_memory()
+        return_memory(trainer.accelerator.device)
         return output
 
 
@@ -75,19 +79,18 @@ class IterationLine(ProgressCallback):
         self.training_bar.write(line)
 
 
-class ReturnsMemory(TrainerCallback):
-    """Returns memory after each iteration, see [`return_memory`]."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        return_memory()
-
-
-def return_memory() -> None:
+def return_memory(device: torch.device) -> None:
     """
-    Give memory that nobody uses back to the system. Rollouts and updates need memory in pieces of different sizes, and
-    an allocator that keeps both needs the sum. On a CPU glibc's does, which Python leaves alone.
+    On a CPU, give memory that nobody uses back to the system. Rollouts and updates need memory in pieces of different
+    sizes, and an allocator that keeps both needs the sum, as glibc's does. (GPUs have `torch_empty_cache_steps`.)
+
+    Args:
+        device (`torch.device`):
+            Where the model is.
     """
-    clear_device_cache(garbage_collection=True)
+    if device.type != "cpu":
+        return
+    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -157,7 +160,6 @@ def train_and_report(
     """
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(IterationLine)
-    trainer.add_callback(ReturnsMemory)
     args = trainer.config
     say = PartialState().print
 

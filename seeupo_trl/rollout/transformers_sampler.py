@@ -110,8 +110,9 @@ class TransformersSampler:
         )
         self._model = causal_lm_of(self._policy)
         self._modules = list(self._policy.modules())
-        # but for quantised ones, which are no numbers that a gradient could belong to
-        self._frozen = [p for p in self._policy.parameters() if p.is_floating_point() and not p.requires_grad]
+        # those that autocast casts, if it does
+        parameters = self._policy.parameters() if trainer.accelerator.native_amp else ()
+        self._frozen = [p for p in parameters if p.dtype == torch.float32 and not p.requires_grad]
         accepted = inspect.signature(self._model.forward).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
