@@ -202,9 +202,11 @@ class TrajectoryLog:
 
     def _remove_stale_files(self, directory: Path, iteration: int) -> None:
         """Remove what an earlier run left of an iteration, but for the files that this run replaces."""
-        replaced = {*directory.glob(self._file_name(iteration, 1, "*"))}
-        for stale in {*directory.glob(f"{_stem(iteration)}*.parquet")} - replaced:
-            stale.unlink(missing_ok=True)
+        # judged by name: another process may be writing its file at this moment
+        replaced = self._file_name(iteration, 1, "*")
+        for path in [*directory.glob(f"{_stem(iteration)}*.parquet")]:
+            if not path.match(replaced):
+                path.unlink(missing_ok=True)
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

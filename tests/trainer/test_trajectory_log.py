@@ -146,6 +146,24 @@ def test_a_run_that_is_repeated_replaces_its_files(tmp_path):
     assert write(1) == ["iteration-000003.parquet"]
 
 
+def test_a_file_that_appears_while_stale_ones_are_looked_for_stays(monkeypatch, tmp_path):
+    """The first process tidies up while the second writes."""
+    first, second = (TrajectoryLog(tmp_path, tiny_tokenizer(), process, 2) for process in range(2))
+    for log in (first, second):
+        log.add([outcome(0, turns=1)], [Trajectory([Turn([1], [2])])])
+    glob, written = type(tmp_path).glob, []
+
+    def slow_glob(directory, pattern):
+        yield from glob(directory, pattern)
+        if not written:
+            written.append(second.write("eval", 3))
+
+    monkeypatch.setattr(type(tmp_path), "glob", slow_glob)
+    written.append(first.write("eval", 3))
+    monkeypatch.undo()
+    assert len(written) == 2 and sorted(find_files(tmp_path)) == sorted(written)
+
+
 def test_an_iteration_that_is_played_again_leaves_one_file_and_those_of_its_evaluations(tmp_path):
     log = TrajectoryLog(tmp_path, tiny_tokenizer())
 
