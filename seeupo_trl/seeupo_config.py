@@ -163,8 +163,8 @@ class SeeUPOConfig(GRPOConfig):
             How often further tasks are drawn in an iteration with `zero_variance="resample"`, each time as many as
             there are groups without variance.
         rollouts_ahead (`int`, *optional*, defaults to `0`):
-            With 1, the next batch of [`MultiTurnRollout`] is played while this one is updated, by the policy that the
-            update starts from. It needs a sampler with weights of its own (a vLLM server) and
+            With 1, the next batch of environments is played while this one is updated, by the policy that the update
+            starts from. It needs a sampler with weights of its own (a vLLM server) and
             `vllm_importance_sampling_correction`, see [`seeupo_trl.rollout.ahead`].
         lock_step_rollouts (`bool`, *optional*, defaults to `False`):
             Whether all episodes of a batch take their turns together in [`MultiTurnRollout`]. Without it an episode

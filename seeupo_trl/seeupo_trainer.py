@@ -212,7 +212,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         self._fixed_values = fixed_values(self)
         self._info_metrics = InfoMetrics()
         self._ahead = Ahead()
-        self._multi_turn = rollout.multi_turn
+        self._plays_ahead = rollout.plays_ahead
         self._close_environments = rollout.close
         self._opens_conversations = rollout.brings_reward
 
@@ -226,6 +226,11 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
     def _play_by(self, tool_rollout: ToolRollout) -> None:
         """Hand the TRL environments over to their rollout, unless there are images: those are for TRL's own loop."""
         if self._is_vlm:
+            if self.config.rollouts_ahead:
+                raise ValueError(
+                    "`rollouts_ahead=1` does not work with a vision model and TRL environments, which TRL's own loop "
+                    "plays. Leave it at 0."
+                )
             self.environment_factories = tool_rollout.factories
             self._environment_pool = {name: [] for name in tool_rollout.factories}
             tool_rollout.close()
@@ -261,7 +266,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         self._metrics["train"]["time/rollout"].append(perf_counter() - start)
         if self.config.rollouts_ahead and self._is_followed_at_once():
             rows = [with_plain_prompt(row) for row in self._ahead.next_rows]
-            self._ahead.start(self._multi_turn, rows, self)
+            self._ahead.start(self._plays_ahead, rows, self)
 
         config = self.args.as_given()
         updater = TurnUpdater(

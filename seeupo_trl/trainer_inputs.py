@@ -45,10 +45,11 @@ class Rollout:
     close: Callable[[], None] = lambda: None
 
     @property
-    def multi_turn(self) -> MultiTurnRollout | None:
-        """What plays message-level environments, unless it is a subclass that plays in a way of its own."""
-        rollout = self.rollout_func.args[0] if self.brings_reward else None
-        return rollout if type(rollout).__call__ is MultiTurnRollout.__call__ else None
+    def plays_ahead(self) -> MultiTurnRollout | ToolRollout | None:
+        """What can play a batch ahead: it plays environments, and is no subclass with a way of its own."""
+        rollout = self.rollout_func.args[0] if self.brings_reward else self.tool_rollout
+        ways = MultiTurnRollout.__call__, ToolRollout.__call__
+        return rollout if type(rollout).__call__ in ways else None
 
 
 def choose_rollout(
@@ -159,10 +160,10 @@ def check_rollouts_ahead(args: SeeUPOConfig, rollout: Rollout, dataset: Any) -> 
     """Refuse to play a batch ahead that cannot be, or where there is never a next one to play."""
     if not args.rollouts_ahead:
         return
-    if rollout.multi_turn is None:
+    if rollout.plays_ahead is None:
         raise ValueError(
-            "`rollouts_ahead=1` works with message-level environments (`MultiTurnEnvironment`, `MultiTurnRollout`), "
-            "not with TRL environments, tools or a rollout function of your own. Leave it at 0."
+            "`rollouts_ahead=1` works with environments (`environment_factory`, `MultiTurnRollout`), not with single "
+            "turns, tools alone or a rollout function of your own. Leave it at 0."
         )
     batches = len(dataset) * args.num_generations // args.generation_batch_size if isinstance(dataset, Dataset) else 2
     if batches < 2:

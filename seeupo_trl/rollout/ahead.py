@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from trl import GRPOTrainer
 
     from .multi_turn import MultiTurnRollout
+    from .trl_environments import ToolRollout
 
 Rows = list[dict[str, Any]]
 
@@ -59,12 +60,12 @@ class Ahead:
             rows, self.next_rows = self.next_rows, next(batches, None)
             yield rows
 
-    def start(self, rollout: "MultiTurnRollout", rows: Rows, trainer: "GRPOTrainer") -> None:
+    def start(self, rollout: "MultiTurnRollout | ToolRollout", rows: Rows, trainer: "GRPOTrainer") -> None:
         """
         Begin to play the next iteration's batch with the policy as it is. A collective operation.
 
         Args:
-            rollout ([`~seeupo_trl.rollout.MultiTurnRollout`]):
+            rollout ([`~seeupo_trl.rollout.MultiTurnRollout`] or [`~seeupo_trl.rollout.trl_environments.ToolRollout`]):
                 Plays it.
             rows (`list[dict]`):
                 Its dataset rows of this process.
@@ -111,6 +112,7 @@ class Ahead:
         if in_flight is not None:
             in_flight.cancelled.set()
             in_flight.thread.join()
+            in_flight.batch.environments.release()
 
 
 class _InFlight:

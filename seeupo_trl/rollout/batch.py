@@ -45,11 +45,11 @@ if TYPE_CHECKING:
 
 class Environments(Protocol):
     """
-    Who plays the episodes of a batch: [`~seeupo_trl.rollout.message_environments.MessageEnvironments`] or
-    [`~seeupo_trl.rollout.trl_environments.TrlEnvironments`].
+    Who plays the episodes of a batch: [`~seeupo_trl.rollout.message_environments.MessageEnvironments`] or a
+    [`~seeupo_trl.rollout.trl_environments.Cast`].
 
     `take` chooses an instance, `reset` has it begin the episode, in its own thread; `give_back` takes it when the
-    episode has ended.
+    episode has ended, `release` takes all when the batch has been scored, or given up.
     """
 
     pool: EnvironmentPool
@@ -59,6 +59,8 @@ class Environments(Protocol):
     def reset(self, instance: Instance, episode: Episode) -> Any: ...
 
     def give_back(self, instance: Instance) -> None: ...
+
+    def release(self) -> None: ...
 
 
 class RolloutBatch:

@@ -119,7 +119,7 @@ class EnvironmentPool:
     """Environments, from when they are made until they fail or all are closed. Others decide who plays what."""
 
     def __init__(self):
-        self._instances: list[Instance] = []
+        self._instances: dict[Instance, None] = {}  # in the order in which they were made
         self._event_loop = CommonEventLoop()
         weakref.finalize(self, _shut_down, self._instances, self._event_loop)
 
@@ -132,13 +132,17 @@ class EnvironmentPool:
                 Makes it.
         """
         instance = Instance(factory, self._event_loop)
-        self._instances.append(instance)
+        self._instances[instance] = None
         return instance
+
+    def __contains__(self, instance: Instance) -> bool:
+        """Whether an environment may still be called: it was not discarded, nor the pool closed."""
+        return instance in self._instances
 
     def discard(self, instance: Instance) -> None:
         """Close an environment that failed: whatever state it is in, it does not get another task."""
-        if instance in self._instances:  # not if the pool was closed
-            self._instances.remove(instance)
+        if instance in self:
+            del self._instances[instance]
             _close_all([instance])
 
     def pending_calls(self, timeout: float | None) -> "PendingCalls":
@@ -349,13 +353,13 @@ class CommonEventLoop:
                 self._loop = None
 
 
-def _shut_down(instances: list[Instance], event_loop: CommonEventLoop) -> None:
+def _shut_down(instances: dict[Instance, None], event_loop: CommonEventLoop) -> None:
     _close_all(instances)
     instances.clear()
     event_loop.stop()
 
 
-def _close_all(instances: list[Instance]) -> None:
+def _close_all(instances: Iterable[Instance]) -> None:
     """Close environments, and wait for those that are not stuck."""
     closing = [(instance, instance.close()) for instance in instances]
     in_time = [(instance, closed) for instance, closed in closing if not instance.is_stuck]

@@ -39,6 +39,9 @@ class MessageEnvironments:
         """The episode of an environment has ended well."""
         self._idle.append(instance)
 
+    def release(self) -> None:
+        """Nothing to do: each came back when its episode ended."""
+
     def close(self) -> None:
         """Close all environments."""
         self.pool.close()

@@ -18,14 +18,12 @@ environments ([`MultiTurnRollout`]) and those of TRL ([`~seeupo_trl.rollout.trl_
 and the limits.
 """
 
-import copy
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..envs.base import MultiTurnEnvironment
 from .batch import RolloutBatch
-from .chat_format import ChatFormat
+from .chats import Chats
 from .contexts import History
 from .limits import EpisodeLimits
 from .message_environments import MessageEnvironments
@@ -181,8 +179,7 @@ class MultiTurnRollout:
         RolloutSettings(**{name: value for name, value in self._options.items() if value is not None})  # checks them
         self._tasks = Tasks(tasks)
         self._environments = MessageEnvironments(environment_factory)
-        self._chats: weakref.WeakKeyDictionary[GRPOTrainer, ChatFormat] = weakref.WeakKeyDictionary()
-        self._chats_ahead: weakref.WeakKeyDictionary[GRPOTrainer, ChatFormat] = weakref.WeakKeyDictionary()
+        self._chats = Chats()
 
     def close(self) -> None:
         """Close all environments. Happens by itself when the object is deleted and when the interpreter exits."""
@@ -211,17 +208,11 @@ class MultiTurnRollout:
             trainer ([`~trl.GRPOTrainer`]):
                 The trainer whose policy plays.
             steps_ahead (`int`, *optional*, defaults to `0`):
-                1 for the batch of the iteration after the one that the trainer is at. It may be played in another
-                thread, so it has a copy of the tokenizer: fast ones work in one thread at a time.
+                1 for the batch of the iteration after the one that the trainer is at, which may be played in another
+                thread.
         """
         settings = RolloutSettings.of(self._options, vars(trainer.args))
-        if trainer not in self._chats:
-            self._chats[trainer] = ChatFormat(trainer)
-        chat = self._chats[trainer]
-        if steps_ahead:
-            if trainer not in self._chats_ahead:
-                self._chats_ahead[trainer] = copy.deepcopy(chat)
-            chat = self._chats_ahead[trainer]
+        chat = self._chats.of(trainer, in_thread=bool(steps_ahead))
         limits = EpisodeLimits.of(settings, trainer)
         batch = RolloutBatch(self._environments, settings, limits, chat, trainer, steps_ahead)
         batch.prepare(rows)

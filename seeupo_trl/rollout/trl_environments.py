@@ -12,8 +12,7 @@ in length).
 """
 
 import math
-import weakref
-from collections import Counter
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,6 +22,7 @@ from ..envs.base import MultiTurnEnvironment
 from ..envs.tools import EMPTY_PROMPT, ToolEnvironment
 from .batch import RolloutBatch
 from .chat_format import ChatFormat
+from .chats import Chats
 from .environment_pool import EnvironmentPool, Instance
 from .episode import Episode
 from .limits import EpisodeLimits
@@ -63,7 +63,7 @@ class ToolRollout:
     def __init__(self, factories: dict[str | None, Callable[[], Any]], tools: Sequence[Callable] = ()):
         self.factories = factories
         self._environments = TrlEnvironments(factories, tools)
-        self._chats: weakref.WeakKeyDictionary[GRPOTrainer, ChatFormat] = weakref.WeakKeyDictionary()
+        self._chats = Chats(_chat_format)
 
     @property
     def factory_for_trl(self) -> Callable[[], Any] | dict[str, Callable[[], Any]]:
@@ -99,6 +99,23 @@ class ToolRollout:
         self._environments.close()
 
     def __call__(self, prompts: list[Any], trainer: "GRPOTrainer") -> dict[str, list[Any] | None]:
+        batch = self.prepare(trainer.rollout_inputs, trainer)
+        play(batch)
+        return batch.output()
+
+    def prepare(self, rows: list[dict[str, Any]], trainer: "GRPOTrainer", steps_ahead: int = 0) -> "ToolBatch":
+        """
+        A batch that is ready to be played, with the policy as it is now. A collective operation.
+
+        Args:
+            rows (`list[dict]`):
+                Dataset rows of this process, one for each episode.
+            trainer ([`~trl.GRPOTrainer`]):
+                The trainer whose policy plays.
+            steps_ahead (`int`, *optional*, defaults to `0`):
+                1 for the batch of the iteration after the one that the trainer is at, which may be played in another
+                thread.
+        """
         settings = RolloutSettings.from_arguments(vars(trainer.args))
         limits = replace(
             EpisodeLimits.of(settings, trainer),
@@ -107,28 +124,39 @@ class ToolRollout:
             max_tool_calling_iterations=trainer.max_tool_calling_iterations,
             executes_truncated_calls=True,
         )
-        if trainer not in self._chats:
-            self._chats[trainer] = ChatFormat(trainer)
-            self._chats[trainer].chat_template = trainer.chat_template  # chosen by TRL, for tools
-        self._environments.begin_batch(trainer)
-        batch = RolloutBatch(self._environments, settings, limits, self._chats[trainer], trainer)
-        batch.prepare(trainer.rollout_inputs)
-        play(batch)
-        _score(batch)
-        self._environments.end_batch(batch.episodes)
-        for episode in batch.episodes:
-            _clean_messages(episode, limits)
-        output = batch.output()
-        for index, episode in enumerate(batch.episodes):
-            if _ends_unanswered(episode, limits):
+        cast = Cast(self._environments, rows, trainer.async_loop if trainer._has_async_funcs else None)
+        chat = self._chats.of(trainer, in_thread=bool(steps_ahead))
+        batch = ToolBatch(cast, settings, limits, chat, trainer, steps_ahead)
+        batch.prepare(rows)
+        return batch
+
+
+def _chat_format(trainer: "GRPOTrainer") -> ChatFormat:
+    chat = ChatFormat(trainer)
+    chat.chat_template = trainer.chat_template  # chosen by TRL, for tools
+    return chat
+
+
+class ToolBatch(RolloutBatch):
+    """A batch of TRL environments, which say at its end what their episodes are worth."""
+
+    environments: "Cast"
+
+    def output(self) -> dict[str, list[Any] | None]:
+        _score(self)
+        self.environments.release()
+        for episode in self.episodes:
+            _clean_messages(episode, self._limits)
+        output = super().output()
+        for index, episode in enumerate(self.episodes):
+            if _ends_unanswered(episode, self._limits):
                 _append_to_completion(output, index, episode.context_ids[episode.opening_length :])
-        return output | self._environments.columns(batch.episodes)
+        return output | self.environments.columns(self.episodes)
 
 
 class TrlEnvironments:
     """
-    TRL environments by kind, as message-level ones. The n-th episode of a kind in a batch is played with the n-th
-    instance of it, so who plays what depends on nothing but the batch.
+    TRL environments by kind, as message-level ones: those that no batch plays with, and how others are made.
 
     Args:
         factories (`dict[str | None, Callable]`):
@@ -141,58 +169,105 @@ class TrlEnvironments:
         self.pool = EnvironmentPool()
         self._factories = {kind: partial(ToolEnvironment, make, tools=tools) for kind, make in factories.items()}
         self._firsts: dict[str | None, ToolEnvironment] = {}
-        # by kind and number; None while an instance plays, and where there is none yet
-        self._instances: dict[str | None, list[Instance | None]] = {kind: [] for kind in factories}
-        self._instance_of: list[tuple[str | None, int]] = []  # kind and number for each episode of the batch
-        self._event_loop = None
+        self._idle: dict[str | None, deque[Instance]] = {kind: deque() for kind in factories}
+
+    @property
+    def are_named(self) -> bool:
+        """Whether rows name their environment, rather than having one for all."""
+        return None not in self._factories
 
     def first_of(self, kind: str | None) -> ToolEnvironment:
         """The instance that was made first of its kind."""
         if kind not in self._firsts:
-            instance = self.pool.new_instance(self._factories[kind])
+            instance = self.new_instance(kind)
             (outcome,) = self.pool.call([(instance, instance.made)], None)
             if outcome.error is not None:
                 self.pool.discard(instance)
             self._firsts[kind] = outcome.value()
-            self._instances[kind].append(instance)
+            self._idle[kind].append(instance)
         return self._firsts[kind]
 
-    def begin_batch(self, trainer: "GRPOTrainer") -> None:
-        """Decide which instances play the trainer's next batch."""
-        self._event_loop = trainer.async_loop if trainer._has_async_funcs else None
-        counts: Counter = Counter()
-        self._instance_of = []
-        for row in trainer.rollout_inputs:
-            kind = self._kind_of(row)
-            self._instance_of.append((kind, counts[kind]))
-            counts[kind] += 1
-        for kind, count in counts.items():
-            self._instances[kind] += [None] * (count - len(self._instances[kind]))
+    def kind_of(self, row: dict[str, Any]) -> str | None:
+        """
+        The kind that a row asks for.
+
+        Raises:
+            `ValueError`:
+                When it names an environment that there is not.
+        """
+        kind = row.get("environment") if self.are_named else None
+        if kind not in self._factories:
+            raise ValueError(
+                f"A row has `environment={kind!r}`, which is not among the environments passed to "
+                f"`environment_factory`: {', '.join(map(repr, self._factories))}."
+            )
+        return kind
+
+    def new_instance(self, kind: str | None) -> Instance:
+        """One more of a kind."""
+        return self.pool.new_instance(self._factories[kind])
+
+    def lend(self, kind: str | None) -> Instance | None:
+        """The first of a kind that no batch plays with, if there is one."""
+        return self._idle[kind].popleft() if self._idle[kind] else None
+
+    def take_back(self, kind: str | None, instances: list[Instance]) -> None:
+        """Keep what was lent for the next batch, in the same order."""
+        self._idle[kind].extendleft(reversed([instance for instance in instances if instance in self.pool]))
+
+    def close(self) -> None:
+        """Close all instances."""
+        self.pool.close()
+        self._firsts.clear()
+        self._idle = {kind: deque() for kind in self._factories}
+
+
+class Cast:
+    """
+    Who plays the episodes of a batch: an instance for each, until the batch has been scored. The n-th episode of a
+    kind is played by the n-th idle instance of it, so who plays what depends on nothing but the batches.
+
+    Args:
+        environments ([`TrlEnvironments`]):
+            The instances.
+        rows (`list[dict]`):
+            Dataset rows, one for each episode.
+        event_loop (`asyncio.AbstractEventLoop`, *optional*):
+            Where tools that are coroutines run.
+    """
+
+    def __init__(self, environments: TrlEnvironments, rows: list[dict[str, Any]], event_loop: Any = None):
+        self.pool = environments.pool
+        self._environments = environments
+        self._event_loop = event_loop
+        self._kinds = [environments.kind_of(row) for row in rows]
+        self._instances = [environments.lend(kind) for kind in self._kinds]
 
     def take(self, episode: Episode) -> Instance:
-        """Who plays an episode."""
-        kind, number = self._instance_of[episode.key]
-        instance, self._instances[kind][number] = self._instances[kind][number], None
-        return self.pool.new_instance(self._factories[kind]) if instance is None else instance
+        """Who plays an episode; another one where that has failed."""
+        instance = self._instances[episode.key]
+        if instance is None or instance not in self.pool:
+            instance = self._instances[episode.key] = self._environments.new_instance(self._kinds[episode.key])
+        return instance
 
     def reset(self, instance: Instance, episode: Episode) -> Any:
         """Begin an episode, and return what `reset` does. Runs in the instance's thread."""
         environment = instance.made()
         environment.event_loop = self._event_loop
         task = copied(episode.task)
-        if None not in self._factories:
+        if self._environments.are_named:
             del task["environment"]
         return environment.reset(**task)
 
     def give_back(self, instance: Instance) -> None:
         """Nothing to do: it stays with its episode until the batch has been scored."""
 
-    def end_batch(self, episodes: list[Episode]) -> None:
-        """Keep the instances that played well for the next batch."""
-        for episode in episodes:
-            if episode.error is None:
-                kind, number = self._instance_of[episode.key]
-                self._instances[kind][number] = episode.instance
+    def release(self) -> None:
+        """The instances that have not failed may play another batch. Until then they stay as they are."""
+        for kind in dict.fromkeys(self._kinds):
+            played = zip(self._kinds, self._instances, strict=True)
+            self._environments.take_back(kind, [one for its, one in played if its == kind and one is not None])
+        self._instances = [None] * len(self._kinds)
 
     def columns(self, episodes: list[Episode]) -> dict[str, list[Any]]:
         """What [`ToolRollout`] returns beside the columns of [`MultiTurnRollout`]."""
@@ -200,7 +275,7 @@ class TrlEnvironments:
         for episode in episodes:
             played = episode.environment
             if played is None:  # none could be made
-                environments.append(self.first_of(self._kind_of(episode.task)).environment)
+                environments.append(self._environments.first_of(self._kinds[episode.key]).environment)
                 prompts.append(episode.task.get("prompt", EMPTY_PROMPT))
                 tool_calls.append((0, 0))
             else:
@@ -208,23 +283,6 @@ class TrlEnvironments:
                 prompts.append(played.prompt)
                 tool_calls.append((played.calls, played.failures))
         return {"environments": environments, "prompts": prompts, "tool_calls": tool_calls}
-
-    def close(self) -> None:
-        """Close all instances."""
-        self.pool.close()
-        self._firsts.clear()
-        self._instances = {kind: [] for kind in self._factories}
-
-    def _kind_of(self, row: dict[str, Any]) -> str | None:
-        if None in self._factories:
-            return None
-        kind = row.get("environment")
-        if kind not in self._factories:
-            raise ValueError(
-                f"A row has `environment={kind!r}`, which is not among the environments passed to "
-                f"`environment_factory`: {', '.join(map(repr, self._factories))}."
-            )
-        return kind
 
 
 def tool_rollout_for(
@@ -252,7 +310,7 @@ def tool_rollout_for(
     return rollout
 
 
-def _score(batch: RolloutBatch) -> None:
+def _score(batch: ToolBatch) -> None:
     """Have the environments say what their episodes are worth; one that cannot has failed."""
     owners = [e for e in batch.episodes if e.error is None and e.environment.owns_reward]
     outcomes = call(batch, [(episode.instance, episode.environment.reward) for episode in owners])

@@ -61,7 +61,7 @@ class Apart:
         generator = torch.Generator().manual_seed(request.seed)
         ids, logps = list(request.context_ids), []
         for position in range(MOST_TOKENS):
-            logits = self.model(torch.tensor([ids])).logits[0, -1].double() / self.temperature
+            logits = self.logits(ids) / self.temperature
             token = int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
             if position == MOST_TOKENS - 1:
                 token = self.ends.token_ids[0]
@@ -70,6 +70,9 @@ class Apart:
             if token in self.ends.token_ids:
                 break
         return Response(request.key, ids[len(request.context_ids) :], logps)
+
+    def logits(self, ids):
+        return self.model(torch.tensor([ids])).logits[0, -1].double()
 
     def forget(self, key):
         self.pending = [request for request in self.pending if request.key != key]

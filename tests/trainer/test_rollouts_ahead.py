@@ -335,22 +335,6 @@ def test_options_that_do_not_go_together_are_refused(options, message):
         SeeUPOConfig(**{"output_dir": "x", "use_cpu": True, "bf16": False, "rollouts_ahead": 1, **options})
 
 
-class Counts:
-    """A TRL environment."""
-
-    def reset(self, **kwargs):
-        return None
-
-    def count(self, text: str) -> int:
-        """
-        Count letters.
-
-        Args:
-            text: A text.
-        """
-        return len(text)
-
-
 class PlaysItsOwnWay(MultiTurnRollout):
     def __call__(self, prompts, trainer):
         return super().__call__(prompts, trainer)
@@ -359,16 +343,15 @@ class PlaysItsOwnWay(MultiTurnRollout):
 @pytest.mark.parametrize(
     "given",
     [
-        {"environment_factory": Counts},
         {"rollout_func": lambda prompts, trainer: {}},
         {"rollout_func": PlaysItsOwnWay(Pays)},
         {},
     ],
-    ids=["TRL environment", "rollout function", "subclass", "single turns"],
+    ids=["rollout function", "subclass", "single turns"],
 )
 def test_other_rollouts_are_refused(tiny_dir, tmp_path, given):
     args = SeeUPOConfig(str(tmp_path), rollouts_ahead=1, use_cpu=True, bf16=False)
-    with pytest.raises(ValueError, match="works with message-level environments"):
+    with pytest.raises(ValueError, match="works with environments"):
         SeeUPOTrainer(
             load_tiny_model(tiny_dir),
             reward_funcs=lambda completions, **kwargs: [1.0] * len(completions),
