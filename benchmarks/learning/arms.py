@@ -16,7 +16,7 @@ class Arm:
     A method with its settings.
 
     Args:
-        trainer (`str`): `"SeeUPOTrainer"` or TRL's `"GRPOTrainer"`.
+        trainer (`str`): `"SeeUPOTrainer"`, TRL's `"GRPOTrainer"`, or `"PPOTrainer"` of `ppo.py`.
         settings (`dict`): Fields of its configuration that differ from its defaults.
         steps (`int` or `str`): Passes over a batch, or `"turns"`: as many as the task has turns.
     """
@@ -52,6 +52,9 @@ ARMS: dict[str, Arm] = {
     "rloo": _trl(loss_type="dr_grpo", scale_rewards="none"),
     # the paper's REINFORCE + GRAE: the same with the standard deviation over the batch
     "reinforce-grae": _trl(loss_type="dr_grpo", scale_rewards="batch"),
+    # a critic of the policy's size
+    "ppo": Arm("PPOTrainer"),
+    "ppo-steps": Arm("PPOTrainer", steps="turns"),
     # as many optimizer steps as SeeUPO takes
     "grpo-steps": _trl(steps="turns"),
     "gspo-steps": _trl(steps="turns", **_GSPO),

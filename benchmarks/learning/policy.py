@@ -64,6 +64,7 @@ class Rollout:
         self.games = []
         self.is_playing = False
         self.seconds = 0.0
+        self.last_rewards: list[float] = []  # of each episode of the last batch
         self.rewards: list[float] = []  # one mean a batch, like the following
         self.successes: list[float] = []
         self.turns: list[float] = []
@@ -97,6 +98,7 @@ class Rollout:
                 masks[i] += [0] * len(answer)
             if not playing:
                 break
+        self.last_rewards = rewards
         self.rewards.append(sum(rewards) / len(prompts))
         self.successes.append(sum(successes) / len(prompts))
         self.turns.append(sum(turns) / len(prompts))

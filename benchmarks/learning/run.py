@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from arms import ARMS, Arm
 from policy import Rollout, flops_per_token, save_policy
+from ppo import PPOTrainer
 from tasks import TASKS, Task
 from transformers import AutoTokenizer, PrinterCallback
 from transformers.utils.logging import disable_progress_bar
@@ -26,6 +27,7 @@ from seeupo_trl import SeeUPOConfig, SeeUPOTrainer, environment_reward
 
 
 ROOT = Path(__file__).parents[2]
+TRAINERS = {"SeeUPOTrainer": SeeUPOTrainer, "GRPOTrainer": GRPOTrainer, "PPOTrainer": PPOTrainer}
 BATCH, GROUP = 64, 8
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "textarena")
 CURVE_POINTS = 40  # success is written as so many means over the run
@@ -34,10 +36,11 @@ CURVE_POINTS = 40  # success is written as so many means over the run
 class UpdateTokens:
     """Positions (padding included) that the update's forward passes compute, with a gradient and without."""
 
-    def __init__(self, model: torch.nn.Module, rollout: Rollout):
+    def __init__(self, models: list[torch.nn.Module], rollout: Rollout):
         self.with_gradient = self.without = 0
         self._rollout = rollout
-        model.register_forward_pre_hook(self._count, with_kwargs=True)
+        for model in models:
+            model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, module, args, kwargs):
         if self._rollout.is_playing:
@@ -88,8 +91,7 @@ def play(task_name: str, arm_name: str, lr: float, seed: int) -> dict:
         tokenizer = AutoTokenizer.from_pretrained(path)
         config = configuration(task, arm, lr, seed, folder, steps)
         rollout = Rollout(task)
-        trainer_class = SeeUPOTrainer if arm.trainer == "SeeUPOTrainer" else GRPOTrainer
-        trainer = trainer_class(
+        trainer = TRAINERS[arm.trainer](
             model=path,
             reward_funcs=environment_reward,
             args=config,
@@ -98,7 +100,8 @@ def play(task_name: str, arm_name: str, lr: float, seed: int) -> dict:
             rollout_func=rollout,
         )
         trainer.remove_callback(PrinterCallback)
-        tokens = UpdateTokens(trainer.model, rollout)
+        models = [trainer.model, trainer.critic] if isinstance(trainer, PPOTrainer) else [trainer.model]
+        tokens = UpdateTokens(models, rollout)
         optimizer_steps = 0
 
         def count(*_):
