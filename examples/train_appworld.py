@@ -40,9 +40,9 @@ from seeupo_trl.recipes.training import (
     Config,
     ReportingRollout,
     model_init_kwargs,
+    prepare_cpu,
     success,
     train_and_report,
-    use_all_cores,
 )
 
 
@@ -58,7 +58,7 @@ def main(script_args: AppWorldArguments, training_args: Config, model_args: Mode
             "every environment needs a server of its own."
         )
     training_args.max_concurrent_envs = training_args.max_concurrent_envs or script_args.num_servers
-    use_all_cores(training_args)
+    prepare_cpu(training_args)
     servers = AppWorldServers(
         script_args.num_servers,
         python=script_args.appworld_python,

@@ -41,9 +41,9 @@ from seeupo_trl.recipes.training import (
     ReportingRollout,
     check_evaluation,
     model_init_kwargs,
+    prepare_cpu,
     success,
     train_and_report,
-    use_all_cores,
 )
 from seeupo_trl.recipes.warm_up import train_last_layers
 
@@ -52,7 +52,7 @@ CONFIGS = Path(__file__).with_name("configs")
 
 
 def main(script_args: BfclArguments, training_args: Config, model_args: ModelConfig) -> None:
-    use_all_cores(training_args)
+    prepare_cpu(training_args)
 
     # the environment: it opens a task's conversation, and answers the policy's calls
     make_environment = partial(

@@ -41,9 +41,9 @@ from seeupo_trl.recipes.training import (
     Config,
     ReportingRollout,
     model_init_kwargs,
+    prepare_cpu,
     success,
     train_and_report,
-    use_all_cores,
 )
 
 
@@ -51,7 +51,7 @@ CONFIGS = Path(__file__).with_name("configs")
 
 
 def main(script_args: TextArenaArguments, training_args: Config, model_args: ModelConfig) -> None:
-    use_all_cores(training_args)
+    prepare_cpu(training_args)
 
     # the tasks: a seed is a game, and those that are held out begin after those of the training
     games = partial(load_textarena, script_args.game, **json.loads(script_args.game_options))

@@ -1,7 +1,6 @@
 """Training with a readable report of what happens, on a CPU as well."""
 
 import ctypes
-import gc
 import os
 import sys
 from collections.abc import Callable
@@ -26,6 +25,10 @@ from .learning_curve import describe_change, print_learning_curve
 from .results import interval
 
 
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+LARGEST_KEPT = 1_000_000  # bytes of the largest piece of freed memory that is kept
+
+
 @dataclass
 class Config(SeeUPOConfig):
     """[`SeeUPOConfig`] that runs on the CPU where there is no GPU, and resumes by `--resume_from_checkpoint true`."""
@@ -39,17 +42,12 @@ class Config(SeeUPOConfig):
 
 
 class ReportingRollout(MultiTurnRollout):
-    """
-    Keeps the last batch of episodes for a look at one, and reports the official score of each. On a CPU it returns the
-    memory that the update before it left, and its own.
-    """
+    """Keeps the last batch of episodes for a look at one, and reports the official score of each."""
 
     def __call__(self, prompts, trainer):
-        return_memory(trainer.accelerator.device)
         output = super().__call__(prompts, trainer)
         self.last_episodes = list(zip(prompts, output["trajectories"], strict=True))
         output["solved"] = [float(t.info.get("success", False)) for t in output["trajectories"]]
-        return_memory(trainer.accelerator.device)
         return output
 
 
@@ -79,23 +77,6 @@ class IterationLine(ProgressCallback):
         self.training_bar.write(line)
 
 
-def return_memory(device: torch.device) -> None:
-    """
-    On a CPU, give memory that nobody uses back to the system. Rollouts and updates need memory in pieces of different
-    sizes, and an allocator that keeps both needs the sum, as glibc's does. (GPUs have `torch_empty_cache_steps`.)
-
-    Args:
-        device (`torch.device`):
-            Where the model is.
-    """
-    if device.type != "cpu":
-        return
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
-
-
 class BeforeTraining(TrainerCallback):
     """Calls a function when the model is ready for training: what DeepSpeed evaluates before, it cannot train."""
 
@@ -106,11 +87,18 @@ class BeforeTraining(TrainerCallback):
         self.function()
 
 
-def use_all_cores(training_args: Config) -> None:
-    """On a CPU, share out the cores that may be used among the processes: launchers give each one thread."""
-    if training_args.use_cpu:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(cores // PartialState().num_processes, 1))
+def prepare_cpu(training_args: Config) -> None:
+    """
+    On a CPU, share out the cores that may be used among the processes (launchers give each one thread), and have freed
+    memory given back: glibc keeps pieces of less than 32 MB for later, which no two micro-batches need in equal sizes.
+    """
+    if not training_args.use_cpu:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(cores // PartialState().num_processes, 1))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
 
 
 def model_init_kwargs(training_args: Config, model_args: ModelConfig) -> dict[str, Any]:

@@ -1,0 +1,37 @@
+"""What scripts for a CPU set up before they train."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+FREES = """
+import sys
+import torch
+from seeupo_trl.recipes.training import Config, prepare_cpu
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
+
+config = Config(output_dir=sys.argv[1], use_cpu=True, bf16=False)
+if sys.argv[2] == "prepared":
+    prepare_cpu(config)
+large = torch.ones(4_000_000)  # 16 MB: freed, it makes glibc keep pieces of that size
+del large
+before, kept, freed = resident(), [], []
+for _ in range(20):
+    freed.append(torch.ones(2_000_000))
+    kept.append(torch.ones(1_000))
+freed.clear()
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_given_back(tmp_path):
+    megabytes = [
+        float(subprocess.check_output([sys.executable, "-c", FREES, str(tmp_path), how]).splitlines()[-1])
+        for how in ("prepared", "as it is")
+    ]
+    assert megabytes[0] < 20 < 40 < megabytes[1]  # of 160
