@@ -22,7 +22,7 @@ del large
 before, kept, freed = resident(), [], []
 for _ in range(20):
     freed.append(torch.ones(2_000_000))
-    kept.append(torch.ones(1_000))
+    kept.append(torch.ones(100_000))  # between them, so that the end of the heap stays in use
 freed.clear()
 print(resident() - before)
 """
@@ -34,4 +34,4 @@ def test_freed_memory_is_given_back(tmp_path):
         float(subprocess.check_output([sys.executable, "-c", FREES, str(tmp_path), how]).splitlines()[-1])
         for how in ("prepared", "as it is")
     ]
-    assert megabytes[0] < 20 < 40 < megabytes[1]  # of 160
+    assert megabytes[0] < 20 < 100 < megabytes[1]  # of 160, and 8 that are in use
