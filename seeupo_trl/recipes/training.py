@@ -1,6 +1,7 @@
 """Training with a readable report of what happens, on a CPU as well."""
 
 import ctypes
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -42,12 +43,17 @@ class Config(SeeUPOConfig):
 
 
 class ReportingRollout(MultiTurnRollout):
-    """Keeps the last batch of episodes for a look at one, and reports the official score of each."""
+    """
+    Keeps the last batch of episodes for a look at one, and reports the official score of each. On a CPU it returns the
+    memory that the update before it left, and its own.
+    """
 
     def __call__(self, prompts, trainer):
+        return_memory(trainer.accelerator.device)
         output = super().__call__(prompts, trainer)
         self.last_episodes = list(zip(prompts, output["trajectories"], strict=True))
         output["solved"] = [float(t.info.get("success", False)) for t in output["trajectories"]]
+        return_memory(trainer.accelerator.device)
         return output
 
 
@@ -77,6 +83,28 @@ class IterationLine(ProgressCallback):
         self.training_bar.write(line)
 
 
+def return_memory(device: torch.device) -> None:
+    """
+    On a CPU, give memory that nobody uses back to the system: what only cycles of references hold, and what glibc has
+    kept. (GPUs have `torch_empty_cache_steps`.)
+
+    Args:
+        device (`torch.device`):
+            Where the model is.
+    """
+    if device.type != "cpu":
+        return
+    gc.collect()
+    trim = _glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _glibc(name: str) -> Callable | None:
+    """A function of glibc, where there is one."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+
+
 class BeforeTraining(TrainerCallback):
     """Calls a function when the model is ready for training: what DeepSpeed evaluates before, it cannot train."""
 
@@ -89,14 +117,15 @@ class BeforeTraining(TrainerCallback):
 
 def prepare_cpu(training_args: Config) -> None:
     """
-    On a CPU, share out the cores that may be used among the processes (launchers give each one thread), and have freed
-    memory given back: glibc keeps pieces of less than 32 MB for later, which no two micro-batches need in equal sizes.
+    On a CPU, share out the cores that may be used among the processes (launchers give each one thread), and have large
+    pieces of memory given back as soon as they are freed: glibc keeps those below 32 MB for later, but no two
+    micro-batches need the same sizes.
     """
     if not training_args.use_cpu:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(cores // PartialState().num_processes, 1))
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    mallopt = _glibc("mallopt")
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
 
