@@ -1,11 +1,14 @@
 """PPO with a critic, on TRL's trainer: what SeeUPO and GRPO do without."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from policy import Rollout
 from transformers import Qwen3ForTokenClassification
 from trl import GRPOTrainer
+
+
+if TYPE_CHECKING:
+    from policy import Rollout
 
 
 LAMBDA = 0.95
@@ -19,7 +22,7 @@ class PPOTrainer(GRPOTrainer):
     policy's shape and learning rate; it takes as many steps a batch as the policy does.
     """
 
-    rollout_func: Rollout
+    rollout_func: "Rollout"
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
