@@ -30,6 +30,12 @@ RESAMPLES = 4000
 FEWEST = 3
 ENOUGH = 8
 BASE = "seeupo-reverse"
+# compared beside the base, where both were run
+PAIRS = [
+    ("seeupo-reverse-x4", "seeupo-forward-x4"),
+    ("seeupo-reverse-x4", "seeupo-simultaneous-x4"),
+    ("seeupo-reverse-x4", "seeupo-reverse"),
+]
 CURVES = {
     "seeupo-reverse": ("SeeUPO, reverse", "#c1272d", "-"),
     "seeupo-forward": ("SeeUPO, forward", "#e8891c", "-"),
@@ -101,10 +107,10 @@ def difference(of: np.ndarray, than: np.ndarray) -> np.ndarray:
     return interquartile_mean(of) - interquartile_mean(than)
 
 
-def compared(pairs: Sequence[Sequence[Sequence[float]]]) -> str:
-    """Three cells: how much better the base is, how likely a run of it is better, and what that says."""
+def compared(pairs: Sequence[Sequence[Sequence[float]]], first: str = "SeeUPO reverse") -> str:
+    """Three cells: how much better the first method is, how likely a run of it is better, and what that says."""
     value, low, high = estimate(difference, pairs)
-    verdict = "SeeUPO reverse" if low > 0 else "the other" if high < 0 else "noise"
+    verdict = first if low > 0 else "the other" if high < 0 else "noise"
     if min(len(method) for methods in pairs for method in methods) < ENOUGH:
         verdict = "too few seeds"
     return f"{value:+.2f} [{low:+.2f}, {high:+.2f}] | {shown(estimate(better, pairs))} | {verdict}"
@@ -128,6 +134,16 @@ def table_of(runs: dict[str, list[dict]]) -> str:
             f"{versus} | {steps:.0f} | {flops / 1e9:.0f} | {seconds:.1f} |"
         )
     return "\n".join(rows) + "\n"
+
+
+def table_of_pairs(runs: dict[str, list[dict]]) -> str:
+    """A row for each of `PAIRS` that was run."""
+    rows = ["| one | the other | difference of success | P(one is better) | better |", "|---|---|---:|---:|---|"]
+    for one, other in PAIRS:
+        if one in runs and other in runs:
+            versus = compared([[successes(runs[one]), successes(runs[other])]], "one")
+            rows.append(f"| `{one}` | `{other}` | {versus} |")
+    return "" if len(rows) == 2 else "\n".join(rows) + "\n"
 
 
 def table_of_all(by_task: dict[str, dict[str, list[dict]]]) -> str:
@@ -201,6 +217,9 @@ def sections(by_task: dict[str, dict[str, list[dict]]]) -> str:
     for task, runs in by_task.items():
         alt = f"Success in {task} against episodes, optimizer steps, FLOPs and seconds"
         parts.append(f"### `{task}`\n\n![{alt}](images/evidence_{task}.svg)\n\n{table_of(runs)}")
+        pairs = table_of_pairs(runs)
+        if pairs:
+            parts.append(pairs)
     if len(by_task) > 1:
         parts.append(f"### All of them, each weighing the same\n\n{table_of_all(by_task)}")
     return "\n".join(parts)
