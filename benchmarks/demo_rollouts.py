@@ -43,15 +43,12 @@ def prepare(directory: Path) -> None:
     config = ROOT / "examples" / "configs" / "smollm2_bfcl.yaml"
     script_args, _, _ = parser.parse_args_and_config(["--config", str(config)])
     base_model = str(smollm2(default_cache_dir()))
-    make_environment = partial(BfclEnvironment, **environment_options())
+    options = {name: getattr(script_args, name) for name in ("tools", "tool_list", "max_user_turns")}
+    make_environment = partial(BfclEnvironment, **options)
     train, _ = choose_tasks(script_args, AutoTokenizer.from_pretrained(base_model), make_environment())
     model = warmed_up(base_model, default_cache_dir(), train, make_environment(), script_args)
-    job = {"model": str(model), "ids": train["id"][:TASKS]}
+    job = {"model": str(model), "ids": train["id"][:TASKS], "environment": options}
     (directory / "job.json").write_text(json.dumps(job))
-
-
-def environment_options() -> dict:
-    return {"tools": "brief", "tool_list": "needed", "max_user_turns": 1}
 
 
 def play(directory: Path) -> None:
@@ -96,7 +93,7 @@ def play(directory: Path) -> None:
         model=job["model"],
         args=config,
         train_dataset=everything.filter(lambda row: row["id"] in job["ids"]),
-        rollout_func=Timed(partial(BfclEnvironment, **environment_options())),
+        rollout_func=Timed(partial(BfclEnvironment, **job["environment"])),
     ).train()
 
 

@@ -135,7 +135,7 @@ class EnvironmentPool:
         self._instances[instance] = None
         return instance
 
-    def __contains__(self, instance: Instance) -> bool:
+    def __contains__(self, instance: Instance | None) -> bool:
         """Whether an environment may still be called: it was not discarded, nor the pool closed."""
         return instance in self._instances
 

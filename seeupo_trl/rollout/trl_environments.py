@@ -104,18 +104,7 @@ class ToolRollout:
         return batch.output()
 
     def prepare(self, rows: list[dict[str, Any]], trainer: "GRPOTrainer", steps_ahead: int = 0) -> "ToolBatch":
-        """
-        A batch that is ready to be played, with the policy as it is now. A collective operation.
-
-        Args:
-            rows (`list[dict]`):
-                Dataset rows of this process, one for each episode.
-            trainer ([`~trl.GRPOTrainer`]):
-                The trainer whose policy plays.
-            steps_ahead (`int`, *optional*, defaults to `0`):
-                1 for the batch of the iteration after the one that the trainer is at, which may be played in another
-                thread.
-        """
+        """A batch that is ready to be played, as that of [`MultiTurnRollout`]. A collective operation."""
         settings = RolloutSettings.from_arguments(vars(trainer.args))
         limits = replace(
             EpisodeLimits.of(settings, trainer),
@@ -211,9 +200,9 @@ class TrlEnvironments:
         """The first of a kind that no batch plays with, if there is one."""
         return self._idle[kind].popleft() if self._idle[kind] else None
 
-    def take_back(self, kind: str | None, instances: list[Instance]) -> None:
-        """Keep what was lent for the next batch, in the same order."""
-        self._idle[kind].extendleft(reversed([instance for instance in instances if instance in self.pool]))
+    def take_back(self, kind: str | None, instance: Instance) -> None:
+        """Lend an instance first again."""
+        self._idle[kind].appendleft(instance)
 
     def close(self) -> None:
         """Close all instances."""
@@ -246,7 +235,7 @@ class Cast:
     def take(self, episode: Episode) -> Instance:
         """Who plays an episode; another one where that has failed."""
         instance = self._instances[episode.key]
-        if instance is None or instance not in self.pool:
+        if instance not in self.pool:
             instance = self._instances[episode.key] = self._environments.new_instance(self._kinds[episode.key])
         return instance
 
@@ -264,9 +253,9 @@ class Cast:
 
     def release(self) -> None:
         """The instances that have not failed may play another batch. Until then they stay as they are."""
-        for kind in dict.fromkeys(self._kinds):
-            played = zip(self._kinds, self._instances, strict=True)
-            self._environments.take_back(kind, [one for its, one in played if its == kind and one is not None])
+        for kind, instance in zip(reversed(self._kinds), reversed(self._instances), strict=True):
+            if instance in self.pool:
+                self._environments.take_back(kind, instance)
         self._instances = [None] * len(self._kinds)
 
     def columns(self, episodes: list[Episode]) -> dict[str, list[Any]]:

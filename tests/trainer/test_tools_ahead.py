@@ -19,11 +19,14 @@ GROUP = 2
 class Calls(Apart):
     """Calls the tool or says something."""
 
+    def __init__(self, trainer, ends):
+        super().__init__(trainer, ends)
+        self.allowed = trainer.processing_class.convert_tokens_to_ids(ANSWERS)
+
     def logits(self, ids):
         logits = super().logits(ids)
-        allowed = calling_tokenizer([CALL]).convert_tokens_to_ids(ANSWERS)
         barred = logits.new_full(logits.shape, float("-inf"))
-        barred[allowed] = logits[allowed]
+        barred[self.allowed] = logits[self.allowed]
         return barred
 
 
