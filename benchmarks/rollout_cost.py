@@ -461,6 +461,7 @@ def own_table(args: argparse.Namespace) -> None:
                     pstats.Stats(profile).sort_stats("cumulative").print_stats(45)
                 turns = sum(len(trajectory.turns) for trajectory in output["trajectories"])
                 tokens = sum(len(t.turns[-1].context_ids) for t in output["trajectories"]) / number
+                del output  # else the next rollout's collections of garbage walk over it
                 own = total - in_environments[0] - trainer.cpu_seconds
                 print(
                     f"| {number} | {schedule} | {turns:,} | {tokens:,.0f} | {in_environments[0]:.2f} | {own:.2f} "

@@ -11,7 +11,6 @@ from datetime import date
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_parsing.response_templates import load_response_template
@@ -35,9 +34,10 @@ logger = logging.getLogger(__name__)
 # trl 1.15 has no such argument: arguments of calls written as XML then keep a guessed type.
 PARSES_WITH_TOOLS = "tools" in inspect.signature(parse_response).parameters
 
-REMEMBERED_RENDERINGS = 256
+REMEMBERED_RENDERINGS = 64
 ATTEMPTS = 3  # of comparing two renderings that may have seen different times
-TAIL_LENGTH = 32  # more tokens than templates write between the head of the policy's message and its first token
+# Tokens that may hold the head of the policy's message: few, which come again, or more than templates write behind it.
+TAIL_LENGTHS = (6, 32)
 
 Message = dict[str, Any]
 
@@ -66,8 +66,9 @@ class ChatFormat:
             )
         self.template_kwargs: dict[str, Any] = trainer.chat_template_kwargs
         self._reads_parts = self._finds_text_in_parts()
-        self._renderings: dict[str, np.ndarray] = {}
+        self._renderings: dict[str, list[int]] = {}
         self._end_of = lru_cache(REMEMBERED_RENDERINGS)(self._find_end)
+        self._holds_head = lru_cache(REMEMBERED_RENDERINGS)(self._find_head)
         self.end_of_message = self._find_end_of_message(trainer.eos_token_ids)
         self.eos_token_ids: list[int] = [*trainer.eos_token_ids, *self.end_of_message]
         self.chat_template = self._choose_template()
@@ -163,11 +164,13 @@ class ChatFormat:
 
     def _tail(self, context_ids: list[int]) -> list[int]:
         """As much of a context as the parser looks at: what follows the last head of an assistant message."""
-        template = getattr(self._parser, "response_template", None)
-        if template is None:  # a parser of the older kind does not look at contexts at all
+        if getattr(self._parser, "response_template", None) is None:  # the older kind does not look at contexts at all
             return context_ids
-        tail = context_ids[-TAIL_LENGTH:]
-        return tail if template.start_anchor_re.search(self.tokenizer.decode(tail)) else context_ids
+        tails = (context_ids[-length:] for length in TAIL_LENGTHS)
+        return next((tail for tail in tails if self._holds_head(tuple(tail))), context_ids)
+
+    def _find_head(self, token_ids: tuple[int, ...]) -> bool:
+        return bool(self._parser.response_template.start_anchor_re.search(self.tokenizer.decode(token_ids)))
 
     def _tokenize_once(self, messages: list[Message], chat_template: str | None, **kwargs: Any) -> list[int]:
         """The same for conversations that come again, as the opening does in each episode of a group."""
@@ -178,11 +181,11 @@ class ChatFormat:
             return self._tokenize(messages, chat_template, **kwargs)
         token_ids = self._renderings.pop(key, None)
         if token_ids is None:
-            token_ids = np.array(self._tokenize(messages, chat_template, **kwargs), dtype=np.int64)
+            token_ids = self._tokenize(messages, chat_template, **kwargs)
         self._renderings[key] = token_ids  # the most recent one last
         if len(self._renderings) > REMEMBERED_RENDERINGS:
             del self._renderings[next(iter(self._renderings))]
-        return token_ids.tolist()
+        return list(token_ids)  # of the same integers: those of long contexts take four times the list's memory
 
     def _tokenize(self, messages: list[Message], chat_template: str | None, **kwargs: Any) -> list[int]:
         if not self._reads_parts:

@@ -7,6 +7,7 @@ or cut, because what a tool prints is often out of the environment's hands.
 
 import copy
 import json
+from functools import lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,7 @@ _IMMUTABLE = (str, int, float, bool, type(None))
 
 # A text with more characters than this for each token allowed is cut before it is tokenised.
 CHARACTERS_PER_TOKEN = 32
+REMEMBERED_TOOLS = 256
 
 
 def check_observation(observation: Any) -> Observation:
@@ -43,8 +45,12 @@ def check_observation(observation: Any) -> Observation:
 
 
 def _own_tools(tools: list[dict] | None) -> list[dict] | None:
-    """A copy. Schemas are long, and JSON's own is ten times faster than one in Python."""
-    text = json.dumps(tools)
+    """A copy, one for all episodes that have the same tools: schemas are long, and nothing changes them."""
+    return None if tools is None else _tools_from(json.dumps(tools))
+
+
+@lru_cache(REMEMBERED_TOOLS)
+def _tools_from(text: str) -> list[dict]:
     tools = json.loads(text)
     return mended(without_none(tools) if "null" in text else tools)
 

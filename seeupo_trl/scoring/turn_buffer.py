@@ -52,6 +52,7 @@ class TurnBuffer:
     def __init__(self, trajectories: list[Trajectory]):
         self.trajectories = trajectories
         self._chains: dict[Key, tuple[int, np.ndarray]] = {}
+        self._turns: dict[Block, list[list[Key]]] = {}  # an iteration asks for them many times
 
     def __len__(self) -> int:
         return len(self.trajectories)
@@ -67,7 +68,10 @@ class TurnBuffer:
 
     def turns_in(self, index: int, block: Block) -> list[Key]:
         """Keys `(trajectory, turn)` of the turns that trajectory `index` plays in `block`; turns count from 1."""
-        return [(index, turn) for turn in block.turns_of(len(self.trajectories[index].turns))]
+        if block not in self._turns:
+            turns = [block.turns_of(len(trajectory.turns)) for trajectory in self.trajectories]
+            self._turns[block] = [[(i, turn) for turn in numbers] for i, numbers in enumerate(turns)]
+        return self._turns[block][index]
 
     def turn(self, key: Key) -> Turn:
         """The turn behind a key `(trajectory, turn)`."""

@@ -98,11 +98,11 @@ class UpdatePlan:
         learning = {i for block in schedule for i in buffer.pool(block) if learns_from(i, block.first)}
         self._active = {block: [i for i in buffer.pool(block) if i in learning] for block in schedule}
 
-        counts = torch.zeros(len(schedule), num_minibatches)
-        for row, block in enumerate(schedule):
+        own_counts = [[0.0] * num_minibatches for _ in schedule]
+        for row, block in zip(own_counts, schedule, strict=True):
             for index in self._active[block]:
-                counts[row, self._minibatch_of[index]] += learns_from(index, block.first)
-        counts = lock_step.gather(counts).sum(0)
+                row[self._minibatch_of[index]] += learns_from(index, block.first)
+        counts = lock_step.gather(torch.tensor(own_counts).reshape(-1, num_minibatches)).sum(0)
         self.steps: dict[Block, list[OptimizerStep]] = {}
         for row, block in enumerate(schedule):
             minibatches = counts[row].nonzero().flatten().tolist() * num_passes

@@ -75,7 +75,7 @@ def test_few_renderings_are_remembered(monkeypatch):
     assert len(chat._renderings) == 3
 
 
-@pytest.mark.parametrize("tail_length", [32, 2])
+@pytest.mark.parametrize("tail_lengths", [chat_format.TAIL_LENGTHS, (32,), (2,)])
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("thinking", [True, False])
 @pytest.mark.parametrize(
@@ -87,8 +87,8 @@ def test_few_renderings_are_remembered(monkeypatch):
         "<|im_start|>assistant\nHello",
     ],
 )
-def test_the_end_of_a_context_is_all_the_parser_needs(template, thinking, response, tail_length, monkeypatch):
-    monkeypatch.setattr(chat_format, "TAIL_LENGTH", tail_length)
+def test_the_end_of_a_context_is_all_the_parser_needs(template, thinking, response, tail_lengths, monkeypatch):
+    monkeypatch.setattr(chat_format, "TAIL_LENGTHS", tail_lengths)
     chat = make_chat(template, enable_thinking=thinking)
     opening = [
         user("Begin."),
@@ -101,7 +101,7 @@ def test_the_end_of_a_context_is_all_the_parser_needs(template, thinking, respon
     message = chat.parse(action, context, TOOLS)
     message.pop("parse_error", None)
     assert message == expected
-    assert (chat._tail(context) == context) == (tail_length == 2)
+    assert (chat._tail(context) == context) == (tail_lengths == (2,))
 
 
 def test_the_shared_length_is_that_of_a_loop():
