@@ -26,10 +26,6 @@ from .learning_curve import describe_change, print_learning_curve
 from .results import interval
 
 
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-LARGEST_KEPT = 1_000_000  # bytes of the largest piece of freed memory that is kept
-
-
 @dataclass
 class Config(SeeUPOConfig):
     """[`SeeUPOConfig`] that runs on the CPU where there is no GPU, and resumes by `--resume_from_checkpoint true`."""
@@ -95,14 +91,10 @@ def return_memory(device: torch.device) -> None:
     if device.type != "cpu":
         return
     gc.collect()
-    trim = _glibc("malloc_trim")
+    # of glibc, where there is one
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-def _glibc(name: str) -> Callable | None:
-    """A function of glibc, where there is one."""
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 class BeforeTraining(TrainerCallback):
@@ -116,18 +108,10 @@ class BeforeTraining(TrainerCallback):
 
 
 def prepare_cpu(training_args: Config) -> None:
-    """
-    On a CPU, share out the cores that may be used among the processes (launchers give each one thread), and have large
-    pieces of memory given back as soon as they are freed: glibc keeps those below 32 MB for later, but no two
-    micro-batches need the same sizes.
-    """
-    if not training_args.use_cpu:
-        return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(cores // PartialState().num_processes, 1))
-    mallopt = _glibc("mallopt")
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+    """On a CPU, share out the cores that may be used among the processes: launchers give each one thread."""
+    if training_args.use_cpu:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(cores // PartialState().num_processes, 1))
 
 
 def model_init_kwargs(training_args: Config, model_args: ModelConfig) -> dict[str, Any]:

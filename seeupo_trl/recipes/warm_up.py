@@ -5,6 +5,7 @@ A small model writes no tool call by itself, and reinforcement learning cannot r
 on the assistant's tokens of perfect conversations change that.
 """
 
+import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from trl.trainer.utils import add_fused_lm_head
 from ..scoring.rows import RowScorer
 from ..scoring.turn_buffer import TurnBuffer
 from ..trajectory import Trajectory, turns_from_mask
+
+
+logger = logging.getLogger(__name__)
 
 
 def tokenize_conversation(tokenizer: Any, messages: list[dict], tools: list[dict] | None) -> Trajectory:
@@ -36,7 +40,8 @@ def tokenize_conversation(tokenizer: Any, messages: list[dict], tools: list[dict
 def train_last_layers(model: PreTrainedModel, count: int) -> None:
     """
     Leave all of a model as it is but its last layers and the norm behind them. The layers before them are computed
-    without a backward pass, and their activations, gradients and optimizer states need no memory.
+    without a backward pass, and their activations, gradients and optimizer states need no memory. With gradient
+    checkpointing, which trainers have by default, they would have one all the same, and be computed twice.
 
     Args:
         model (`PreTrainedModel`):
@@ -51,6 +56,12 @@ def train_last_layers(model: PreTrainedModel, count: int) -> None:
     layers = model.model.layers
     if not 1 <= count <= len(layers):
         raise ValueError(f"trained_layers is {count}; this model has {len(layers)} layers: give 1 to {len(layers)}.")
+    if model.is_gradient_checkpointing:
+        logger.warning(
+            "trained_layers=%d saves no time here: gradient checkpointing computes all layers twice and backward. Set "
+            "gradient_checkpointing to false, unless the activations do not fit.",
+            count,
+        )
     model.requires_grad_(False)
     for module in (*layers[-count:], model.model.norm):
         module.requires_grad_(True)

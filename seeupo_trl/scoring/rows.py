@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import trl
+import trl.trainer.utils
 from packaging.version import Version
 from torch import nn
 
@@ -25,6 +26,7 @@ from .turn_buffer import Key, TurnBuffer
 
 
 _FUSED_HEAD_ON_CPU = Version(trl.__version__) >= Version("1.16.0")
+_CPU_TILE = 4096  # logits of a token
 
 
 @dataclass
@@ -285,8 +287,24 @@ class RowScorer:
             logps = log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)  # (1, n)
             entropies = -(log_probs.exp() * log_probs).sum(-1)
         else:
-            outputs = model(**inputs, shift_labels=labels, fused_lm_head=True)
+            with _small_tiles() if self._device.type == "cpu" else nullcontext():
+                outputs = model(**inputs, shift_labels=labels, fused_lm_head=True)
             logps = outputs.log_probs
             # the reference model's head computes no entropies
             entropies = torch.zeros_like(logps) if outputs.entropy is None else outputs.entropy
         return logps, entropies, outputs.aux_loss if self._aux_loss else None
+
+
+@contextmanager
+def _small_tiles() -> Iterator[None]:
+    """
+    Has TRL's fused head (trl 1.16), forward and backward, work in tiles that a CPU's caches hold. Its own are made for
+    GPUs: with PyTorch's operations in place of a kernel they would be most of the memory of a micro-batch, and take
+    twice the time.
+    """
+    before = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(before, _CPU_TILE)
+    try:
+        yield
+    finally:
+        trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = before
