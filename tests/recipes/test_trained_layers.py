@@ -37,3 +37,12 @@ def test_a_number_that_the_model_does_not_have_is_refused(tmp_path, count):
     with pytest.raises(ValueError, match=f"trained_layers is {count}; this model has 3 layers"):
         train_last_layers(model, count)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_gradient_checkpointing_over_layers_that_are_not_trained_is_said(tmp_path, caplog):
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "start", num_hidden_layers=3))
+    train_last_layers(model, 1)
+    assert not caplog.records
+    model.gradient_checkpointing_enable()
+    train_last_layers(model, 1)
+    assert "Set gradient_checkpointing to false" in caplog.text

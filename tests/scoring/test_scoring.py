@@ -3,8 +3,10 @@
 import pytest
 import torch
 from tiny import load_tiny_model
+from trl.trainer import utils as trl_utils
 from trl.trainer.utils import add_fused_lm_head
 
+from seeupo_trl.scoring import rows
 from seeupo_trl.scoring.interface import DUMMY_KEY
 from seeupo_trl.scoring.rows import RowScorer, build_rows, group_rows
 from seeupo_trl.scoring.turn_buffer import TurnBuffer
@@ -97,3 +99,29 @@ def test_other_forward_passes_are_left_alone(buffer, tiny_dir):
         before = load_tiny_model(tiny_dir)(torch.tensor([[5, 6, 7]])).logits
         assert torch.equal(model(torch.tensor([[5, 6, 7]])).logits, before)
     assert set(scorer.score(model, scorer.dummy_batch())[0]) == {DUMMY_KEY}
+
+
+@pytest.mark.skipif(not rows._FUSED_HEAD_ON_CPU, reason="trl 1.15's fused head needs a GPU")
+@pytest.mark.parametrize("tile", [rows._CPU_TILE, 5])
+def test_on_a_cpu_the_head_computes_small_tiles_and_the_same_gradient(buffer, tile, tiny_dir, monkeypatch):
+    own, multiply, widths = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE, torch.mm, []
+
+    def watched(*args, **kwargs):
+        widths.append(args[1].size(1))
+        return multiply(*args, **kwargs)
+
+    def gradient(tile):
+        monkeypatch.setattr(rows, "_CPU_TILE", tile)
+        model = load_tiny_model(tiny_dir, torch.float32).eval()
+        add_fused_lm_head(model, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
+        scorer = RowScorer(model, pad_token_id=0, temperature=TEMPERATURE)
+        scores, _ = scorer.score(model, *scorer.micro_batches(buffer, ALL_KEYS, max_rows=3))
+        torch.cat([score.logps for score in scores.values()]).sum().backward()
+        return model.config.vocab_size, torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    _, expected = gradient(own)
+    monkeypatch.setattr(torch, "mm", watched)
+    vocabulary, tiled = gradient(tile)
+    assert max(widths) == min(tile, vocabulary)
+    assert trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE == own
+    torch.testing.assert_close(tiled, expected, rtol=1e-4, atol=1e-6)
