@@ -14,11 +14,12 @@ which installs without network into a virtual environment of its own on top of t
 `pytest -m cuda` and `benchmarks/gpu.py`, and leaves `cuda.xml`, `gpu.json` and `gpu.md` in `gpu_pack/results` (or the
 folder given to it). `bash gpu_pack/run.sh RESULTS --dry-run` does the same on a CPU with tiny shapes.
 
-Without: DeepSpeed, bitsandbytes and vLLM, which are built for a machine or too large. Their tests are skipped where
-they are not installed.
+Without: DeepSpeed, bitsandbytes and vLLM, which are built for a machine or too large (their tests are skipped where
+they are not installed), and hf-xet, which only downloads.
 """
 
 import argparse
+import lzma
 import shutil
 import subprocess
 import sys
@@ -48,6 +49,12 @@ BROUGHT = {
     "markupsafe",
     "fsspec",
 }
+LEFT_OUT = {"hf-xet"}
+# libraries in machine code, and a window as large as what resembles one another is apart; read by any xz
+COMPRESSION = [
+    {"id": lzma.FILTER_X86},
+    {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 2**27},
+]
 MOST_BYTES = 60_000_000
 
 RUN = """\
@@ -86,7 +93,7 @@ def requirements(python: str) -> Iterator[str]:
     """Everything that the project needs beside PyTorch, pinned to what is installed here."""
     environment = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux"}
     environment |= {"platform_system": "Linux", "platform_machine": "x86_64", "implementation_name": "cpython"}
-    waiting, seen = [Requirement(name) for name in NEEDED], set(BROUGHT)
+    waiting, seen = [Requirement(name) for name in NEEDED], BROUGHT | LEFT_OUT
     while waiting:
         requirement = waiting.pop()
         name = canonicalize_name(requirement.name)
@@ -177,7 +184,7 @@ def main() -> None:
         for wheel in (pack / "wheels").glob("*.whl"):
             store(wheel)
         copy_project(pack / "project")
-        with tarfile.open(archive, "w:xz", preset=6) as tar:
+        with lzma.open(archive, "w", filters=COMPRESSION) as file, tarfile.open(fileobj=file, mode="w") as tar:
             tar.add(pack, "gpu_pack")
     size = archive.stat().st_size
     print(f"{archive}: {size / 1e6:.1f} MB, {len(pins)} wheels for Python {options.python}")
