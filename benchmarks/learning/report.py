@@ -121,17 +121,21 @@ def table_of(runs: dict[str, list[dict]]) -> str:
     base = successes(runs[BASE])
     rows = [
         "| arm | learning rate | seeds | success at the end | SeeUPO reverse, minus this | "
-        "P(SeeUPO reverse is better) | better | optimizer steps | update, GFLOP | CPU s |",
-        "|---|---:|---:|---:|---:|---:|---|---:|---:|---:|",
+        "P(SeeUPO reverse is better) | better | success on the way | optimizer steps | update, GFLOP | CPU s |",
+        "|---|---:|---:|---:|---:|---:|---|---:|---:|---:|---:|",
     ]
     for arm, own in sorted(runs.items(), key=lambda item: -interquartile_mean(np.array(successes(item[1])))):
         versus = " | | " if arm == BASE else compared([[base, successes(own)]])
         steps, flops, seconds = (
             np.mean([run[name] for run in own]) for name in ("optimizer_steps", "update_flops", "cpu_seconds")
         )
+        at_the_end, on_the_way = (
+            shown(estimate(interquartile_mean, [[values]]))
+            for values in (successes(own), [float(np.mean(run["success"])) for run in own])
+        )
         rows.append(
-            f"| `{arm}` | {own[0]['lr']:g} | {len(own)} | {shown(estimate(interquartile_mean, [[successes(own)]]))} | "
-            f"{versus} | {steps:.0f} | {flops / 1e9:.0f} | {seconds:.1f} |"
+            f"| `{arm}` | {own[0]['lr']:g} | {len(own)} | {at_the_end} | {versus} | {on_the_way} | {steps:.0f} | "
+            f"{flops / 1e9:.0f} | {seconds:.1f} |"
         )
     return "\n".join(rows) + "\n"
 
