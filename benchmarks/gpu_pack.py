@@ -128,13 +128,21 @@ def store(wheel: Path) -> None:
     """
     Write a wheel without what nothing here imports, and without compression of its own: one over the whole archive is
     smaller.
+
+    Raises:
+        `SystemExit`:
+            Where a library that is left out is one that another file of the wheel is linked with.
     """
     with tempfile.NamedTemporaryFile(dir=wheel.parent, delete=False) as file:
         with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as new:
+            libraries = {Path(name).name for name in old.namelist() if ".so" in name and is_left_out(name)}
             for entry in old.infolist():
                 if is_left_out(entry.filename):
                     continue
                 content = old.read(entry)
+                missing = [name for name in libraries if ".so" in entry.filename and name.encode() in content]
+                if missing:
+                    raise SystemExit(f"{entry.filename} needs {', '.join(missing)}, which `is_left_out` leaves out.")
                 if entry.filename.endswith(".dist-info/RECORD"):
                     lines = content.decode().splitlines(keepends=True)
                     content = "".join(line for line in lines if not is_left_out(line.split(",")[0])).encode()
@@ -145,8 +153,7 @@ def store(wheel: Path) -> None:
 
 def is_left_out(name: str) -> bool:
     """Whether a file of a wheel is a package's own tests, or of a part of Arrow that is loaded when it is used."""
-    parts = ("include/", "libarrow_flight", "libarrow_python_flight", "_flight", "libarrow_substrait", "_substrait")
-    parts += ("libarrow_s3", "_s3fs")
+    parts = ("include/", "libarrow_flight", "libarrow_python_flight", "_flight", "libarrow_s3", "_s3fs")
     return "/tests/" in name or name.startswith(tuple(f"pyarrow/{part}" for part in parts))
 
 

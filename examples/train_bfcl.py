@@ -18,7 +18,7 @@ environment that plays them, the model, the trainer. All else is a report of wha
 import os
 
 
-# Of a CPU, read when torch is imported or first computes. Threads that wait for one another in a loop for long are slow
+# Read when torch is imported or first computes on a CPU. Threads that wait for one another in a loop for long are slow
 # where other programs run, and those that never do are slow where none does.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 # oneDNN keeps a kernel for each shape of a product that it has seen, up to 1,024 of them: a few hundred megabytes, and
