@@ -18,12 +18,9 @@ environment that plays them, the model, the trainer. All else is a report of wha
 import os
 
 
-# Read when torch is imported or first computes on a CPU. Threads that wait for one another in a loop for long are slow
-# where other programs run, and those that never do are slow where none does.
+# threads that wait for one another in a loop for long are slow where other programs run, and those that never do are
+# slow where none does; read when torch is imported
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-# oneDNN keeps a kernel for each shape of a product that it has seen, up to 1,024 of them: a few hundred megabytes, and
-# scattered over the heap, so that more cannot be given back
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 from functools import partial
 from pathlib import Path

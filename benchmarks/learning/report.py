@@ -99,6 +99,11 @@ def shown(value: tuple[float, float, float]) -> str:
     return "{:.2f} [{:.2f}, {:.2f}]".format(*value)
 
 
+def middle(values: Sequence[float]) -> str:
+    """Interquartile mean with its interval."""
+    return shown(estimate(interquartile_mean, [[values]]))
+
+
 def successes(runs: list[dict]) -> list[float]:
     return [final_success(run) for run in runs]
 
@@ -129,13 +134,10 @@ def table_of(runs: dict[str, list[dict]]) -> str:
         steps, flops, seconds = (
             np.mean([run[name] for run in own]) for name in ("optimizer_steps", "update_flops", "cpu_seconds")
         )
-        at_the_end, on_the_way = (
-            shown(estimate(interquartile_mean, [[values]]))
-            for values in (successes(own), [float(np.mean(run["success"])) for run in own])
-        )
+        on_the_way = [np.mean(run["success"]) for run in own]
         rows.append(
-            f"| `{arm}` | {own[0]['lr']:g} | {len(own)} | {at_the_end} | {versus} | {on_the_way} | {steps:.0f} | "
-            f"{flops / 1e9:.0f} | {seconds:.1f} |"
+            f"| `{arm}` | {own[0]['lr']:g} | {len(own)} | {middle(successes(own))} | {versus} | "
+            f"{middle(on_the_way)} | {steps:.0f} | {flops / 1e9:.0f} | {seconds:.1f} |"
         )
     return "\n".join(rows) + "\n"
 

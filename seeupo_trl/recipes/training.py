@@ -108,10 +108,16 @@ class BeforeTraining(TrainerCallback):
 
 
 def prepare_cpu(training_args: Config) -> None:
-    """On a CPU, share out the cores that may be used among the processes: launchers give each one thread."""
+    """
+    On a CPU, before anything is computed: share out the cores that may be used among the processes, to which launchers
+    give one thread each, and bound what oneDNN keeps.
+    """
     if training_args.use_cpu:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(cores // PartialState().num_processes, 1))
+        # a kernel for each shape of a product that it has seen, by default up to 1,024 of them: a few hundred
+        # megabytes, and scattered over the heap, so that more cannot be given back
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def model_init_kwargs(training_args: Config, model_args: ModelConfig) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""What scripts for a CPU do between rollouts and updates."""
+"""What scripts for a CPU do so that memory does not grow."""
 
 import subprocess
 import sys
 
 import pytest
+import torch
 
 
 FREES = """
@@ -34,3 +35,33 @@ def test_freed_memory_is_given_back():
         for how in ("returned", "as it is")
     ]
     assert megabytes[0] < 20 < 100 < megabytes[1]  # of 160, and 8 that are in use
+
+
+MULTIPLIES = """
+import sys
+import torch
+from seeupo_trl.recipes.training import Config, prepare_cpu
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
+
+config = Config(output_dir=sys.argv[1], use_cpu=True, bf16=False)
+if sys.argv[2] == "prepared":
+    prepare_cpu(config)
+weight, before = torch.randn(1536, 576, dtype=torch.bfloat16), resident()
+for length in range(1, 500):
+    torch.nn.functional.linear(torch.randn(length, 576, dtype=torch.bfloat16), weight)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 on this CPU")
+def test_kernels_of_few_shapes_are_kept(tmp_path, monkeypatch):
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    megabytes = [
+        float(subprocess.check_output([sys.executable, "-c", MULTIPLIES, str(tmp_path), how]).splitlines()[-1])
+        for how in ("prepared", "as it is")
+    ]
+    assert megabytes[0] < megabytes[1] - 50
