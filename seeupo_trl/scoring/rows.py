@@ -11,8 +11,11 @@ log-softmax instead; so is everything on a CPU with trl 1.15, whose head needs a
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import torch
 import trl
 import trl.trainer.utils
@@ -22,6 +25,7 @@ from torch import nn
 from ..distributed.lock_step import LockStep
 from .causal_lm import causal_lm_of
 from .interface import DUMMY_KEY, MicroBatch, TurnScores
+from .tree_attention import on_device
 from .turn_buffer import Key, TurnBuffer
 
 
@@ -76,12 +80,12 @@ def build_rows(buffer: TurnBuffer, keys: Iterable[Key]) -> list[Row]:
     """
     rows: dict[tuple[int, int], Row] = {}  # (trajectory, chain) -> row
     # the last turn of a chain is the row, and the others lie in it
-    for key in sorted(keys, key=lambda key: (key[0], -key[1])):
+    for key in sorted(sorted(keys, reverse=True), key=itemgetter(0)):
         turn = buffer.turn(key)
-        row = rows.setdefault((key[0], buffer.chain(key)), Row(input_ids=[]))
-        if not row.spans:
-            row.input_ids = turn.context_ids + turn.action_ids
-        row.spans[key] = (len(turn.context_ids), len(turn.context_ids) + len(turn.action_ids))
+        place = key[0], buffer.chain(key)
+        if place not in rows:
+            rows[place] = Row(turn.context_ids + turn.action_ids)
+        rows[place].spans[key] = (len(turn.context_ids), len(turn.context_ids) + len(turn.action_ids))
     return list(rows.values())
 
 
@@ -113,14 +117,15 @@ def group_rows(
     for position, row in enumerate(rows):
         units.setdefault(next(iter(row.spans))[0] if together else position, []).append(row)
     batches: list[RowBatch] = []
+    length = 0  # of the last batch, whose first rows are its longest
     for unit in sorted(units.values(), key=lambda unit: -max(len(row.input_ids) for row in unit)):
         if batches:
-            # the batch's first row is the longest, so that adding rows does not lengthen the others
-            larger = RowBatch(batches[-1].rows + unit, multiple_of)
-            if larger.num_tokens <= max_tokens if max_tokens is not None else len(larger.rows) <= max_rows:
-                batches[-1] = larger
+            num_rows = len(batches[-1].rows) + len(unit)
+            if num_rows * length <= max_tokens if max_tokens is not None else num_rows <= max_rows:
+                batches[-1].rows += unit
                 continue
         batches.append(RowBatch(list(unit), multiple_of))
+        length = batches[-1].length
     return batches
 
 
@@ -244,9 +249,9 @@ class RowScorer:
         """
         rows, length = batch.rows, batch.length
         device = self._device
-        padding = [length - len(row.input_ids) for row in rows]
-        input_ids = [row.input_ids + [self._pad_token_id] * n for row, n in zip(rows, padding, strict=True)]  # (B, S)
-        attention_mask = [[1] * (length - n) + [0] * n for n in padding]
+        attention_mask = np.arange(length) < np.array([len(row.input_ids) for row in rows])[:, None]  # (B, S)
+        input_ids = np.full_like(attention_mask, self._pad_token_id, dtype=np.int64)
+        input_ids[attention_mask] = np.fromiter(chain.from_iterable(row.input_ids for row in rows), np.int64)
         row_index, columns, labels, sizes = [], [], [], {}
         for index, row in enumerate(rows):
             for key, (start, end) in row.spans.items():
@@ -255,8 +260,8 @@ class RowScorer:
                 labels += row.input_ids[start:end]
                 sizes[key] = end - start
         inputs = {
-            "input_ids": torch.tensor(input_ids).to(device, non_blocking=True),
-            "attention_mask": torch.tensor(attention_mask).to(device, non_blocking=True),
+            "input_ids": on_device(input_ids, device),
+            "attention_mask": on_device(attention_mask.astype(np.int64), device),
         }
         if self._aux_loss:
             inputs["output_router_logits"] = True

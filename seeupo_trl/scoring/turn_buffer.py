@@ -4,7 +4,7 @@ The turn-indexed buffer: the turns of an iteration's trajectories, by trajectory
 Everything about a trajectory is keyed by the trajectory, never by its position in some batch.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,8 +14,7 @@ from ..trajectory import Trajectory, Turn
 Key = tuple[int, int]  # (trajectory, turn counted from 1)
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """
     Consecutive turns that are updated together: one virtual agent, whose action is the concatenation of the turns'
     tokens. By default every turn is a block of its own.

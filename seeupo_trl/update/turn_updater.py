@@ -215,6 +215,7 @@ class TurnUpdater:
 
     # ---- The weight of a turn: M ----
 
+    @torch.no_grad()
     def _multiply_by_ratios(self, indices: Iterable[int], logps: dict[Key, torch.Tensor]) -> None:
         """
         `M_{i,t} = r_{i,t}(theta^t) M_{i,t+1}` (Eq. 8), where block t was just updated and `logps` are under `theta^t`.
@@ -279,10 +280,10 @@ class TurnUpdater:
     def _take_denominators(self, step: OptimizerStep, logps: dict[Key, torch.Tensor]) -> None:
         """Keep what a first pass yields at parameters that have not moved yet since those of the denominator."""
         if step is self.plan.first_step:
-            self.log_probs.start.update(logps)
+            self.log_probs.start.update((key, values.detach()) for key, values in logps.items())
         if step.is_first_of_block and self.config.old_policy == "turn":
-            own = {key: values for key, values in logps.items() if step.block.first <= key[1] <= step.block.last}
-            self.log_probs.old.update(own)
+            own = [key for key in logps if step.block.first <= key[1] <= step.block.last]
+            self.log_probs.old.update((key, logps[key].detach()) for key in own)
 
     def _sampled(self, turns: list[list[Key]]) -> torch.Tensor:
         """
@@ -364,9 +365,9 @@ class TurnUpdater:
         """`-J_t` and its regularisers, summed over a micro-batch and divided by N; entropies of how many tokens."""
         block = step.block
         indices = sorted({index for index, _ in scores})
-        constants = {key: values.detach() for key, values in logps_of(scores).items()}
-        self._multiply_by_ratios(indices, constants)
-        self._take_denominators(step, constants)
+        logps = logps_of(scores)
+        self._multiply_by_ratios(indices, logps)
+        self._take_denominators(step, logps)
 
         actions = self._actions(indices, block, scores)
         entropy_weight = self.entropy_bonus.weight if self.entropy_bonus.is_enabled else None
@@ -380,7 +381,8 @@ class TurnUpdater:
             block, indices, actions, loss, self._scale, self.weights
         )
         for index, update in zip(indices, updates, strict=True):
-            self.record.turns.update(dict.fromkeys(self.buffer.turns_in(index, block), update))
+            for key in self.buffer.turns_in(index, block):
+                self.record.turns[key] = update
         return loss.losses.sum() * self._scale, entropy, tokens
 
     def _actions(self, indices: list[int], block: Block, scores: dict[Key, TurnScores]) -> Actions:
