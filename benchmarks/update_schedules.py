@@ -9,7 +9,7 @@ from time import perf_counter
 import torch
 
 from seeupo_trl import SeeUPOConfig
-from seeupo_trl.scoring.interface import TurnScores
+from seeupo_trl.scoring.interface import Scores
 from seeupo_trl.scoring.rows import Row, RowBatch
 from seeupo_trl.scoring.tree_attention import flex_length, tree_block_mask
 from seeupo_trl.scoring.trees import TreeScorer
@@ -156,7 +156,8 @@ class Recorder:
             sizes = {key: end - start for row in batch.rows for key, (start, end) in row.spans.items()}
         else:
             sizes = batch.scored()[2]
-        return {key: TurnScores(torch.zeros(n, requires_grad=True), torch.zeros(n)) for key, n in sizes.items()}, None
+        total = sum(sizes.values())
+        return Scores(sizes, torch.zeros(total, requires_grad=True), torch.zeros(total)), None
 
 
 def config_of(schedule: str, shape: Shape) -> SeeUPOConfig:

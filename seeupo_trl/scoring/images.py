@@ -14,7 +14,7 @@ from torch import nn
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from ..distributed.lock_step import LockStep
-from .interface import DUMMY_KEY, TurnScores
+from .interface import DUMMY_KEY, Scores
 from .rows import Row, RowBatch, group_rows
 from .turn_buffer import Key, TurnBuffer
 
@@ -98,7 +98,7 @@ class SampleScorer:
         """The attention implementation that the model has."""
         return nullcontext()
 
-    def score(self, model: nn.Module, batch: RowBatch) -> tuple[dict[Key, TurnScores], torch.Tensor | None]:
+    def score(self, model: nn.Module, batch: RowBatch) -> tuple[Scores, torch.Tensor | None]:
         """One forward pass, see [`~seeupo_trl.scoring.rows.RowScorer.score`]."""
         rows = batch.rows
         indices = [max(next(iter(row.spans))[0], 0) for row in rows]  # the dummy row borrows the first sample
@@ -113,11 +113,10 @@ class SampleScorer:
         )
         if entropies is None:
             entropies = torch.zeros_like(logps)
-        return {
-            key: TurnScores(logps[position, start:end], entropies[position, start:end])
-            for position, row in enumerate(rows)
-            for key, (start, end) in row.spans.items()
-        }, aux_loss
+        spans = [(position, *span) for position, row in enumerate(rows) for span in row.spans.values()]
+        sizes = {key: end - start for row in rows for key, (start, end) in row.spans.items()}
+        flat = [torch.cat([values[i, start:end] for i, start, end in spans]) for values in (logps, entropies)]
+        return Scores(sizes, *flat), aux_loss
 
 
 def _take(values: torch.Tensor | list, indices: list[int]) -> torch.Tensor | list:

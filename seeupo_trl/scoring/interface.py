@@ -1,7 +1,8 @@
 """What the update asks of a way to compute log-probabilities: rows, trees and samples with images are three."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,6 +20,61 @@ class TurnScores(NamedTuple):
 
     logps: torch.Tensor
     entropies: torch.Tensor
+
+
+class Scores(Mapping[Key, TurnScores]):
+    """
+    Scores of turns whose actions lie one after another. Those of a single turn are made where they are asked for:
+    thousands of small tensors that nobody reads would keep the garbage collector busy.
+
+    Args:
+        sizes (`dict[tuple[int, int], int]`):
+            Number of tokens of each turn's action, in the order in which they lie.
+        logps (`torch.Tensor` of shape `(S,)`), entropies (`torch.Tensor` of shape `(S,)`):
+            By token.
+    """
+
+    def __init__(self, sizes: dict[Key, int], logps: torch.Tensor, entropies: torch.Tensor):
+        self.sizes = sizes
+        self.logps = logps
+        self.entropies = entropies
+        self._ends = dict(zip(sizes, accumulate(sizes.values()), strict=True))
+
+    @classmethod
+    def joined(cls, parts: Sequence["Scores"]) -> "Scores":
+        """The scores of several forward passes."""
+        sizes = {key: size for part in parts for key, size in part.sizes.items()}
+        if not parts:
+            return cls(sizes, torch.empty(0), torch.empty(0))
+        return cls(sizes, torch.cat([part.logps for part in parts]), torch.cat([part.entropies for part in parts]))
+
+    def __getitem__(self, key: Key) -> TurnScores:
+        place = self._place(key)
+        return TurnScores(self.logps[place.start : place.stop], self.entropies[place.start : place.stop])
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def in_a_row(self, turns: Iterable[Sequence[Key]]) -> TurnScores:
+        """Scores of the actions that some trajectories' turns make up, one after another, each of shape `(S,)`."""
+        positions: list[int] = []
+        for keys in turns:
+            for key in keys:
+                positions += self._place(key)
+        index = torch.tensor(positions).to(self.logps.device, non_blocking=True)
+        return TurnScores(self.logps.index_select(0, index), self.entropies.index_select(0, index))
+
+    def logps_by_turn(self) -> dict[Key, torch.Tensor]:
+        """Log-probabilities of each turn, each of shape `(|a|,)` and without gradient."""
+        parts = self.logps.detach().split(list(self.sizes.values()))
+        return dict(zip(self.sizes, parts, strict=True))
+
+    def _place(self, key: Key) -> range:
+        end = self._ends[key]
+        return range(end - self.sizes[key], end)
 
 
 class MicroBatch(Protocol):
@@ -54,12 +110,12 @@ class Scorer(Protocol):
 
     def attention(self, batch: Any) -> AbstractContextManager: ...
 
-    def score(self, model: nn.Module, batch: Any) -> tuple[dict[Key, TurnScores], torch.Tensor | None]: ...
+    def score(self, model: nn.Module, batch: Any) -> tuple[Scores, torch.Tensor | None]: ...
 
 
 def score_without_gradient(
     buffer: TurnBuffer, keys: Iterable[Key], scorer: Scorer, model: nn.Module, lock_step: LockStep, max_rows: int
-) -> tuple[dict[Key, TurnScores], int]:
+) -> tuple[Scores, int]:
     """
     Score turns in as many forward passes as the process with the most rows needs, without a [`~Scorer.check`]. Must be
     called on every process.
@@ -79,16 +135,16 @@ def score_without_gradient(
             Largest number of rows of a forward pass.
 
     Returns:
-        `tuple[dict[tuple[int, int], TurnScores], int]`:
-            Scores by turn, and the number of tokens computed on this process, padding included.
+        `tuple[Scores, int]`:
+            Scores of the turns, and the number of tokens computed on this process, padding included.
     """
     keys = list(keys)
     batches = scorer.micro_batches(buffer, keys, max_rows, together=False)
-    scores: dict[Key, TurnScores] = {}
+    parts: list[Scores] = []
     tokens = 0
     for number in range(lock_step.max_over_processes(len(batches))):
         batch = batches[number] if number < len(batches) else scorer.dummy_batch()
         with lock_step.inference(), scorer.attention(batch):
-            scores.update(scorer.score(model, batch)[0])
+            parts.append(scorer.score(model, batch)[0])
         tokens += batch.num_tokens
-    return scores, tokens
+    return Scores.joined(parts[: len(batches)]), tokens

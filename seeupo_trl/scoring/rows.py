@@ -24,7 +24,7 @@ from torch import nn
 
 from ..distributed.lock_step import LockStep
 from .causal_lm import causal_lm_of
-from .interface import DUMMY_KEY, MicroBatch, TurnScores
+from .interface import DUMMY_KEY, MicroBatch, Scores
 from .tree_attention import on_device
 from .turn_buffer import Key, TurnBuffer
 
@@ -233,7 +233,7 @@ class RowScorer:
         """Rows are computed with the attention implementation that the model has."""
         return nullcontext()
 
-    def score(self, model: nn.Module, batch: Any) -> tuple[dict[Key, TurnScores], torch.Tensor | None]:
+    def score(self, model: nn.Module, batch: Any) -> tuple[Scores, torch.Tensor | None]:
         """
         One forward pass.
 
@@ -244,8 +244,8 @@ class RowScorer:
                 Rows of one micro-batch.
 
         Returns:
-            `tuple[dict[tuple[int, int], TurnScores], torch.Tensor | None]`:
-                Scores by turn, and the load-balancing loss where it was asked for.
+            `tuple[Scores, torch.Tensor | None]`:
+                Scores of its turns, and the load-balancing loss where it was asked for.
         """
         rows, length = batch.rows, batch.length
         device = self._device
@@ -275,13 +275,11 @@ class RowScorer:
         selection: tuple[torch.Tensor, torch.Tensor, int],
         labels: torch.Tensor,
         sizes: dict[Key, int],
-    ) -> tuple[dict[Key, TurnScores], torch.Tensor | None]:
+    ) -> tuple[Scores, torch.Tensor | None]:
         """Scores of `labels`, of shape `(1, n)`, at the selected positions, cut into actions of the given sizes."""
         with self._scored_positions.select(*selection):
             logps, entropies, aux_loss = self._per_token(model, inputs, labels)
-        lengths = list(sizes.values())
-        scores = map(TurnScores, logps[0].split(lengths), entropies[0].split(lengths))
-        return dict(zip(sizes, scores, strict=True)), aux_loss
+        return Scores(sizes, logps[0], entropies[0]), aux_loss
 
     def _per_token(
         self, model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor

@@ -22,7 +22,7 @@ from torch import nn
 from ..distributed.lock_step import LockStep
 from .causal_lm import causal_lm_of
 from .deterministic import without_noise
-from .interface import MicroBatch, TurnScores
+from .interface import MicroBatch, Scores, TurnScores
 from .rows import RowBatch, RowScorer, build_rows, group_rows
 from .token_tree import TokenTree, build_tree, partition, tree_size
 from .tree_attention import (
@@ -241,7 +241,7 @@ class TreeScorer(RowScorer):
             return super().attention(batch)
         return use_attention(self._causal_lm.config, self._implementation)
 
-    def score(self, model: nn.Module, batch: Any) -> tuple[dict[Key, TurnScores], torch.Tensor | None]:
+    def score(self, model: nn.Module, batch: Any) -> tuple[Scores, torch.Tensor | None]:
         """One forward pass, see [`~seeupo_trl.scoring.rows.RowScorer.score`]."""
         if isinstance(batch, RowBatch):
             return super().score(model, batch)

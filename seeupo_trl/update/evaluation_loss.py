@@ -48,8 +48,8 @@ def evaluation_loss(
     scores, _ = score_without_gradient(buffer, keys, scorer, model, lock_step, max_rows)
     totals = torch.zeros(4, dtype=torch.float64)  # loss, tokens, entropy, kl
     totals[0] = -sum(advantages[index] for index in played)
-    totals[1] = sum(len(score.logps) for score in scores.values())
-    totals[2] = sum(score.entropies.sum().item() for score in scores.values())
+    totals[1] = len(scores.logps)
+    totals[2] = scores.entropies.sum()
     if reference is not None:
         with reference.active():
             reference.scorer.check(buffer, keys, reference.model, lock_step)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..distributed.lock_step import LockStep
-from ..scoring.interface import Scorer, TurnScores, score_without_gradient
+from ..scoring.interface import Scorer, Scores, score_without_gradient
 from ..scoring.turn_buffer import Key, TurnBuffer
 
 
@@ -68,12 +68,8 @@ class LogProbs:
         self.reference: dict[Key, torch.Tensor] = {}
         self.num_tokens = 0
 
-    def now(self, keys: Iterable[Key]) -> dict[Key, torch.Tensor]:
-        """Log-probabilities under the present parameters. Must be called on every process."""
-        return logps_of(self.scores(keys))
-
-    def scores(self, keys: Iterable[Key]) -> dict[Key, TurnScores]:
-        """Like [`now`], with the entropies."""
+    def now(self, keys: Iterable[Key]) -> Scores:
+        """Scores under the present parameters. Must be called on every process."""
         return self._score(keys, self._scorer, self.model)
 
     def score_reference(self, keys: Iterable[Key], reference: Reference) -> None:
@@ -81,14 +77,9 @@ class LogProbs:
         with reference.active():
             if reference.scorer is not self._scorer:
                 reference.scorer.check(self._buffer, keys, reference.model, self._lock_step)
-            self.reference = logps_of(self._score(keys, reference.scorer, reference.model))
+            self.reference = self._score(keys, reference.scorer, reference.model).logps_by_turn()
 
-    def _score(self, keys: Iterable[Key], scorer: Scorer, model: nn.Module) -> dict[Key, TurnScores]:
+    def _score(self, keys: Iterable[Key], scorer: Scorer, model: nn.Module) -> Scores:
         scores, tokens = score_without_gradient(self._buffer, keys, scorer, model, self._lock_step, self._max_rows)
         self.num_tokens += tokens
         return scores
-
-
-def logps_of(scores: dict[Key, TurnScores]) -> dict[Key, torch.Tensor]:
-    """The log-probabilities of some turns' scores."""
-    return {key: score.logps for key, score in scores.items()}

@@ -20,12 +20,12 @@ import torch
 from torch import nn
 
 from ..distributed.lock_step import LockStep
-from ..scoring.interface import DUMMY_KEY, Scorer, TurnScores
+from ..scoring.interface import DUMMY_KEY, Scorer, Scores, TurnScores
 from ..scoring.turn_buffer import Block, Key, TurnBuffer
 from ..seeupo_config import SeeUPOConfig
 from .entropy_bonus import EntropyBonus
 from .improvement import Improvement
-from .log_probs import LogProbs, Reference, logps_of
+from .log_probs import LogProbs, Reference
 from .loss import Actions, LossSettings, Surrogate, turn_loss, turn_surrogate
 from .metrics import GATES, TurnUpdate, UpdateMetrics
 from .objective import sequence_log_ratios
@@ -216,16 +216,16 @@ class TurnUpdater:
     # ---- The weight of a turn: M ----
 
     @torch.no_grad()
-    def _multiply_by_ratios(self, indices: Iterable[int], logps: dict[Key, torch.Tensor]) -> None:
+    def _multiply_by_ratios(self, indices: Iterable[int], scores: Scores) -> None:
         """
-        `M_{i,t} = r_{i,t}(theta^t) M_{i,t+1}` (Eq. 8), where block t was just updated and `logps` are under `theta^t`.
+        `M_{i,t} = r_{i,t}(theta^t) M_{i,t+1}` (Eq. 8), where block t was just updated and `scores` are of `theta^t`.
         """
         updated = [(i, self._ratio_due.pop(i)) for i in indices if i in self._ratio_due]
         if not updated:
             return
         turns = [self.buffer.turns_in(*one) for one in updated]
-        new, old = _in_a_row(turns, logps), _in_a_row(turns, self.log_probs.old)
-        lengths = _lengths(turns, logps)
+        new, old = scores.in_a_row(turns).logps, _in_a_row(turns, self.log_probs.old)
+        lengths = self._lengths(turns)
         kinds = [self.config.turn_ratio] if self.improvement is None else [self.config.turn_ratio, "product"]
         # one transfer from the device for both
         log_ratios = torch.stack([sequence_log_ratios(new, old, lengths, kind) for kind in kinds]).tolist()
@@ -249,9 +249,9 @@ class TurnUpdater:
         if self.config.old_policy == "turn":
             others = [i for i in self.plan.active(block) if i not in in_pass]
             denominators = {key for i in others for key in self.buffer.turns_in(i, block)}
-        logps = self.log_probs.now(keys | denominators)
-        self.log_probs.old.update({key: logps[key] for key in denominators})
-        self._multiply_by_ratios(due, logps)
+        scores = self.log_probs.now(keys | denominators)
+        self.log_probs.old.update({key: scores[key].logps for key in denominators})
+        self._multiply_by_ratios(due, scores)
 
     # ---- Log-probabilities ----
 
@@ -263,7 +263,7 @@ class TurnUpdater:
         first = self.plan.first_step
         if first is not None and self._needs_start:
             own = {key for i in self.plan.members(first) for key in self.buffer.turns_in(i, first.block)}
-            self.log_probs.start.update(self.log_probs.now(keys - own - self._covered(first)))
+            self.log_probs.start.update(self.log_probs.now(keys - own - self._covered(first)).logps_by_turn())
 
     def _covered(self, first: OptimizerStep) -> set[Key]:
         """
@@ -277,13 +277,13 @@ class TurnUpdater:
             covered.update(key for key in earlier if self.buffer.turn(last).extends(self.buffer.turn(key)))
         return covered
 
-    def _take_denominators(self, step: OptimizerStep, logps: dict[Key, torch.Tensor]) -> None:
+    def _take_denominators(self, step: OptimizerStep, scores: Scores) -> None:
         """Keep what a first pass yields at parameters that have not moved yet since those of the denominator."""
         if step is self.plan.first_step:
-            self.log_probs.start.update((key, values.detach()) for key, values in logps.items())
+            self.log_probs.start.update(scores.logps_by_turn())
         if step.is_first_of_block and self.config.old_policy == "turn":
-            own = [key for key in logps if step.block.first <= key[1] <= step.block.last]
-            self.log_probs.old.update((key, logps[key].detach()) for key in own)
+            own = [key for key in scores if step.block.first <= key[1] <= step.block.last]
+            self.log_probs.old.update((key, scores[key].logps.detach()) for key in own)
 
     def _sampled(self, turns: list[list[Key]]) -> torch.Tensor:
         """
@@ -343,12 +343,11 @@ class TurnUpdater:
         indices = self.buffer.pool(block)
         keys = [key for i in indices for key in self.buffer.turns_in(i, block)]
         self.scorer.check(self.buffer, keys, self.log_probs.model, self.lock_step)
-        scores = self.log_probs.scores(keys)
+        scores = self.log_probs.now(keys)
         if not indices:
             return
-        logps = logps_of(scores)
-        self.log_probs.start.update(logps)
-        self.log_probs.old.update(logps)
+        self.log_probs.start.update(scores.logps_by_turn())
+        self.log_probs.old.update(scores.logps_by_turn())
         actions = self._actions(indices, block, scores)
         loss = turn_loss(actions, actions.new.new_zeros(len(indices)), self.settings)
         self.record.metrics.add_micro_batch(None, indices, actions, loss, 0.0, self.weights)
@@ -361,13 +360,12 @@ class TurnUpdater:
         outputs = scores if self.entropy_bonus.is_enabled else scores[:1]
         return torch.cat(outputs).sum() * 0.0
 
-    def _loss(self, step: OptimizerStep, scores: dict[Key, TurnScores]) -> tuple[torch.Tensor, float, int]:
+    def _loss(self, step: OptimizerStep, scores: Scores) -> tuple[torch.Tensor, float, int]:
         """`-J_t` and its regularisers, summed over a micro-batch and divided by N; entropies of how many tokens."""
         block = step.block
         indices = sorted({index for index, _ in scores})
-        logps = logps_of(scores)
-        self._multiply_by_ratios(indices, logps)
-        self._take_denominators(step, logps)
+        self._multiply_by_ratios(indices, scores)
+        self._take_denominators(step, scores)
 
         actions = self._actions(indices, block, scores)
         entropy_weight = self.entropy_bonus.weight if self.entropy_bonus.is_enabled else None
@@ -385,27 +383,26 @@ class TurnUpdater:
                 self.record.turns[key] = update
         return loss.losses.sum() * self._scale, entropy, tokens
 
-    def _actions(self, indices: list[int], block: Block, scores: dict[Key, TurnScores]) -> Actions:
+    def _actions(self, indices: list[int], block: Block, scores: Scores) -> Actions:
         """What some trajectories do in a block, with the scores of a pass and what it is compared with."""
         turns = [self.buffer.turns_in(i, block) for i in indices]
-        new = logps_of(scores)
+        new = scores.in_a_row(turns)
         return Actions(
-            lengths=_lengths(turns, new),
-            new=_in_a_row(turns, new),
+            lengths=self._lengths(turns),
+            new=new.logps,
             old=_in_a_row(turns, self.log_probs.old),
-            entropies=_in_a_row(turns, {key: score.entropies for key, score in scores.items()}),
+            entropies=new.entropies,
             start=_in_a_row(turns, self.log_probs.start) if self._corrects_sampler else None,
             sampled=self._sampled(turns) if self._needs_sampled else None,
             reference=None if self.reference is None else _in_a_row(turns, self.log_probs.reference),
         )
 
+    def _lengths(self, turns: list[list[Key]]) -> torch.Tensor:
+        """Numbers of tokens of the actions that some trajectories' turns make up, shape `(n,)`."""
+        lengths = [sum(len(self.buffer.turn(key).action_ids) for key in keys) for keys in turns]
+        return torch.tensor(lengths).to(self.lock_step.device, non_blocking=True)
+
 
 def _in_a_row(turns: list[list[Key]], values: dict[Key, torch.Tensor]) -> torch.Tensor:
     """Per-token values of the actions that some trajectories' turns make up, one after another, shape `(S,)`."""
     return torch.cat([values[key] for keys in turns for key in keys])
-
-
-def _lengths(turns: list[list[Key]], values: dict[Key, torch.Tensor]) -> torch.Tensor:
-    """Numbers of tokens of those actions, shape `(n,)`."""
-    lengths = [sum(len(values[key]) for key in keys) for keys in turns]
-    return torch.tensor(lengths).to(values[turns[0][0]].device, non_blocking=True)

@@ -7,7 +7,7 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.utils import add_fused_lm_head
 
 from seeupo_trl.scoring import rows
-from seeupo_trl.scoring.interface import DUMMY_KEY
+from seeupo_trl.scoring.interface import DUMMY_KEY, Scores, score_without_gradient
 from seeupo_trl.scoring.rows import RowScorer, build_rows, group_rows
 from seeupo_trl.scoring.turn_buffer import TurnBuffer
 from seeupo_trl.trajectory import Trajectory, Turn
@@ -125,3 +125,43 @@ def test_on_a_cpu_the_head_computes_small_tiles_and_the_same_gradient(buffer, ti
     assert max(widths) == min(tile, vocabulary)
     assert trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE == own
     torch.testing.assert_close(tiled, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_scores_of_several_passes_are_put_together_and_picked_out_in_any_order():
+    first = Scores({(0, 1): 2, (0, 2): 1}, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.1, 0.2, 0.3]))
+    second = Scores({(3, 1): 2}, torch.tensor([4.0, 5.0], requires_grad=True), torch.tensor([0.4, 0.5]))
+    scores = Scores.joined([first, second])
+    assert list(scores) == [(0, 1), (0, 2), (3, 1)]
+    assert scores[0, 2].logps.tolist() == [3.0]
+    picked = scores.in_a_row([[(3, 1)], [(0, 2), (0, 1)]])
+    assert picked.logps.tolist() == [4.0, 5.0, 3.0, 1.0, 2.0]
+    torch.testing.assert_close(picked.entropies, torch.tensor([0.4, 0.5, 0.3, 0.1, 0.2]))
+    by_turn = scores.logps_by_turn()
+    assert {key: values.tolist() for key, values in by_turn.items()} == {
+        (0, 1): [1.0, 2.0],
+        (0, 2): [3.0],
+        (3, 1): [4.0, 5.0],
+    }
+    assert not any(values.requires_grad for values in by_turn.values())
+    picked.logps.sum().backward()
+    assert len(Scores.joined([])) == 0
+    assert Scores.joined([]).logps_by_turn() == {}
+
+
+class _WithAnotherProcess:
+    """Stands for the communication with a process that has three micro-batches."""
+
+    def max_over_processes(self, value):
+        return max(value, 3)
+
+    def inference(self):
+        return torch.no_grad()
+
+
+def test_what_a_process_computes_only_to_stay_in_step_is_in_no_score(buffer, tiny_dir):
+    model = load_tiny_model(tiny_dir, torch.float64)
+    scorer = RowScorer(model, pad_token_id=0, temperature=1.0)
+    for keys in ([(0, 1)], []):
+        scores, _ = score_without_gradient(buffer, keys, scorer, model, _WithAnotherProcess(), max_rows=1)
+        assert list(scores) == keys
+        assert len(scores.logps) == len(scores.entropies) == 3 * len(keys)

@@ -9,7 +9,7 @@ from fixed_rollouts import NUM_TRAJECTORIES, make_iteration, ragged_rollouts
 from tiny import load_tiny_model
 from torch.overrides import TorchFunctionMode
 
-from seeupo_trl.scoring.interface import TurnScores
+from seeupo_trl.scoring.interface import Scores
 from seeupo_trl.scoring.rows import RowScorer
 from seeupo_trl.scoring.trees import TreeBatch, TreeScorer
 from seeupo_trl.scoring.turn_buffer import TurnBuffer
@@ -59,7 +59,7 @@ def test_the_noise_floor_is_how_far_the_log_of_a_ratio_is_off(tiny_dir, tmp_path
     def shifted(self, model, batch):
         scores, aux_loss = score(self, model, batch)
         if isinstance(batch, TreeBatch):
-            scores = {key: TurnScores(one.logps + 5e-4, one.entropies) for key, one in scores.items()}
+            scores = Scores(scores.sizes, scores.logps + 5e-4, scores.entropies)
         return scores, aux_loss
 
     monkeypatch.setattr(TreeScorer, "score", shifted)
