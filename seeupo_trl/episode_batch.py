@@ -13,8 +13,25 @@ from .trajectory import Trajectory, turns_from_mask
 
 
 _TOKENS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
+# what GRPO's loss takes from its batch, and the update computes for itself
+_NEVER_READ = ("old_per_token_logps", "ref_per_token_logps", "importance_sampling_ratio")
 # what an episode ends with after a response that was whole
 _AFTER_A_WHOLE_RESPONSE = (StopReason.completed, StopReason.truncated, StopReason.max_turns)
+
+
+class TurnBatch(dict):
+    """The batch of `_generate_and_score_completions`, which says what it does not have and why."""
+
+    def __missing__(self, key: str) -> Any:
+        if key in _NEVER_READ:
+            raise KeyError(
+                f"A batch of SeeUPOTrainer has no `{key}`: the update computes log-probabilities turn by turn. In "
+                "`turn_surrogate`, `actions.old` and `actions.reference` hold them by token."
+            )
+        raise KeyError(key)
+
+
+Row = tuple[list[int], list[int], list[int]]  # prompt, completion, and which tokens of the completion are the model's
 
 
 @dataclass
@@ -44,6 +61,8 @@ class EpisodeBatch:
             Those of the episodes that they belong to.
         tokens (`dict[str, torch.Tensor]`):
             Tokens and masks of the rows of TRL's batch as it was made, see [`follow`].
+        generated (`list[tuple]`):
+            Tokens and masks of the rows as they were generated, see [`follow_generated`].
     """
 
     rows: list[dict[str, Any]]
@@ -56,6 +75,14 @@ class EpisodeBatch:
     turn_advantages: list[list[float]] | None = None
     advantages: torch.Tensor | None = None
     tokens: dict[str, torch.Tensor] = field(default_factory=dict)
+    generated: list[Row] = field(default_factory=list)
+
+    def __getitem__(self, index: Any) -> None:
+        raise TypeError(
+            "The rows of a batch of `_generate_and_score_completions` were split, repeated or permuted together with "
+            "its `episodes`, which belong together: an iteration trains on the whole batch, turn by turn. Call "
+            "`super()._prepare_inputs(inputs)` and change what it returns, or override `select_episodes`."
+        )
 
     @property
     def trained(self) -> list[Trajectory]:
@@ -90,9 +117,16 @@ class EpisodeBatch:
 
         Raises:
             `ValueError`:
-                Where the batch has another number of rows, or advantages that are not one number a row; or where turns
-                have advantages of their own and the batch was changed.
+                Where the batch has another number of rows, or advantages that are not one number a row; where turns
+                have advantages of their own and the batch was changed; or where something was added that the update
+                would not read.
         """
+        unread = [name for name in _NEVER_READ if name in batch]
+        if unread:
+            raise ValueError(
+                f"`{unread[0]}` was put into the batch, but the update computes log-probabilities turn by turn and "
+                "does not read it. Override `turn_surrogate`, where `actions.old` and `actions.reference` hold them."
+            )
         advantages, rows = batch["advantages"], batch["completion_ids"]
         if advantages.dim() != 1:
             raise ValueError(
@@ -104,7 +138,9 @@ class EpisodeBatch:
                 f"The batch has {len(rows)} rows and {len(advantages)} advantages for {len(self.trajectories)} "
                 "episodes; groups must stay whole. To leave an episode out, override `select_episodes`."
             )
-        same_tokens = all(torch.equal(batch[name], tokens) for name, tokens in self.tokens.items())
+        same_tokens = self.tokens.keys() == {name for name in _TOKENS if name in batch} and all(
+            torch.equal(batch[name], tokens) for name, tokens in self.tokens.items()
+        )
         if self.turn_advantages is not None and not (same_tokens and torch.equal(advantages, self.advantages)):
             raise ValueError(
                 "The tokens or the `advantages` of the batch were changed, but with `turn_credit='to_go'` each turn "
@@ -120,6 +156,22 @@ class EpisodeBatch:
                 sampled = None if logps is None else logps[i, : len(completion)].tolist()
                 self.trajectories[i] = Trajectory(turns=turns_from_mask(*now, sampled))
                 self.is_left_out[i] = not completion
+
+    def follow_generated(self, output: tuple) -> None:
+        """
+        Take in what a subclass made of the output of `_generate`, or put in its place: rows with other tokens have the
+        turns that those say.
+        """
+        rows = generated_rows(output)
+        if rows == self.generated:
+            return
+        trajectories = trajectories_from_masks(*output[:3], output[4], output[3])
+        if len(self.generated) == len(rows):
+            pairs = zip(rows, self.generated, strict=True)
+            is_same = [row == before for row, before in pairs]
+            choices = zip(is_same, self.trajectories, trajectories, strict=True)
+            trajectories = [played if same else made for same, played, made in choices]
+        self.trajectories = trajectories
 
 
 def was_cut(trajectory: Trajectory, completion_ids: list[int], is_whole: Callable[[list[int]], bool]) -> bool:
@@ -159,16 +211,27 @@ def checked_batch(batch: dict[str, Any]) -> EpisodeBatch:
     return episodes
 
 
-def _rows(batch: dict[str, Any]) -> list[tuple[list[int], list[int], list[int] | None]]:
-    """Prompt and completion of each row without padding, and which tokens of the completion are the model's."""
+def generated_rows(output: tuple) -> list[Row]:
+    """Tokens and masks of the rows that `_generate` returns, as they are now."""
+    prompts, completions, masks = output[:3]
+    masks = [[1] * len(completion) for completion in completions] if masks is None else masks
+    return [tuple(map(list, row)) for row in zip(prompts, completions, masks, strict=True)]
 
-    def kept(name: str, side: str) -> list[list[int]]:
-        rows = zip(batch[name].tolist(), batch[f"{side}_mask"].tolist(), strict=True)
-        return [list(compress(values, mask)) for values, mask in rows]
 
-    prompts, completions = kept("prompt_ids", "prompt"), kept("completion_ids", "completion")
-    masks = kept("tool_mask", "completion") if "tool_mask" in batch else [None] * len(prompts)
-    return list(zip(prompts, completions, masks, strict=True))
+def _rows(batch: dict[str, Any]) -> list[Row]:
+    """
+    Tokens and masks of the rows of TRL's batch without padding. Zeros between the ones of `completion_mask` are tokens
+    that the model read and did not write.
+    """
+    tool_mask = batch.get("tool_mask", batch["completion_mask"])
+    masks = (batch["completion_mask"] * tool_mask).tolist()
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+    rows = []
+    for *row, mask in zip(*(batch[name].tolist() for name in names), masks, strict=True):
+        prompt, prompt_mask, completion, completion_mask = row
+        length = len(completion) - completion_mask[::-1].index(1) if 1 in completion_mask else 0
+        rows.append((list(compress(prompt, prompt_mask)), completion[:length], mask[:length]))
+    return rows
 
 
 def trajectories_from_masks(

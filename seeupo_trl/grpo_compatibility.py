@@ -64,7 +64,6 @@ READ_ATTRIBUTES = {
     "epsilon_high",
     "entropy_coef",
     "loss_type",
-    "max_completion_length",
     "multi_objective_aggregation",
     "num_generations",
     "num_generations_eval",
@@ -81,6 +80,7 @@ READ_ATTRIBUTES = {
 FIXED_ATTRIBUTES = {
     "aux_loss_enabled",
     "importance_sampling_level",
+    "max_completion_length",
     "num_iterations",
     "pad_to_multiple_of",
     "ref_model",
@@ -124,13 +124,14 @@ TRL_ATTRIBUTES = {
 }
 
 
-def check_overrides(trainer_class: type, base: type, plays_tools: bool) -> None:
+def check_overrides(trainer: GRPOTrainer, base: type, plays_tools: bool) -> None:
     """
-    Refuse a subclass whose overridden methods would never be called.
+    Refuse methods that would never be called: those that a subclass overrides, and those that were put into a trainer
+    or into one of its classes.
 
     Args:
-        trainer_class (`type`), base (`type`):
-            Class of the trainer, and the [`SeeUPOTrainer`] that it is or extends.
+        trainer ([`~trl.GRPOTrainer`]), base (`type`):
+            The trainer, and the [`SeeUPOTrainer`] that its class is or extends.
         plays_tools (`bool`):
             Whether SeeUPO's own rollout plays TRL environments, in place of TRL's loop.
 
@@ -139,13 +140,15 @@ def check_overrides(trainer_class: type, base: type, plays_tools: bool) -> None:
             With the name of the method and what to do instead.
     """
     refused = REFUSED_METHODS | (TOOL_LOOP_METHODS if plays_tools else {})
-    for owner in trainer_class.__mro__:
-        if owner in base.__mro__:
-            continue
+    for owner in (trainer, *type(trainer).__mro__):
         for name in refused.keys() & vars(owner).keys():
-            raise TypeError(
-                f"{owner.__name__} overrides `{name}`, which SeeUPOTrainer does not call in training. {refused[name]}"
-            )
+            # a class has its own methods from the module that defines it
+            if owner in base.__mro__ and getattr(vars(owner)[name], "__module__", None) == owner.__module__:
+                continue
+            owner_name = "this trainer" if owner is trainer else owner.__name__
+            replaced = f"`{name}` of {owner_name} was replaced"
+            change = replaced if owner is trainer or owner in base.__mro__ else f"{owner_name} overrides `{name}`"
+            raise TypeError(f"{change}, which SeeUPOTrainer does not call in training. {refused[name]}")
 
 
 class FixedValues:

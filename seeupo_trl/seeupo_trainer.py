@@ -29,10 +29,18 @@ from trl.trainer.utils import get_config_model_id
 from .distributed.adapter_sync import sync_without_merging
 from .distributed.backends import check_deepspeed, keep_output_dtype, reference_in_layers
 from .distributed.checkpoints import ExactResume, check_moving_reference
-from .distributed.lock_step import LockStep
+from .distributed.lock_step import IdleStep, LockStep
 from .distributed.precision import check_precision
 from .envs.tools import EMPTY_PROMPT
-from .episode_batch import EpisodeBatch, check_finite, checked_batch, trajectories_from_masks, was_cut
+from .episode_batch import (
+    EpisodeBatch,
+    TurnBatch,
+    check_finite,
+    checked_batch,
+    generated_rows,
+    trajectories_from_masks,
+    was_cut,
+)
 from .evaluation.info_metrics import InfoMetrics, numbers_in
 from .evaluation.logs import as_logged, completion_metrics, episode_metrics, replace_last, tool_call_metrics
 from .evaluation.outcome import Outcome, describe_outcomes
@@ -66,6 +74,7 @@ from .trajectory_log import TrajectoryLog
 from .update.entropy_bonus import EntropyBonus
 from .update.evaluation_loss import evaluation_loss
 from .update.loss import Actions, LossSettings, turn_surrogate
+from .update.metrics import clip_metrics
 from .update.objective import batch_advantages, groups_without_variance
 from .update.resampling import fill_with_variance
 from .update.scorers import Scorers
@@ -171,7 +180,6 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         if rollout.brings_reward:
             reward_funcs = with_environment_reward(reward_funcs, trainer_args)
             train_dataset = placeholder_dataset(args) if train_dataset is None else train_dataset
-        check_dataset(train_dataset, args)
         check_rollouts_ahead(args, rollout, train_dataset)
         check_optimizer(optimizers[0])
         check_deepspeed(args)
@@ -200,7 +208,9 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         sync_without_merging(self)
         if rollout.tool_rollout is not None:
             self._play_by(rollout.tool_rollout)
-        check_overrides(type(self), SeeUPOTrainer, plays_tools=self._tool_rollout is not None)
+        self._check_overrides()
+        self._idle_step = IdleStep(self.accelerator)
+        self.callback_handler.callbacks.insert(0, self._idle_step)  # before those that step optimizers of their own
         self._scorers = Scorers(self)
         self._turn_credit = TurnCredit(self.reward_funcs, environment_reward, args)
         self._silence = Silence()
@@ -215,6 +225,9 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         self._plays_ahead = rollout.plays_ahead
         self._close_environments = rollout.close
         self._opens_conversations = rollout.brings_reward
+
+    def _check_overrides(self) -> None:
+        check_overrides(self, SeeUPOTrainer, plays_tools=self._tool_rollout is not None)
 
     def close(self) -> None:
         """
@@ -240,6 +253,10 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         self.rollout_func = partial(checked_rollout, tool_rollout)
         self.reward_funcs = tool_rollout.with_its_rewards(self.reward_funcs)
 
+    def get_train_dataloader(self) -> DataLoader:
+        check_dataset(self.train_dataset, self.config)
+        return super().get_train_dataloader()
+
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         keep_output_dtype(self.accelerator)
@@ -258,6 +275,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         """
         start = perf_counter()
         self._fixed_values.check()
+        self._check_overrides()
         model.train()
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers have two modes
             self.optimizer.train()
@@ -295,8 +313,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         self._trajectory_log.add(episodes.outcomes, episodes.trajectories, updater.record.turns)
         self._trajectory_log.write("train", self.state.global_step + 1)
         if self._is_idle:
-            # no gradient, no step: momentum and weight decay must not move the parameters either
-            self.accelerator.gradient_state._set_sync_gradients(False)
+            self._idle_step.begin(self.model)
         else:
             self._block_of_last_step = updater.plan.last_step.block
             self._grad_norms = tuple(norm for _, norm in updater.record.grad_norms)
@@ -411,8 +428,11 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
             self._add_metrics([("rollout/staleness", float(played is not None))])
             if played is not None:
                 hidden["rollout_func"] = partial(checked_rollout, lambda prompts, trainer: played.output())
+        # what they return is trained on, also where a script overrides or patches them
+        hidden["_generate"] = partial(self._take_episodes, self._generate)
+        hidden["_calculate_rewards"] = partial(self._take_rewards, self._calculate_rewards)
         with replaced(self, **hidden):
-            batch = super()._generate_and_score_completions(rows)
+            batch = TurnBatch(super()._generate_and_score_completions(rows))
         batch["episodes"] = episodes
         if self.mask_truncated_completions:
             episodes.mask_cut(batch)
@@ -434,19 +454,29 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
             # reward functions may read the last message, also where an environment failed before there was one
             output[3] = [trajectory.messages or [{"role": "assistant", "content": ""}] for trajectory in trajectories]
         self._batch.trajectories = trajectories
+        self._batch.generated = generated_rows(output)
+        return tuple(output)
+
+    def _take_episodes(self, generate: Callable[[list], tuple], prompts: list) -> tuple:
+        """Calls `_generate`, and keeps the episodes that its result says were played."""
+        output = generate(prompts)
+        _, completion_ids, tool_mask = output[:3]
+        self._batch.follow_generated(output)
+        trajectories = self._batch.trajectories
         is_end = self._turn_ends().are_in
         self._batch.is_cut = [was_cut(*one, is_end) for one in zip(trajectories, completion_ids, strict=True)]
         lengths = [sum(mask) for mask in tool_mask] if tool_mask is not None else [len(ids) for ids in completion_ids]
+        logged = self._metrics["train" if self.model.training else "eval"]
         for name, value in completion_metrics(self._batch.is_cut, lengths, self.accelerator).items():
-            self._metrics["train" if self.model.training else "eval"][name][-1] = value
+            logged[name][-1:] = [value]
         if self._evaluation is None:  # which reports the same over all its batches
             metrics = episode_metrics(trajectories, self.accelerator)
             self._add_metrics(metrics.items())
             numbers = [numbers_in(trajectory.info) for trajectory in trajectories if not trajectory.is_quarantined]
             self._add_metrics(self._info_metrics.of(gather_object(numbers)).items())
             if self.model.training:
-                self._silence.hear_episodes(metrics, self._metrics["train"]["completions/clipped_ratio"][-1])
-        return tuple(output)
+                self._silence.hear_episodes(metrics, logged["completions/clipped_ratio"][-1])
+        return output
 
     def _generate_single_turn(self, *args, **kwargs) -> tuple:
         if self.rollout_func is not None:  # which sees to the ends of its turns
@@ -463,8 +493,9 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
     def _turn_ends(self) -> TurnEnds:
         return TurnEnds.of(RolloutSettings.from_arguments(vars(self.args)), self, self._tokenizer)
 
-    def _calculate_rewards(self, *args, **kwargs) -> torch.Tensor:
-        rewards = super()._calculate_rewards(*args, **kwargs)  # (N, F)
+    def _take_rewards(self, calculate_rewards: Callable[..., torch.Tensor], *args, **kwargs) -> torch.Tensor:
+        """Calls `_calculate_rewards`, and keeps its rewards but for those of episodes whose environment failed."""
+        rewards = calculate_rewards(*args, **kwargs).clone()  # (N, F)
         trajectories = self._batch.trajectories
         quarantined = torch.tensor([t.is_quarantined for t in trajectories], device=self.accelerator.device)
         rewards[self.accelerator.gather(quarantined)] = torch.nan
@@ -523,6 +554,12 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """Loss of an evaluation batch: all turns at once, at a ratio of 1. Training does not go through here."""
+        if self.model.training:
+            raise TypeError(
+                f"{type(self).__name__} calls `compute_loss` in training, in a `training_step` of its own perhaps: "
+                "SeeUPOTrainer updates turn by turn, with several optimizer steps. Call `super().training_step(...)`, "
+                "and override `turn_surrogate` for another loss."
+            )
         episodes = checked_batch(inputs)
         lock_step = LockStep(self, model)
         values = evaluation_loss(
@@ -537,6 +574,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
             self.beta,
         )
         loss = values.pop("loss")
+        values |= dict.fromkeys(clip_metrics(self.loss_type), 0.0)  # at a ratio of 1
         self._add_metrics(values.items())
         return torch.tensor(loss, device=lock_step.device)
 

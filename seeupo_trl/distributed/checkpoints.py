@@ -38,8 +38,11 @@ class ResumableRepeatSampler(RepeatSampler):
 
     Args:
         state_of_run (`Callable[[], TrainerState]`):
-            Returns the state of the Trainer, whose `global_step` tells the epoch: one step is one batch of prompts.
+            Returns the state of the Trainer, whose `global_step` tells the first epoch: one step is one batch of
+            prompts. Later ones are counted, because a callback may end an epoch early.
     """
+
+    _epoch: int | None = None
 
     def __init__(self, *args, state_of_run: Callable[[], TrainerState], **kwargs):
         super().__init__(*args, **kwargs)
@@ -47,10 +50,12 @@ class ResumableRepeatSampler(RepeatSampler):
 
     def __iter__(self) -> Iterator[int]:
         if self.shuffle:
-            epoch = self._state_of_run().global_step // (self.num_samples // self.batch_size)
+            if self._epoch is None:
+                self._epoch = self._state_of_run().global_step // (self.num_samples // self.batch_size)
             self.generator.manual_seed(self.seed)
-            for _ in range(epoch):
+            for _ in range(self._epoch):
                 torch.randperm(self.num_samples, generator=self.generator)
+            self._epoch += 1
         return super().__iter__()
 
 
@@ -263,6 +268,13 @@ class ExactResume:
             if self.args.sync_ref_model:
                 load_reference(self.accelerator.unwrap_model(self.ref_model), resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_batch_samples(self, *args, **kwargs) -> tuple[list, Any]:
+        if self.state.global_step >= self.state.max_steps:
+            # resumed when it was finished: the Trainer would go on to the end of the epoch
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:

@@ -10,10 +10,38 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from trl.models.utils import disable_gradient_checkpointing
+
+
+class IdleStep(TrainerCallback):
+    """
+    An iteration without an update: neither momentum nor weight decay may move the parameters, so the Trainer's own
+    optimizer step is skipped.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            That of the Trainer.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self._accelerator = accelerator
+
+    def begin(self, model: nn.Module) -> None:
+        """Skip the next optimizer step. Callbacks that read gradients find zeros, where parameters are whole."""
+        self._accelerator.gradient_state._set_sync_gradients(False)
+        if self._accelerator.distributed_type == DistributedType.DEEPSPEED or self._accelerator.is_fsdp2:
+            return
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def on_optimizer_step(self, *args, **kwargs) -> None:
+        """The flag is that of all accelerators of the process, whose optimizers must step again."""
+        self._accelerator.gradient_state._set_sync_gradients(True)
 
 
 class LockStep:
@@ -62,6 +90,10 @@ class LockStep:
         """Mixed precision of the run."""
         return self._accelerator.autocast()
 
+    def loss_context(self) -> Any:
+        """What the Trainer, or a script that overrides it, has around a forward pass and its loss."""
+        return self._trainer.compute_loss_context_manager()
+
     @contextmanager
     def inference(self) -> Iterator[None]:
         """Around a forward pass without gradient."""
@@ -73,8 +105,10 @@ class LockStep:
     def micro_batch(self, is_last: bool) -> Iterator[None]:
         """
         Around the forward and backward pass of a micro-batch. Gradients are reduced with the last one; with every one
-        under DeepSpeed and FSDP2, or if `accelerator_config` asks for `sync_each_batch`.
+        under DeepSpeed and FSDP2, or if `accelerator_config` asks for `sync_each_batch`. Callbacks hear of the others'
+        end, as in the Trainer.
         """
+        trainer = self._trainer
         # DeepSpeed reads its accumulation boundary from this flag, and then steps by itself inside `backward`
         self._accelerator.gradient_state._set_sync_gradients(is_last)
         try:
@@ -82,6 +116,8 @@ class LockStep:
                 yield
         finally:
             self._accelerator.gradient_state._set_sync_gradients(True)
+        if not is_last:
+            trainer.control = trainer.callback_handler.on_substep_end(trainer.args, trainer.state, trainer.control)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients. Gradients are averaged over processes, so `loss` is scaled up by their number."""

@@ -24,6 +24,11 @@ _CLIP_RATIOS = tuple(f"clip_ratio/{name}" for name in ("low_mean", "low_min", "h
 GATES = {"cispo": "cispo_clip_ratio", "vespo": "vespo/phi_seq_mean"}
 
 
+def clip_metrics(loss_type: str) -> tuple[str, ...]:
+    """Names of the shares of clipped ratios that a loss type logs."""
+    return (*_CLIP_RATIOS, GATES["cispo"]) if loss_type == "cispo" else _CLIP_RATIOS
+
+
 @dataclass(frozen=True)
 class TurnUpdate:
     """

@@ -317,17 +317,18 @@ class TurnUpdater:
             # a process that is out of work runs a dummy forward and backward, so that collectives match
             batch = batches[number] if number < len(batches) else self.scorer.dummy_batch()
             with self.lock_step.micro_batch(number == num_batches - 1), self.scorer.attention(batch):
-                with self.lock_step.autocast():
-                    scores, aux_loss = self.scorer.score(self.lock_step.model, batch)
-                if DUMMY_KEY in scores:
-                    loss = self._no_loss(scores[DUMMY_KEY])
-                else:
-                    loss, batch_entropy, batch_tokens = self._loss(step, scores)
-                    entropy, tokens = entropy + batch_entropy, tokens + batch_tokens
-                total += loss.detach()
-                if aux_loss is not None:
-                    self.record.metrics.add_aux_loss(step.block, aux_loss.item())
-                    loss = loss + self.aux_loss_coef * aux_loss / (num_batches * self.lock_step.num_processes)
+                with self.lock_step.loss_context():
+                    with self.lock_step.autocast():
+                        scores, aux_loss = self.scorer.score(self.lock_step.model, batch)
+                    if DUMMY_KEY in scores:
+                        loss = self._no_loss(scores[DUMMY_KEY])
+                    else:
+                        loss, batch_entropy, batch_tokens = self._loss(step, scores)
+                        entropy, tokens = entropy + batch_entropy, tokens + batch_tokens
+                    total += loss.detach()
+                    if aux_loss is not None:
+                        self.record.metrics.add_aux_loss(step.block, aux_loss.item())
+                        loss = loss + self.aux_loss_coef * aux_loss / (num_batches * self.lock_step.num_processes)
                 self.lock_step.backward(loss)
             self.record.tokens["train"] += batch.num_tokens
         self.entropy_bonus.observe(entropy, tokens, self.lock_step)

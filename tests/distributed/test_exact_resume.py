@@ -105,3 +105,14 @@ def test_moving_reference_that_the_checkpoint_lacks_is_refused(tiny_dir, tmp_pat
     assert not (tmp_path / "checkpoint-2" / REFERENCE_FILE).exists()
     with pytest.raises(ValueError, match=f"it holds no {REFERENCE_FILE}"):
         make_trainer(tiny_dir, tmp_path, **SYNC).train(resume_from_checkpoint=True)
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_ended(tiny_dir, tmp_path):
+    make_trainer(tiny_dir, tmp_path, max_steps=2).train()
+    trainer = make_trainer(tiny_dir, tmp_path, max_steps=2)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
+    saved = load_tiny_model(str(tmp_path / "checkpoint-2")).state_dict()
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, saved[name]), name
+    assert not (tmp_path / "checkpoint-3").exists()

@@ -21,7 +21,7 @@ def assert_nothing_moves(trainer):
 def test_dataset_too_small_for_one_iteration(rows, tiny_dir, tmp_path):
     dataset = Dataset.from_dict({"prompt": ["w1"] * rows})
     with pytest.raises(ValueError, match=f"has {rows} rows, but one iteration takes 2 prompts"):
-        make_trainer(tiny_dir, tmp_path, train_dataset=dataset)
+        make_trainer(tiny_dir, tmp_path, train_dataset=dataset).train()
 
 
 def test_no_reward_source(tiny_dir, tmp_path):
