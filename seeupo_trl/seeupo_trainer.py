@@ -203,7 +203,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
             )
 
         check_moving_reference(args, self.accelerator)
-        check_resampling(args, self._is_vlm)
+        check_resampling(args, self._is_vlm, train_dataset)
         check_precision(self)
         sync_without_merging(self)
         if rollout.tool_rollout is not None:

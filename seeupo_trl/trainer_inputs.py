@@ -141,12 +141,7 @@ def placeholder_dataset(args: SeeUPOConfig) -> Dataset:
 
 
 def check_dataset(dataset: Any, args: SeeUPOConfig) -> None:
-    """Refuse a dataset that has fewer rows than an iteration takes, or none to draw from where that is asked for."""
-    if args.zero_variance == "resample" and not isinstance(dataset, Dataset):
-        raise ValueError(
-            "`zero_variance='resample'` draws further tasks from anywhere in the training dataset, which must be a "
-            f"`datasets.Dataset`; got {type(dataset).__name__}."
-        )
+    """Refuse a dataset that has fewer rows than an iteration takes."""
     needed = args.generation_batch_size // args.num_generations
     if isinstance(dataset, Dataset) and len(dataset) < needed:
         raise ValueError(
@@ -199,9 +194,19 @@ def check_optimizer(optimizer: Optimizer | None) -> None:
         raise ValueError(steps_in_backward(f"The optimizer `{name}`"))
 
 
-def check_resampling(args: SeeUPOConfig, is_vlm: bool) -> None:
-    """Refuse to play further tasks with a model that sees: what becomes of images is fixed when a batch is made."""
-    if args.zero_variance == "resample" and is_vlm:
+def check_resampling(args: SeeUPOConfig, is_vlm: bool, dataset: Any) -> None:
+    """
+    Refuse to play further tasks of a stream, and with a model that sees: what becomes of images is fixed when a batch
+    is made.
+    """
+    if args.zero_variance != "resample":
+        return
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            "`zero_variance='resample'` draws further tasks from anywhere in the training dataset, which must be a "
+            f"`datasets.Dataset`; got {type(dataset).__name__}."
+        )
+    if is_vlm:
         raise ValueError("`zero_variance='resample'` does not work with models that take images; leave it at 'keep'.")
 
 

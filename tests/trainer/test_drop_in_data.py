@@ -106,4 +106,4 @@ class TestDatasets:
 
     def test_too_few_prompts_for_a_batch_are_refused(self, make):
         with pytest.raises(ValueError, match="rows"):
-            make(train_dataset=text_dataset().select(range(1)))
+            make(train_dataset=text_dataset().select(range(1))).train()
