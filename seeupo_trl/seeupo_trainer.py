@@ -75,7 +75,7 @@ from .update.entropy_bonus import EntropyBonus
 from .update.evaluation_loss import evaluation_loss
 from .update.loss import Actions, LossSettings, turn_surrogate
 from .update.metrics import clip_metrics
-from .update.objective import batch_advantages, groups_without_variance
+from .update.objective import batch_advantages
 from .update.resampling import fill_with_variance
 from .update.scorers import Scorers
 from .update.turn_credit import TurnCredit
@@ -388,7 +388,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
             episodes.advantages = batch["advantages"].clone()
         episodes.num_trajectories = len(advantages)
         # by group, as in GRPO with `scale_rewards="group"`
-        without_variance = groups_without_variance(rewards_per_func, self.reward_weights, group_size)
+        without_variance = (advantages.view(-1, group_size) == 0).all(dim=1)
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["frac_reward_zero_std"][-1] = without_variance.double().mean().item()
         replace_last(self._logs["advantages"], advantages.tolist())

@@ -63,6 +63,17 @@ def normalize_over_batch(advantages: torch.Tensor) -> torch.Tensor:
     return (advantages - mean) / scored.std()
 
 
+def weighted_sum(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """
+    Weighted sum over reward functions, of shapes `(N, F, ...)` and `(F,)`; NaN counts as 0. Exactly 0 where the terms
+    cancel.
+    """
+    terms = values * weights.to(values).view(-1, *[1] * (values.dim() - 2))
+    total = terms.nansum(dim=1)
+    # rounding must not leave a residue that the normalisation would blow up
+    return total.masked_fill(total.abs() < 1e-12 * terms.abs().nansum(dim=1), 0.0)
+
+
 def batch_advantages(
     rewards_per_func: torch.Tensor,
     weights: torch.Tensor,
@@ -99,13 +110,12 @@ def batch_advantages(
         return normalize_over_batch(advantages) if normalize else advantages
 
     rewards_per_func = rewards_per_func.double()
-    weights = weights.to(rewards_per_func)
     unscored = rewards_per_func.isnan().all(dim=1)
     if per_function:
         objectives = [normalized(center_by_group(rewards, group_size)) for rewards in rewards_per_func.T]
-        advantages = (torch.stack(objectives, dim=1) * weights).nansum(dim=1).masked_fill(unscored, torch.nan)
+        advantages = weighted_sum(torch.stack(objectives, dim=1), weights).masked_fill(unscored, torch.nan)
     else:
-        rewards = (rewards_per_func * weights).nansum(dim=1).masked_fill(unscored, torch.nan)
+        rewards = weighted_sum(rewards_per_func, weights).masked_fill(unscored, torch.nan)
         advantages = center_by_group(rewards, group_size)
     advantages = normalized(advantages).nan_to_num(nan=0.0)
     return advantages if clip is None else advantages.clamp(-clip, clip)
@@ -146,57 +156,68 @@ def to_go_advantages(
         `torch.Tensor` of shape `(N, T)`:
             Advantages in float64; 0 where a trajectory has no turn t, or no function scored it.
     """
-    rewards_per_func, weights = rewards_per_func.double(), weights.double()
-    absent = to_come.isnan()
-
-    def advantages(episode: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-        """Of rewards of episodes, `(N,)`, and of what of them is to come at each turn, `(N, T)`."""
-        turns = turns.masked_fill(absent, torch.nan)
-        relative = torch.stack([center_by_group(rewards, group_size) for rewards in turns.T], dim=1)
-        if not normalize:
-            return relative
-        scored = center_by_group(episode, group_size)
-        scored = scored[~scored.isnan()]
-        if scored.numel() < 2 or bool((scored == scored[0]).all()):
-            return torch.zeros_like(relative)
-        return relative / scored.std()
-
-    by_function = rewards_per_func.unsqueeze(2).expand(-1, -1, to_come.shape[1]).clone()  # (N, F, T)
+    num_turns = to_come.shape[1]
+    rewards = rewards_per_func.double().unsqueeze(2).expand(-1, -1, 1 + num_turns).clone()  # (N, F, 1 + T)
     if environment is not None:
         given = ~rewards_per_func[:, environment].isnan()
-        by_function[given, environment] = to_come[given]
+        rewards[given, environment, 1:] = to_come[given].double()
+    rewards[:, :, 1:].masked_fill_(to_come.isnan().unsqueeze(1), torch.nan)
+    missing = rewards.isnan().all(dim=1)  # (N, 1 + T)
+
+    def relative(values: torch.Tensor) -> torch.Tensor:
+        """Of rewards, `(N, 1 + T)`: of the episodes, and of what of them is to come at each turn."""
+        return torch.stack([center_by_group(column, group_size) for column in values.T], dim=1)
+
+    def scaled(advantages: torch.Tensor) -> torch.Tensor:
+        """In units of the standard deviation of the episodes' advantages, the first column of `(N, 1 + T)`."""
+        if not normalize:
+            return advantages
+        scored = advantages[~advantages[:, 0].isnan(), 0]
+        if scored.numel() < 2 or bool((scored == scored[0]).all()):
+            return torch.zeros_like(advantages)
+        return advantages / scored.std()
+
     if per_function:
-        each = [
-            advantages(rewards_per_func[:, f], by_function[:, f]) * weights[f]
-            for f in range(rewards_per_func.shape[1])
-        ]
-        result = torch.stack(each).nansum(0)
+        objectives = torch.stack([scaled(relative(values)) for values in rewards.unbind(dim=1)], dim=1)
+        advantages = weighted_sum(objectives, weights).masked_fill(missing, torch.nan)
     else:
-        unscored = rewards_per_func.isnan().all(dim=1)
-        episode = (rewards_per_func * weights).nansum(dim=1).masked_fill(unscored, torch.nan)
-        turns = (by_function * weights[:, None]).nansum(dim=1).masked_fill(unscored[:, None], torch.nan)
-        result = advantages(episode, turns).nan_to_num(nan=0.0)
-    return result if clip is None else result.clamp(-clip, clip)
+        advantages = relative(weighted_sum(rewards, weights).masked_fill(missing, torch.nan))
+    advantages = scaled(advantages)[:, 1:].nan_to_num(nan=0.0)
+    return advantages if clip is None else advantages.clamp(-clip, clip)
 
 
-def groups_without_variance(rewards_per_func: torch.Tensor, weights: torch.Tensor, group_size: int) -> torch.Tensor:
+def groups_without_variance(
+    rewards_per_func: torch.Tensor,
+    weights: torch.Tensor,
+    group_size: int,
+    *,
+    normalize: bool = True,
+    per_function: bool = False,
+) -> torch.Tensor:
     """
-    Which groups have no variance of rewards, so that nothing is learned from them.
+    Which groups have no variance of rewards, so that nothing is learned from them, whatever the rest of the batch is.
+    Where each function is normalised by itself, functions that trade off within a group do not cancel.
 
     Args:
         rewards_per_func (`torch.Tensor` of shape `(N, F)`), weights (`torch.Tensor` of shape `(F,)`):
             Rewards by function, NaN where a function gave none, and weights of the functions.
         group_size (`int`):
             `G`, trajectories of one group.
+        normalize (`bool`, *optional*, defaults to `True`), per_function (`bool`, *optional*, defaults to `False`):
+            As in [`batch_advantages`].
 
     Returns:
         `torch.Tensor` of shape `(N / G,)`, `bool`
     """
-    weights = weights.to(rewards_per_func)
-    unscored = rewards_per_func.isnan().all(dim=1)
-    rewards = (rewards_per_func * weights).nansum(dim=1).masked_fill(unscored, torch.nan)
-    advantages = center_by_group(rewards, group_size).nan_to_num(nan=0.0).view(-1, group_size)
-    return (advantages == 0).all(dim=1)
+    functions = list(range(len(weights)))
+    together = [[f] for f in functions] if normalize and per_function else [functions]
+    advantages = [
+        batch_advantages(
+            rewards_per_func[:, some], weights[some], group_size, normalize=False, per_function=per_function
+        )
+        for some in together
+    ]
+    return (torch.stack(advantages) == 0).all(dim=0).view(-1, group_size).all(dim=1)
 
 
 def segment_sums(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

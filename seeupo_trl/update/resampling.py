@@ -94,7 +94,14 @@ def fill_with_variance(
 def _groups(episodes: Episodes, trainer: "GRPOTrainer") -> list[int]:
     """Numbers of the groups without variance, over all processes."""
     rewards = trainer.accelerator.gather(episodes.rewards_per_func)
-    return groups_without_variance(rewards, trainer.reward_weights, trainer.num_generations).nonzero()[:, 0].tolist()
+    without_variance = groups_without_variance(
+        rewards,
+        trainer.reward_weights,
+        trainer.num_generations,
+        normalize=trainer.config.scale_rewards == "batch",
+        per_function=trainer.multi_objective_aggregation == "normalize_then_sum",
+    )
+    return without_variance.nonzero()[:, 0].tolist()
 
 
 def _draw(trainer: "GRPOTrainer", number: int, count: int) -> list[dict[str, Any]]:

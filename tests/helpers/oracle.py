@@ -8,6 +8,7 @@ block, and a gradient step written out by hand. It imports nothing from the pack
 
 import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import torch
 
@@ -40,6 +41,8 @@ class OracleSettings:
     turn_ratio: str = "geometric"
     turn_weight_clip: float | None = 0.2
     scale_rewards: str = "batch"
+    multi_objective_aggregation: str = "sum_then_normalize"
+    reward_weights: tuple[float, ...] | None = None
     advantage_clip: float | None = None
     beta: float = 0.0
     use_bias_correction_kl: bool = False
@@ -95,7 +98,8 @@ def seeupo_iteration(
         model (`PreTrainedModel`):
             Policy; parameters that require no gradient stay as they are.
         groups (`list[list[tuple[list[tuple[list[int], list[int]]], float]]]`):
-            Groups of `(turns, reward)`, one a rollout of the same task; a turn is `(context_ids, action_ids)`.
+            Groups of `(turns, reward)`, one a rollout of the same task; a turn is `(context_ids, action_ids)`. In
+            place of the reward there may be a list with one of each reward function, `None` where it gave none.
         settings ([`OracleSettings`]):
             Settings of the iteration.
         ref_model (`PreTrainedModel`, *optional*):
@@ -104,15 +108,16 @@ def seeupo_iteration(
             Log-probabilities that a sampler reported, by trajectory, turn and token. The objective of an action is
             then corrected for the difference from the policy's.
         step_rewards (`list[list[float]]`, *optional*):
-            What of its reward a trajectory got after each turn, for `settings.turn_credit="to_go"`; the rest comes
-            after the last turn.
+            What of its reward (of the last function) a trajectory got after each turn, for
+            `settings.turn_credit="to_go"`; the rest comes after the last turn.
     """
     trajectories = [turns for group in groups for turns, _ in group]
-    rewards = [[reward for _, reward in group] for group in groups]
-    advantages = normalised_advantages(rewards, settings.scale_rewards, settings.advantage_clip)
+    rewards = [[reward if isinstance(reward, list) else [reward] for _, reward in group] for group in groups]
+    advantages = [advantage for (advantage,) in advantages_of(rewards, settings)]
     credit = {(i, t): advantage for i, advantage in enumerate(advantages) for t in range(len(trajectories[i]))}
     if settings.turn_credit == "to_go":
-        credit = advantages_to_go(rewards, step_rewards, settings)
+        of_turns = advantages_of(rewards, settings, step_rewards)
+        credit = {(i, t): advantage for i, row in enumerate(of_turns) for t, advantage in enumerate(row)}
     blocks = ordered_blocks(max(len(turns) for turns in trajectories), settings)
 
     old_logps, ref_logps, start_logps = {}, {}, {}
@@ -200,51 +205,82 @@ def seeupo_iteration(
     return OracleResult(advantages, records, parameters)
 
 
-def normalised_advantages(
-    rewards: list[list[float]], scale_rewards: str = "batch", advantage_clip: float | None = None
-) -> list[float]:
-    """Rewards minus their group's mean, standardised over all groups together (Eq. 9), in the order of the rewards."""
-    relative = []
-    for group in rewards:
-        for reward in group:
-            equal = all(other == group[0] for other in group)
-            relative.append(0.0 if equal else reward - math.fsum(group) / len(group))
-    mean = math.fsum(relative) / len(relative)
-    advantages = [a - mean for a in relative]
-    if scale_rewards == "batch":
-        deviation = math.sqrt(math.fsum(a**2 for a in advantages) / (len(advantages) - 1))
-        advantages = [a / deviation if deviation > 0 else 0.0 for a in advantages]
-    if advantage_clip is not None:
-        advantages = [min(max(a, -advantage_clip), advantage_clip) for a in advantages]
-    return advantages
-
-
-def advantages_to_go(
-    rewards: list[list[float]], step_rewards: list[list[float]], settings: OracleSettings
-) -> dict[tuple[int, int], float]:
+def advantages_of(
+    rewards: list[list[list[float | None]]], settings: OracleSettings, step_rewards: list[list[float]] | None = None
+) -> list[list[float]]:
     """
-    Advantages of turns (counted from 0) by trajectory: the reward that is still to come, minus its mean over those of
-    the group who played the turn (trained on or not), in units of the standard deviation of the episodes' advantages.
+    Advantages in the order of the trajectories (Eq. 9): of each of its turns where `step_rewards` are given, or else
+    one of the episode.
+
+    The advantage of a turn is the reward that is still to come, minus its mean over those of the group who played the
+    turn (trained on or not), in the same units as the advantages of episodes.
     """
-    episodes = normalised_advantages(rewards, "none")
-    scale = 1.0
+    num_functions = len(rewards[0][0])
+    function_scales, scale = [1.0] * num_functions, 1.0
     if settings.scale_rewards == "batch":
-        scale = math.sqrt(math.fsum(a**2 for a in episodes) / (len(episodes) - 1))
-    credit, first = {}, 0
+        if settings.multi_objective_aggregation == "normalize_then_sum":
+            for f in range(num_functions):
+                function_scales[f] = deviation([a for group in rewards for a in relative([r[f] for r in group])])
+        scale = deviation([a for group in rewards for a in combined(group, settings, function_scales, 1.0)])
+
+    result, first = [], 0
     for group in rewards:
-        members = range(first, first + len(group))
-        num_turns = {i: len(step_rewards[i]) for i in members}
-        for t in range(max(num_turns.values())):
-            to_come = {i: group[i - first] - math.fsum(step_rewards[i][:t]) for i in members if num_turns[i] > t}
-            mean = math.fsum(to_come.values()) / len(to_come)
-            for i, value in to_come.items():
-                equal = all(other == value for other in to_come.values())
-                advantage = 0.0 if equal or scale == 0 else (value - mean) / scale
-                if settings.advantage_clip is not None:
-                    advantage = min(max(advantage, -settings.advantage_clip), settings.advantage_clip)
-                credit[i, t] = advantage
+        members = range(len(group))
+        num_turns = [1 if step_rewards is None else len(step_rewards[first + i]) for i in members]
+        of_turns = [[0.0] * num for num in num_turns]
+        for t in range(max(num_turns)):
+            playing = [i for i in members if num_turns[i] > t]
+            to_come = [list(group[i]) for i in playing]
+            for i, values in zip(playing, to_come, strict=True):
+                if step_rewards is not None and values[-1] is not None:
+                    values[-1] -= math.fsum(step_rewards[first + i][:t])
+            advantages = combined(to_come, settings, function_scales, scale)
+            for i, advantage in zip(playing, advantages, strict=True):
+                bound = math.inf if settings.advantage_clip is None else settings.advantage_clip
+                of_turns[i][t] = min(max(float(advantage or 0), -bound), bound)
+        result += of_turns
         first += len(group)
-    return credit
+    return result
+
+
+def combined(
+    group: list[list[float | None]], settings: OracleSettings, function_scales: list[float], scale: float
+) -> list[Fraction | None]:
+    """Advantages in a group, of rewards by function; `None` for who has none of any function."""
+    weights = [Fraction(w) for w in settings.reward_weights or [1.0] * len(function_scales)]
+    if settings.multi_objective_aggregation == "normalize_then_sum":
+        columns = [relative([rewards[f] for rewards in group]) for f in range(len(weights))]
+        columns = [divided(column, s) for column, s in zip(columns, function_scales, strict=True)]
+        total = weighted([list(row) for row in zip(*columns, strict=True)], weights)
+    else:
+        total = relative(weighted(group, weights))
+    return divided(total, scale)
+
+
+def weighted(rows: list[list], weights: list[Fraction]) -> list[Fraction | None]:
+    """Weighted sums of the values that there are; exact, as all sums and differences here."""
+    sums = []
+    for row in rows:
+        terms = [w * Fraction(value) for w, value in zip(weights, row, strict=True) if value is not None]
+        sums.append(sum(terms) if terms else None)
+    return sums
+
+
+def relative(values: list) -> list[Fraction | None]:
+    """Values minus the mean of those that there are."""
+    there = [Fraction(value) for value in values if value is not None]
+    return [None if value is None else Fraction(value) - sum(there) / len(there) for value in values]
+
+
+def divided(values: list, scale: float) -> list[Fraction | None]:
+    """Values by their scale; 0 where nothing varies."""
+    return [None if value is None else value / Fraction(scale) if scale > 0 else Fraction(0) for value in values]
+
+
+def deviation(advantages: list[Fraction | None]) -> float:
+    """Standard deviation of those advantages that there are; they add up to 0."""
+    there = [a for a in advantages if a is not None]
+    return math.sqrt(sum(a**2 for a in there) / (len(there) - 1)) if len(there) > 1 else 0.0
 
 
 def ordered_blocks(num_turns: int, settings: OracleSettings) -> list[list[int]]:

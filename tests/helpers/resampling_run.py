@@ -25,7 +25,7 @@ class Task(MultiTurnEnvironment):
         return StepResult([], reward=reward, terminated=True)
 
 
-def make_trainer(model, output_dir, num_tasks=12, dull=lambda number: number % 3 > 0, **options):
+def make_trainer(model, output_dir, num_tasks=12, dull=lambda number: number % 3 > 0, reward_funcs=None, **options):
     rows = [{"prompt": [{"role": "user", "content": f"w{i}"}], "number": i, "dull": dull(i)} for i in range(num_tasks)]
     settings = {
         **ON_CPU,
@@ -41,7 +41,7 @@ def make_trainer(model, output_dir, num_tasks=12, dull=lambda number: number % 3
         **options,
     }
     return SeeUPOTrainer(
-        model, args=SeeUPOConfig(**settings), train_dataset=Dataset.from_list(rows), environment_factory=Task
+        model, reward_funcs, SeeUPOConfig(**settings), Dataset.from_list(rows), environment_factory=Task
     )
 
 

@@ -54,6 +54,26 @@ def test_groups_with_variance_stay_where_they_are(tiny_dir, tmp_path):
     assert shown == [f"w{number}" for number, *_ in after[0]]
 
 
+def test_groups_whose_functions_trade_off_stay_where_each_function_is_normalised(tiny_dir, tmp_path):
+    def longer(completions, **columns):
+        return [len(completion[0]["content"]) / 8 for completion in completions]
+
+    def shorter_if_dull(completions, dull, **columns):
+        return [n * (-1 if is_dull else 2) for n, is_dull in zip(longer(completions), dull, strict=True)]
+
+    drawn = {}
+    for aggregation in ("sum_then_normalize", "normalize_then_sum"):
+        options = {"reward_funcs": [longer, shorter_if_dull], "multi_objective_aggregation": aggregation}
+        # four groups: where all trade off, they cancel after all
+        options |= {"per_device_train_batch_size": 16, "dull": lambda number: number % 2 == 0}
+        trainer = make_trainer(tiny_dir, tmp_path, **options)
+        trainer.train()
+        drawn[aggregation] = [entry["resampling/groups_drawn"] for entry in logs(trainer)]
+        assert all(entry["resampling/groups_without_variance"] == 0 for entry in logs(trainer))
+        assert all(entry["frac_reward_zero_std"] == 0 for entry in logs(trainer))
+    assert sum(drawn["sum_then_normalize"]) > 0 == sum(drawn["normalize_then_sum"])
+
+
 def test_it_is_bounded(tiny_dir, tmp_path):
     trainer = make_trainer(tiny_dir, tmp_path, max_steps=1, dull=lambda number: True, max_resampling_rounds=2)
     trainer.train()

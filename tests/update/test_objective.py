@@ -1,15 +1,18 @@
 """The equations, one by one, against numbers worked out by hand or by numpy."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 
 from seeupo_trl.update.objective import (
+    batch_advantages,
     center_by_group,
     clipped_surrogate,
     fold_in_ratio,
+    groups_without_variance,
     k3_divergence,
     keep_on_policy,
     normalize_over_batch,
@@ -60,6 +63,32 @@ def test_normalisation_passes_over_missing_advantages():
     normalized = normalize_over_batch(torch.tensor([-1.0, 1.0, math.nan]))
     assert normalized[2].isnan()
     torch.testing.assert_close(normalized[:2], torch.tensor([-1.0, 1.0]) / math.sqrt(2))
+
+
+def test_functions_that_trade_off_cancel_before_they_are_normalised_and_teach_after():
+    # the sum of the first two groups is constant, the third is constant in both, in the fourth one function counts
+    rewards = torch.tensor(
+        [[0.0, 1.0], [1.0, 0.0], [0.25, 0.75], [0.5, 0.5], [0.25, 0.5], [0.25, 0.5], [0.0, 0.0], [0.0, 7.0]]
+    ).double()
+    weights = torch.ones(2)
+    expected = {"sum": [True, True, True, False], "each": [False, False, True, False]}
+    for normalize, per_function in product([True, False], repeat=2):
+        options = {"normalize": normalize, "per_function": per_function}
+        advantages = batch_advantages(rewards, weights, 2, **options)
+        found = groups_without_variance(rewards, weights, 2, **options).tolist()
+        assert found == (advantages.view(-1, 2) == 0).all(dim=1).tolist()
+        assert found == expected["each" if normalize and per_function else "sum"]
+        assert groups_without_variance(rewards, torch.tensor([1.0, 0.0]), 2, **options).tolist()[2:] == [True, True]
+
+
+def test_rounding_of_functions_that_cancel_is_no_advantage():
+    first = torch.tensor([0.1, 0.3, 0.7, 0.2, 0.9, 0.4], dtype=torch.float64)
+    rewards = torch.stack([first, first], dim=1)
+    for normalize, weights in product([True, False], ([1.0, -1.0], [0.3, -0.3])):
+        options = {"normalize": normalize, "per_function": True}
+        assert not batch_advantages(rewards, torch.tensor(weights), 3, **options).any()
+    rewards[:, 1] = 1 - first
+    assert not batch_advantages(rewards, torch.ones(2), 3, normalize=False, per_function=True).any()
 
 
 def test_sequence_ratio_is_normalised_by_length_unless_it_is_the_product():

@@ -2,21 +2,39 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from against_oracle import LEARNING_RATE, TEMPERATURE, load_model, parameters_of
 from fixed_rollouts import NUM_TRAJECTORIES, as_groups, make_iteration, ragged_rollouts
-from oracle import OracleSettings, normalised_advantages, ordered_blocks, seeupo_iteration, token_logps
+from oracle import OracleSettings, advantages_of, ordered_blocks, seeupo_iteration, token_logps
 
 
 def test_oracle_advantages_are_centred_per_group_and_scaled_over_the_batch():
     # Group means 0.5 and 3, so the relative advantages are 0.5, -0.5, 0, 0, with unbiased variance 0.5 / 3.
     expected = 0.5 / math.sqrt(0.5 / 3)
-    assert normalised_advantages([[1.0, 0.0], [3.0, 3.0]]) == pytest.approx([expected, -expected, 0.0, 0.0])
-    assert normalised_advantages([[1.0, 0.0], [3.0, 3.0]], advantage_clip=1.0) == pytest.approx([1.0, -1.0, 0.0, 0.0])
-    assert normalised_advantages([[1.0, 0.0], [3.0, 3.0]], scale_rewards="none") == [0.5, -0.5, 0.0, 0.0]
-    assert normalised_advantages([[1.0, 1.0], [3.0, 3.0]]) == [0.0, 0.0, 0.0, 0.0]
+    rewards = [[[1.0], [0.0]], [[3.0], [3.0]]]
+
+    def advantages(rewards, **settings):
+        return [advantage for (advantage,) in advantages_of(rewards, OracleSettings(lr=1.0, **settings))]
+
+    assert advantages(rewards) == pytest.approx([expected, -expected, 0.0, 0.0])
+    assert advantages(rewards, advantage_clip=1.0) == pytest.approx([1.0, -1.0, 0.0, 0.0])
+    assert advantages(rewards, scale_rewards="none") == [0.5, -0.5, 0.0, 0.0]
+    assert advantages([[[1.0], [1.0]], [[3.0], [3.0]]]) == [0.0, 0.0, 0.0, 0.0]
+
+
+def test_oracle_adds_several_functions_before_or_after_they_are_scaled():
+    # The first function varies in the first group alone, as above; the second in both, and twice it is silent.
+    rewards = [[[1.0, 2.0], [0.0, 0.0]], [[3.0, None], [3.0, 5.0]], [[None, 4.0], [None, None]]]
+    settings = OracleSettings(lr=1.0, scale_rewards="none", reward_weights=(2.0, 0.5))
+    assert advantages_of(rewards, settings) == [[1.5], [-1.5], [-1.25], [1.25], [0.0], [0.0]]
+    settings = replace(settings, multi_objective_aggregation="normalize_then_sum")
+    assert advantages_of(rewards, settings) == [[1.5], [-1.5], [0.0], [0.0], [0.0], [0.0]]
+    settings = replace(settings, scale_rewards="batch")
+    first = 2 * 0.5 / math.sqrt(0.5 / 3) + 0.5 * 1 / math.sqrt(2 / 3)  # of four and of four episodes
+    assert advantages_of(rewards, settings)[0] == [pytest.approx(first / math.sqrt(2 * first**2 / 4))]
 
 
 @pytest.mark.parametrize(

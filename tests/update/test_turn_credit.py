@@ -1,6 +1,7 @@
 """Advantages of single turns from the rewards to come (`turn_credit="to_go"`): against the oracle, and by hand."""
 
 import math
+import random
 import warnings
 
 import pytest
@@ -22,10 +23,11 @@ from fixed_rollouts import (
     ragged_rollouts,
     rewrite_contexts,
 )
+from oracle import OracleSettings, advantages_of
 
 from seeupo_trl import SeeUPOConfig, environment_reward
 from seeupo_trl.trajectory import Trajectory, Turn
-from seeupo_trl.update.objective import to_go_advantages
+from seeupo_trl.update.objective import batch_advantages, to_go_advantages
 from seeupo_trl.update.turn_credit import TurnCredit
 
 
@@ -117,7 +119,56 @@ def test_rewards_of_functions_and_what_the_return_has_besides_steps_arrive_at_th
     assert advantages[:2] == [[1.5, 1.0], [-1.5, -1.0]]
     each = credit_of(played, rewards, (1.0, 0.5), functions, per_function=True)
     of_environment, of_function = math.sqrt(0.5 / 3), math.sqrt(8 / 3)
-    assert each[0] == pytest.approx([0.5 / of_environment + 1 / of_function, 1 / of_function])
+    episode = 0.5 / of_environment + 1 / of_function
+    of_sum = math.sqrt(2 * episode**2 / 3)
+    assert each[0] == pytest.approx([episode / of_sum, 1 / of_function / of_sum])
+
+
+@pytest.mark.parametrize("scale_rewards", ["batch", "none"])
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_episodes_of_one_turn_have_the_credit_of_episodes_whatever_the_aggregation(aggregation, scale_rewards):
+    rewards, weights, _ = several_functions([1] * 12)
+    options = {"normalize": scale_rewards == "batch", "per_function": aggregation == "normalize_then_sum"}
+    to_come = torch.tensor([[0.0 if math.isnan(row[-1]) else row[-1]] for row in rewards])
+    to_go = to_go_advantages(torch.tensor(rewards), torch.tensor(weights), 3, to_come, 1, **options)
+    episode = batch_advantages(torch.tensor(rewards), torch.tensor(weights), 3, **options)
+    torch.testing.assert_close(to_go[:, 0], episode, rtol=1e-12, atol=0)
+    assert len(set(episode.tolist())) > 6
+
+
+@pytest.mark.parametrize("scale_rewards", ["batch", "none"])
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_advantages_of_several_functions_are_those_of_the_oracle(aggregation, scale_rewards):
+    rewards, weights, steps = several_functions([1, 2, 3, 3, 2, 1, 2, 2, 2, 1, 3, 3])
+    settings = OracleSettings(
+        lr=1.0,
+        scale_rewards=scale_rewards,
+        multi_objective_aggregation=aggregation,
+        reward_weights=tuple(weights),
+    )
+    missing = [[None if math.isnan(value) else value for value in row] for row in rewards]
+    groups = [missing[n : n + 3] for n in range(0, 12, 3)]
+    totals = [row[-1] for row in missing]
+    played = [trajectory(*of_turns, total=total) for of_turns, total in zip(steps, totals, strict=True)]
+    config = SeeUPOConfig("unused", use_cpu=True, bf16=False, turn_credit="to_go", scale_rewards=scale_rewards)
+    credit = TurnCredit([len, environment_reward], environment_reward, config)
+    per_function = aggregation == "normalize_then_sum"
+    arguments = torch.tensor(rewards), torch.tensor(weights), 3
+    found = credit.advantages(played, *arguments, per_function)
+    for row, expected in zip(found, advantages_of(groups, settings, steps), strict=True):
+        assert row[: len(expected)] == pytest.approx(expected, rel=1e-12)
+    normalize = scale_rewards == "batch"
+    episodes = batch_advantages(*arguments, normalize=normalize, per_function=per_function).tolist()
+    assert episodes == pytest.approx([a for (a,) in advantages_of(groups, settings)], rel=1e-12)
+
+
+def several_functions(num_turns):
+    """Rewards of two functions, some missing, for twelve trajectories; the second is the environment's."""
+    generator = random.Random(0)
+    steps = [[generator.randint(-8, 8) / 8 for _ in range(num)] for num in num_turns]
+    rewards = [[generator.randint(0, 40) / 8, sum(of_turns) + generator.choice([0, 0.5])] for of_turns in steps]
+    rewards[2][0] = rewards[5][0] = rewards[5][1] = rewards[7][1] = math.nan
+    return rewards, [1.0, 2.0], steps
 
 
 def test_episodes_that_failed_are_not_compared_with():
