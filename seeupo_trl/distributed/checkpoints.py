@@ -5,7 +5,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -225,6 +225,39 @@ def _reference_of(checkpoint: str) -> str:
     return os.path.join(checkpoint, REFERENCE_FILE)
 
 
+@contextmanager
+def dtypes_as_saved(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """
+    While an optimizer loads its state: keep the dtypes in which it was saved. PyTorch casts a state to the dtype of
+    its parameter, which rounds that of Adafactor: it is float32 beside parameters in bfloat16.
+    """
+    given: list[dict[str, Any]] = []
+
+    def keep(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        given.append(state_dict)
+
+    def restore(optimizer: torch.optim.Optimizer) -> None:
+        saved = given.pop()
+        numbers = [number for group in saved["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            loaded = optimizer.state[parameter] if number in saved["state"] else {}
+            for name, value in loaded.items():
+                before = saved["state"][number][name]
+                if isinstance(value, torch.Tensor) and value.dtype != before.dtype:
+                    loaded[name] = before.to(value.device)
+
+    hooks = [
+        optimizer.register_load_state_dict_pre_hook(keep),
+        optimizer.register_load_state_dict_post_hook(restore),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def discard_state(checkpoint: str) -> None:
     """Take back the word that a checkpoint is whole, before its files are written again."""
     with suppress(FileNotFoundError):
@@ -275,6 +308,13 @@ class ExactResume:
             self.control.should_training_stop = True
             return [], None
         return super().get_batch_samples(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)  # both load shards, in ways of their own
+            return
+        with dtypes_as_saved(self.optimizer.optimizer):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:

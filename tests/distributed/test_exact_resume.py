@@ -25,6 +25,10 @@ def plain(directory: str) -> dict:
     return {"model": load_tiny_model(directory)}
 
 
+def in_bfloat16(directory: str) -> dict:
+    return {"model": load_tiny_model(directory, torch.bfloat16)}
+
+
 def adapter_of_the_trainer(directory: str) -> dict:
     return {"model": load_tiny_model(directory), "peft_config": LoraConfig(**LORA)}
 
@@ -73,6 +77,7 @@ OPTIONS = {
     "adaptive-entropy": {"use_adaptive_entropy": True, "entropy_target": 100.0, "entropy_coef_delta": 0.1},
     "minibatches-and-passes": {"steps_per_generation": 2, "gradient_accumulation_steps": 1, "num_iterations": 2},
     "random-order": {"update_order": "random", "max_turn_updates": 2, "old_policy": "turn"},
+    "adafactor": {"make_model": in_bfloat16, "optim": "adafactor", "learning_rate": 1e-2},
     "schedule-and-weight-decay": {"lr_scheduler_type": "cosine", "warmup_steps": 2, "weight_decay": 0.1},
 }
 

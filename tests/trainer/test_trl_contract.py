@@ -110,6 +110,7 @@ SIGNATURES = [
     (Trainer._clip_grad_norm, "self model", "seeupo_trainer.py and lock_step.py clip inner optimizer steps with it"),
     (Trainer._get_grad_norm, "self model grad_norm", "seeupo_trainer.py and lock_step.py report inner gradient norms"),
     (GRPOTrainer._save_checkpoint, "self model trial", "seeupo_trainer.py: no stale word that a checkpoint is whole"),
+    (GRPOTrainer._load_optimizer_and_scheduler, "self checkpoint", "checkpoints.py: dtypes of the optimizer's state"),
     (Trainer._save_rng_state, "self output_dir", "seeupo_trainer.py: processes wait for one another after it"),
     (Trainer._get_output_dir, "self trial", "seeupo_trainer.py: where the next checkpoint goes"),
     (CallbackHandler.on_pre_optimizer_step, "self args state control kwargs", "lock_step.py: inner optimizer steps"),
