@@ -5,7 +5,9 @@ A script either does here what it did there, or stops with a sentence that says 
 fails when a new TRL adds a method or an attribute that nobody has decided on.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -149,6 +151,24 @@ def check_overrides(trainer: GRPOTrainer, base: type, plays_tools: bool) -> None
             replaced = f"`{name}` of {owner_name} was replaced"
             change = replaced if owner is trainer or owner in base.__mro__ else f"{owner_name} overrides `{name}`"
             raise TypeError(f"{change}, which SeeUPOTrainer does not call in training. {refused[name]}")
+
+
+@contextmanager
+def no_advice_on_ratio_level() -> Iterator[None]:
+    """
+    While a [`~trl.GRPOTrainer`] is constructed: keep back its warnings that with some values of `loss_type` another
+    `importance_sampling_level`, or another `loss_type` with this one, is meant. They speak of TRL's own losses.
+    """
+
+    def is_of_another_matter(record: logging.LogRecord) -> bool:
+        return "`importance_sampling_level" not in record.getMessage()
+
+    logger = logging.getLogger(GRPOTrainer.__module__)
+    logger.addFilter(is_of_another_matter)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_of_another_matter)
 
 
 class FixedValues:

@@ -46,7 +46,7 @@ from .evaluation.logs import as_logged, completion_metrics, episode_metrics, rep
 from .evaluation.outcome import Outcome, describe_outcomes
 from .evaluation.silence import Silence
 from .evaluation.summary import Evaluation
-from .grpo_compatibility import check_overrides, fixed_values, loss_settings
+from .grpo_compatibility import check_overrides, fixed_values, loss_settings, no_advice_on_ratio_level
 from .rollout import environment_reward
 from .rollout.ahead import Ahead, PlaysAhead
 from .rollout.checks import checked_rollout
@@ -184,7 +184,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         check_optimizer(optimizers[0])
         check_deepspeed(args)
 
-        with reference_in_layers():
+        with reference_in_layers(), no_advice_on_ratio_level():
             super().__init__(
                 model=model,
                 reward_funcs=reward_funcs,

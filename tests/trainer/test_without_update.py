@@ -1,5 +1,7 @@
 """Iterations without an update, and episodes that are left out: what is logged, and what is warned about."""
 
+import logging
+
 import pytest
 import torch
 from tiny import VOCABULARY, tiny_tokenizer
@@ -141,3 +143,11 @@ def test_loss_types_log_what_trl_logs_of_them(loss_type, name, tiny_dir, tmp_pat
     mean = sum(pools[turn] * value for turn, value in by_turn.items()) / sum(pools.values())
     assert learned[name] == pytest.approx(mean)
     assert idle[name] == (0.0 if loss_type == "cispo" else 1.0)
+
+
+@pytest.mark.parametrize("loss_type", ["seeupo", "luspo", "cispo", "sapo", "vespo"])
+def test_no_loss_type_is_advised_on_as_if_it_were_trls(loss_type, tiny_dir, tmp_path, caplog):
+    make_trainer(tiny_dir, tmp_path, loss_type=loss_type)
+    assert not [record.getMessage() for record in caplog.records if "importance_sampling_level" in record.getMessage()]
+    logging.getLogger("trl.trainer.grpo_trainer").warning("`importance_sampling_level` is heard of again")
+    assert "heard of again" in caplog.text
