@@ -68,6 +68,7 @@ def train(
     *,
     turns=None,
     step_rewards=None,
+    other_rewards=None,
     optimizer=torch.optim.SGD,
     optimizer_kwargs=None,
     lr_lambda=lambda step: 1.0,
@@ -82,6 +83,8 @@ def train(
             Turns of each trajectory for each iteration, handed over as `trajectories`, not read from the mask.
         step_rewards (`list[list[list[float]]]`, *optional*):
             Rewards after each turn of each trajectory for each iteration, as an environment's.
+        other_rewards (`list[list[float | None]]`, *optional*):
+            Rewards of a second function for each trajectory for each iteration. It stands before the episodes'.
         peft_config (`PeftConfig`, *optional*):
             Adapter that the trainer creates; the trainer then makes the optimizer as well, from `config`.
     """
@@ -109,7 +112,12 @@ def train(
                 for played, steps, episode in zip(shown, step_rewards[step], episodes, strict=True)
             ]
             rollouts["environment_reward"] = rollouts["outcome"]
+        if other_rewards is not None:
+            rollouts["other"] = other_rewards[step]
         return rollouts
+
+    def other_reward(completions, other, **kwargs):
+        return other
 
     settings = {
         **ON_CPU,
@@ -132,10 +140,11 @@ def train(
         trainable = [p for p in model.parameters() if p.requires_grad]
         optimizer = optimizer(trainable, **(optimizer_kwargs or {"lr": LEARNING_RATE}))
         optimizers = (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda))
+    of_episodes = outcome_reward if step_rewards is None else environment_reward
     snapshots = Snapshots()
     SeeUPOTrainer(
         model=model,
-        reward_funcs=outcome_reward if step_rewards is None else environment_reward,
+        reward_funcs=of_episodes if other_rewards is None else [other_reward, of_episodes],
         args=SeeUPOConfig(**{**settings, **config}),
         train_dataset=Dataset.from_dict(
             {"prompt": [[{"role": "user", "content": f"w{i}"}] for i in range(NUM_GROUPS * len(iterations))]}

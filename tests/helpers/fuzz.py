@@ -1,8 +1,8 @@
 """
 Random combinations of the update's options, each trained by the trainer and by the naive implementation.
 
-`test_fuzz.py` takes a fixed set of cases. For more: `python tests/helpers/fuzz.py FIRST COUNT`. A case is made from
-its number alone, and one that fails prints its options as a dict for `run_case`.
+`test_fuzz.py` takes a fixed set of cases. For more: `python tests/helpers/fuzz.py FIRST COUNT`. A number makes two
+cases, with one reward function and with two, and one that fails prints its options as a dict for `run_case`.
 """
 
 import copy
@@ -13,7 +13,7 @@ import traceback
 from typing import Any
 
 import torch
-from against_oracle import SEED, load_model, parameters_of, train
+from against_oracle import SEED, TEMPERATURE, load_model, parameters_of, train
 from fixed_rollouts import (
     NUM_TRAJECTORIES,
     Episode,
@@ -103,6 +103,18 @@ def draw_case(number: int) -> dict[str, Any]:
     return {"update": update, "layout": layout, "episodes": episodes, "lora": rng.random() < 0.25}
 
 
+def draw_case_of_two_functions(number: int) -> dict[str, Any]:
+    """The case of the same number with a second reward function, missing rewards and another temperature."""
+    case, rng = draw_case(number), random.Random(f"two functions {number}")
+    case["update"] |= {
+        "temperature": rng.choice([0.5, 0.9, 1.0, 1.5]),
+        "multi_objective_aggregation": rng.choice(["sum_then_normalize", "normalize_then_sum"]),
+        "reward_weights": rng.choice([(1.0, 1.0), (0.5, 2.0), (1.0, -1.0), (0.0, 1.0)]),
+    }
+    case["episodes"] |= {"second_function": True, "missing": rng.choice([0.0, 0.2])}
+    return case
+
+
 def play(episodes: dict[str, Any]) -> tuple[list[list[Episode]], list[list] | None]:
     """Rollouts of every iteration, and the turns handed over with them where contexts are rewritten."""
     rng = random.Random(episodes["seed"])
@@ -123,6 +135,15 @@ def play(episodes: dict[str, Any]) -> tuple[list[list[Episode]], list[list] | No
     if episodes["rewrites"]:
         turns = [rewrite_contexts(played, rng.randrange(10**6)) for played in iterations]
     return iterations, turns
+
+
+def draw_other_rewards(played: list[Episode], missing: float, seed: int) -> list[float | None]:
+    """Rewards of a second function; a share of these and of the episodes' own is taken away."""
+    rng = random.Random(seed)
+    for episode in played:
+        if rng.random() < missing:
+            episode.reward = None
+    return [None if rng.random() < missing else rng.randint(-8, 8) / 8 for _ in played]
 
 
 def trained_turns(played: list[Episode], turns: list | None, masks: bool) -> list:
@@ -148,17 +169,24 @@ def run_case(directory: str, output: Any, case: dict[str, Any]) -> None:
     step_rewards = None
     if update["turn_credit"] == "to_go":
         step_rewards = [draw_step_rewards(played, case["episodes"]["seed"] + n) for n, played in enumerate(iterations)]
-    trained = train(model, iterations, output, turns=turns, step_rewards=step_rewards, **update, **layout)
+    other = None
+    if case["episodes"].get("second_function"):
+        missing, seed = case["episodes"]["missing"], case["episodes"]["seed"]
+        other = [draw_other_rewards(played, missing, seed + n) for n, played in enumerate(iterations)]
+    rollouts = {"turns": turns, "step_rewards": step_rewards, "other_rewards": other}
+    trained = train(model, iterations, output, **rollouts, **update, **layout)
     minibatches = layout["steps_per_generation"] // layout["gradient_accumulation_steps"]
     for step, played in enumerate(iterations):
         groups = trained_turns(played, turns and turns[step], layout["mask_truncated_completions"])
+        if other is not None:
+            seconds = iter(other[step])
+            groups = [[(shown, [next(seconds), reward]) for shown, reward in group] for group in groups]
         longest = max(len(shown) for group in groups for shown, _ in group)
         settings = OracleSettings(
             lr=LEARNING_RATE,
-            temperature=0.9,
             minibatches=tuple(assign_minibatches(NUM_TRAJECTORIES, minibatches, SEED, step)),
             permutation=_permutation(longest, update["max_turn_updates"], step),
-            **update,
+            **{"temperature": TEMPERATURE, **update},
         )
         steps = None if step_rewards is None else step_rewards[step]
         result = seeupo_iteration(policy, groups, settings, ref_model=reference, step_rewards=steps)
@@ -183,13 +211,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         model = save_tiny_model(f"{directory}/model")
         for number in range(first, first + count):
-            case = draw_case(number)
-            try:
-                run_case(model, f"{directory}/out", case)
-            except Exception:
-                failed.append(number)
-                print(f"--- case {number}: {case!r}\n{traceback.format_exc()}", flush=True)
-    print(f"{count - len(failed)} of {count} cases agree; failed: {failed}")
+            for draw in (draw_case, draw_case_of_two_functions):
+                case = draw(number)
+                try:
+                    run_case(model, f"{directory}/out", case)
+                except Exception:
+                    failed.append((draw.__name__, number))
+                    print(f"--- {draw.__name__}({number}): {case!r}\n{traceback.format_exc()}", flush=True)
+    print(f"{2 * count - len(failed)} of {2 * count} cases agree; failed: {failed}")
 
 
 if __name__ == "__main__":

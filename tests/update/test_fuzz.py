@@ -8,7 +8,7 @@ import os
 import random
 
 import pytest
-from fuzz import draw_case, run_case
+from fuzz import draw_case, draw_case_of_two_functions, run_case
 
 
 CASES = range(int(os.environ.get("SEEUPO_FUZZ", "24")))
@@ -16,7 +16,15 @@ CASES = range(int(os.environ.get("SEEUPO_FUZZ", "24")))
 
 @pytest.mark.parametrize("number", CASES)
 def test_random_options_agree_with_the_oracle(number, tiny_dir, tmp_path):
-    case = draw_case(number)
+    run(draw_case(number), tiny_dir, tmp_path)
+
+
+@pytest.mark.parametrize("number", CASES[::2])
+def test_random_options_with_two_reward_functions_agree_with_the_oracle(number, tiny_dir, tmp_path):
+    run(draw_case_of_two_functions(number), tiny_dir, tmp_path)
+
+
+def run(case, tiny_dir, tmp_path):
     try:
         run_case(tiny_dir, tmp_path, case)
     except Exception as error:
