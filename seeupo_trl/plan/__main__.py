@@ -1,18 +1,7 @@
 """
 What a run needs in memory before it is started: `python -m seeupo_trl.plan`.
 
-The plan of a recipe, from its own files:
-
-    python -m seeupo_trl.plan --config examples/configs/qwen3_14b_bfcl.yaml \\
-        --accelerate-config examples/accelerate_configs/zero3.yaml --gpu-memory 80GiB --host-memory 1TiB
-
-or by hand, for all strategies:
-
-    python -m seeupo_trl.plan --model Qwen/Qwen3-14B --gpus 8 --gpu-memory 80GiB
-
-No weights are loaded and no GPU is needed. `--model` is a name on the Hub, or a directory or `config.json` (which
-works offline); `--shape` describes a Qwen3-like model by hand. Estimates are for GPUs; `memory.py` says what
-they rest on.
+No weights are loaded and no GPU is needed. Estimates are for GPUs; `memory.py` says what they rest on.
 """
 
 import argparse
@@ -34,6 +23,19 @@ from .recipes import (
 )
 from .report import as_json, as_text
 from .run import GIB, PlannedRun, Strategy, all_strategies
+
+
+DESCRIPTION = """\
+What a run needs in memory before it is started. No weights are loaded and no GPU is needed. --model is a name on
+the Hub, or a directory or config.json (which works offline); --shape describes a Qwen3-like model by hand."""
+
+EXAMPLES = """\
+examples:
+  # a recipe, from its own files
+  %(prog)s --config examples/configs/qwen3_14b_bfcl.yaml \\
+      --accelerate-config examples/accelerate_configs/zero3.yaml --gpu-memory 80GiB --host-memory 1TiB
+  # by hand, for all strategies
+  %(prog)s --model Qwen/Qwen3-14B --gpus 8 --gpu-memory 80GiB"""
 
 
 def _size(text: str) -> int:
@@ -82,11 +84,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print everything as json, in bytes")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of `python -m seeupo_trl.plan`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m seeupo_trl.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def build_parser(parser: argparse.ArgumentParser | None = None) -> argparse.ArgumentParser:
+    """
+    The parser of `python -m seeupo_trl.plan`.
+
+    Args:
+        parser (`argparse.ArgumentParser`, *optional*):
+            An empty one to begin with, which knows what the program is called and how to report errors.
+    """
+    parser = parser or argparse.ArgumentParser(prog="python -m seeupo_trl.plan")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     add_arguments(parser)
     return parser
 
@@ -107,7 +115,7 @@ def planned(args: argparse.Namespace) -> tuple[PlannedRun, list[Strategy]]:
         machine, launched = from_accelerate_config(args.accelerate_config)
         values |= machine
     if args.config:
-        values |= from_training_config(args.config)
+        values |= from_training_config(args.config, values["gpus"] if args.gpus is None else args.gpus)
     names = {field.name for field in fields(PlannedRun)} - {"config"} | {"model", "lora_rank"}
     values |= {name: value for name, value in vars(args).items() if name in names and value is not None}
     lora_rank = values.pop("lora_rank", None)
@@ -119,7 +127,7 @@ def planned(args: argparse.Namespace) -> tuple[PlannedRun, list[Strategy]]:
     elif launched is not None:
         strategies = [replace(launched, lora_rank=lora_rank)]
     else:
-        strategies = all_strategies(lora_rank or 16)
+        strategies = all_strategies(16 if lora_rank is None else lora_rank)
     return PlannedRun(config=config, **values), strategies
 
 
@@ -128,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
     Print the plan that the options of [`add_arguments`] ask for.
 
     Raises:
-        `ValueError`, `FileNotFoundError`, `ImportError`:
+        `ValueError`, `ImportError`:
             When an option or a file is wrong, or a library is missing; the message is for who gave it.
     """
     # libraries greet on the standard output when they are imported
@@ -139,13 +147,21 @@ def run(args: argparse.Namespace) -> None:
     print(report)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line, see `python -m seeupo_trl.plan --help`."""
-    parser = build_parser()
+def main(arguments: Sequence[str] | None = None, parser: argparse.ArgumentParser | None = None) -> None:
+    """
+    The command line, see `python -m seeupo_trl.plan --help`.
+
+    Args:
+        arguments (`Sequence[str]`, *optional*):
+            Its words. Defaults to those of the process.
+        parser (`argparse.ArgumentParser`, *optional*):
+            As in [`build_parser`].
+    """
+    parser = build_parser(parser)
     args = parser.parse_args(arguments)
     try:
         run(args)
-    except (ValueError, ImportError, FileNotFoundError) as error:
+    except (ValueError, ImportError) as error:
         parser.error(str(error))
 
 

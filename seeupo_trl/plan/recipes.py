@@ -2,14 +2,13 @@
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import AutoConfig, PreTrainedConfig, Qwen3Config
 
 from .run import Strategy
+from .settings_file import read_settings
 
 
 _UNITS = {"": 1, "B": 1, **{f"{prefix}iB": 2**power for prefix, power in zip("KMGT", (10, 20, 30, 40), strict=True)}}
@@ -59,7 +58,9 @@ def load_config(model: str | None, shape: str | None) -> PreTrainedConfig:
     """
     if shape is not None:
         values = dict(part.split("=", 1) for part in shape.split(",") if "=" in part)
-        if set(values) != set(SHAPE_FIELDS) or not all(value.isdigit() for value in values.values()):
+        if set(values) != set(SHAPE_FIELDS) or not all(
+            re.fullmatch("0*[1-9][0-9]*", value) for value in values.values()
+        ):
             raise ValueError(f"`--shape {shape}`: give {', '.join(f'{name}=<number>' for name in SHAPE_FIELDS)}.")
         sizes = {SHAPE_FIELDS[name]: int(value) for name, value in values.items()}
         return Qwen3Config(**sizes, tie_word_embeddings=False)
@@ -95,36 +96,72 @@ def dtype_of(name: str, config: PreTrainedConfig) -> torch.dtype:
     return DTYPES[name]
 
 
-def from_training_config(path: str) -> dict[str, Any]:
-    """Fields of a run that a training yaml (arguments of [`SeeUPOConfig`] and of a model) fixes."""
-    values = yaml.safe_load(Path(path).read_text())
+def from_training_config(path: str, gpus: int) -> dict[str, Any]:
+    """
+    Fields of a run that a training yaml (arguments of [`SeeUPOConfig`] and of a model) fixes.
+
+    Args:
+        path (`str`):
+            The yaml file.
+        gpus (`int`):
+            Number of GPUs that share a generation batch.
+
+    Raises:
+        `ValueError`:
+            When the file cannot be read, or a value cannot be.
+    """
+    # what is set to nothing is not set
+    values = {name: value for name, value in read_settings(path).items() if value is not None}
+
+    def number(name: str, default: Any, kind: type = int) -> Any:
+        try:
+            return kind(values.get(name, default))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: `{name}: {values[name]}` is no number.") from error
+
     fields: dict[str, Any] = {"model": values.get("model_name_or_path")}
-    batch_size = values.get("per_device_train_batch_size", 8)
-    steps = values.get("steps_per_generation") or values.get("gradient_accumulation_steps", 1)
-    fields["completions"] = batch_size * steps
-    if values.get("max_context_length"):
-        fields["max_context"] = values["max_context_length"]
-        fields["tokens"] = batch_size * values["max_context_length"]
-    if values.get("max_tokens_per_microbatch"):
-        fields["tokens"] = values["max_tokens_per_microbatch"]
+    batch_size = number("per_device_train_batch_size", 8)
+    if "generation_batch_size" in values:
+        fields["completions"] = -(-number("generation_batch_size", 0) // gpus)
+    else:
+        steps = number("steps_per_generation", number("gradient_accumulation_steps", 1))
+        fields["completions"] = batch_size * steps
+    if "max_context_length" in values:
+        fields["max_context"] = number("max_context_length", 0)
+        fields["tokens"] = batch_size * fields["max_context"]
+    if "max_tokens_per_microbatch" in values:
+        fields["tokens"] = number("max_tokens_per_microbatch", 0)
     if values.get("packing") == "rows":
         fields["rows"] = batch_size
     # TRL loads models in float32 unless told otherwise
-    fields["dtype"] = values.get("dtype") or (values.get("model_init_kwargs") or {}).get("dtype") or "float32"
+    fields["dtype"] = values.get("dtype") or _mapping(path, values, "model_init_kwargs").get("dtype") or "float32"
     fields["bf16"] = bool(values.get("bf16", not values.get("fp16", False)))
     fields["gradient_checkpointing"] = values.get("gradient_checkpointing", True)
     fields["optimizer"] = values.get("optim", "adamw_torch_fused")
-    fields["reference"] = bool(values.get("beta", 0.0))
-    fields["lora_rank"] = values.get("lora_r", 16) if values.get("use_peft") else None
+    fields["reference"] = bool(number("beta", 0.0, float))
+    fields["lora_rank"] = number("lora_r", 16) if values.get("use_peft") else None
     fields["gather_for_generation"] = values.get("ds3_gather_for_generation", True)
     if values.get("use_vllm"):
         fields["generation"] = f"vllm-{values.get('vllm_mode', 'colocate')}"
-        fields["vllm_utilization"] = values.get("vllm_gpu_memory_utilization", 0.3)
-        fields["vllm_tensor_parallel"] = values.get("vllm_tensor_parallel_size", 1)
+        fields["vllm_utilization"] = number("vllm_gpu_memory_utilization", 0.3, float)
+        fields["vllm_tensor_parallel"] = number("vllm_tensor_parallel_size", 1)
         fields["vllm_sleep"] = values.get("vllm_enable_sleep_mode", False)
-        if values.get("vllm_max_model_length"):
-            fields["max_context"] = values["vllm_max_model_length"]
+        if "vllm_max_model_length" in values:
+            fields["max_context"] = number("vllm_max_model_length", 0)
     return fields
+
+
+def _mapping(path: str, values: dict[str, Any], name: str) -> dict[str, Any]:
+    """A mapping inside a file, which may also be written as the text of a JSON object; empty where there is none."""
+    value = values.get(name) or {}
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: `{name}` is a text that is not JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: `{name}` must be a mapping; got {value!r}.")
+    return value
 
 
 def from_accelerate_config(path: str) -> tuple[dict[str, Any], Strategy]:
@@ -135,26 +172,30 @@ def from_accelerate_config(path: str) -> tuple[dict[str, Any], Strategy]:
         `ValueError`:
             When it asks for something that is not planned here.
     """
-    values = yaml.safe_load(Path(path).read_text())
-    fields = {"gpus": values.get("num_processes", 1), "nodes": values.get("num_machines", 1)}
+    values = read_settings(path)
+    fields = {"gpus": values.get("num_processes") or 1, "nodes": values.get("num_machines") or 1}
+    for name, value in fields.items():
+        if not isinstance(value, int):
+            raise ValueError(f"{path}: the number of {name} must be a whole number; got {value!r}.")
     kind = values.get("distributed_type", "NO")
     if kind in ("NO", "MULTI_GPU"):
         return fields, Strategy()
     if kind == "FSDP":
-        return fields, _fsdp_strategy(path, values.get("fsdp_config") or {})
+        return fields, _fsdp_strategy(path, _mapping(path, values, "fsdp_config"))
     if kind != "DEEPSPEED":
         raise ValueError(
             f"{path}: `distributed_type: {kind}` is not planned here; NO, MULTI_GPU, DEEPSPEED and FSDP are."
         )
-    options = values.get("deepspeed_config") or {}
+    options = _mapping(path, values, "deepspeed_config")
     if "deepspeed_config_file" in options:
-        zero = json.loads(Path(options["deepspeed_config_file"]).read_text()).get("zero_optimization", {})
+        path = options["deepspeed_config_file"]
+        zero = _mapping(path, read_settings(path, json.loads), "zero_optimization")
         sizes = {"reduce_bucket_size": "reduce_bucket_size", "max_live_parameters": "stage3_max_live_parameters"}
         sizes = {name: zero[key] for name, key in sizes.items() if key in zero}
         return fields, Strategy(
             zero_stage=zero.get("stage", 0),
-            offload_optimizer=_is_offloaded(path, (zero.get("offload_optimizer") or {}).get("device")),
-            offload_param=_is_offloaded(path, (zero.get("offload_param") or {}).get("device")),
+            offload_optimizer=_is_offloaded(path, _mapping(path, zero, "offload_optimizer").get("device")),
+            offload_param=_is_offloaded(path, _mapping(path, zero, "offload_param").get("device")),
             **{name: None if value == "auto" else int(value) for name, value in sizes.items()},
         )
     return fields, Strategy(

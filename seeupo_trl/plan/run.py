@@ -137,6 +137,8 @@ class Strategy:
             )
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("The optimizer can be offloaded by itself under ZeRO only; `zero_stage` is 0.")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(f"`lora_rank` must be at least 1; got {self.lora_rank}. Without it all is trained.")
 
     @property
     def is_ddp(self) -> bool:
@@ -258,7 +260,23 @@ class PlannedRun:
             raise ValueError(
                 f"`generation={self.generation!r}` is not one of 'transformers', 'vllm-colocate', 'vllm-server'."
             )
-        if self.gpus < 1 or self.nodes < 1 or self.gpus % self.nodes:
+        least = dict.fromkeys(("gpus", "gpu_memory", "nodes", "host_memory", "tokens", "rows"), 1)
+        least |= dict.fromkeys(("action", "completions", "max_context", "vllm_tensor_parallel"), 1)
+        least |= dict.fromkeys(("reserve", "prompt", "observation"), 0)
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise ValueError(f"`{name}` must be at least {smallest}; got {value}.")
+        if not 0 < self.vllm_utilization <= 1:
+            raise ValueError(
+                f"`vllm_utilization` is a share of a GPU, more than 0 and at most 1; got {self.vllm_utilization}."
+            )
+        if self.generation == "vllm-colocate" and self.gpus % self.vllm_tensor_parallel:
+            raise ValueError(
+                f"{self.gpus} GPUs cannot be grouped by `vllm_tensor_parallel={self.vllm_tensor_parallel}`; give a "
+                "divisor of their number."
+            )
+        if self.gpus % self.nodes:
             raise ValueError(f"{self.gpus} GPUs cannot be spread evenly over {self.nodes} nodes.")
 
     @property

@@ -23,7 +23,7 @@ from seeupo_trl.plan.__main__ import add_arguments, main, run
 from seeupo_trl.plan.activations import Pass, measure_pass, trace_pass
 from seeupo_trl.plan.live_bytes import LiveBytes
 from seeupo_trl.plan.memory import estimate, estimate_all
-from seeupo_trl.plan.recipes import from_accelerate_config, parse_bytes
+from seeupo_trl.plan.recipes import from_accelerate_config, from_training_config, parse_bytes
 from seeupo_trl.plan.report import library_estimates
 from seeupo_trl.plan.run import GIB, PlannedRun, Strategy, all_strategies, model_shape
 from seeupo_trl.scoring.rows import Row, RowBatch
@@ -34,6 +34,8 @@ from seeupo_trl.trajectory import Trajectory, Turn
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 0.15
+
+SHAPE = "layers=2,hidden=64,intermediate=128,heads=4,kv_heads=2,head_dim=16,vocabulary=500"
 
 QWEN3_14B = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -375,6 +377,18 @@ def test_table_names_what_differs_from_the_libraries_own_estimators(qwen3_14b, c
         (["--model", "x", "--offload-optimizer"], "give `--zero-stage` or `--fsdp2`"),
         (["--model", "x", "--gpu-memory", "lots"], "write it as 80GiB"),
         (["--model", "x", "--config", "no-such.yaml"], "no-such.yaml"),
+        (["--shape", SHAPE.replace("layers=2", "layers=0")], "layers=<number>"),
+        (["--shape", SHAPE, "--gpus", "0"], "`gpus` must be at least 1; got 0."),
+        (["--shape", SHAPE, "--tokens", "0"], "`tokens` must be at least 1; got 0."),
+        (["--shape", SHAPE, "--rows", "0"], "`rows` must be at least 1; got 0."),
+        (["--shape", SHAPE, "--completions", "0"], "`completions` must be at least 1; got 0."),
+        (["--shape", SHAPE, "--max-context", "-3"], "`max_context` must be at least 1; got -3."),
+        (["--shape", SHAPE, "--lora-rank", "0"], "`lora_rank` must be at least 1; got 0."),
+        (["--shape", SHAPE, "--vllm-utilization", "1.5"], "more than 0 and at most 1; got 1.5."),
+        (
+            ["--shape", SHAPE, "--generation", "vllm-colocate", "--vllm-tensor-parallel", "3"],
+            "8 GPUs cannot be grouped by `vllm_tensor_parallel=3`",
+        ),
     ],
 )
 def test_bad_arguments_say_what_to_do(arguments, message, capsys, monkeypatch):
@@ -384,9 +398,62 @@ def test_bad_arguments_say_what_to_do(arguments, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--config", "--accelerate-config"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty; it must contain a YAML mapping"),
+        (b"- 1", "holds a list; it must contain a YAML mapping"),
+        (b"a: [1", "is not YAML: .* expected"),
+        (b"1: 2", "has the key 1, which is no name"),
+        (b"\xff\xfe\x00", "is no text"),
+        (None, "cannot be read: Is a directory"),
+    ],
+    ids=str,
+)
+def test_a_file_without_settings_is_named(option, content, message, tmp_path, capsys):
+    path = tmp_path / "settings.yaml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(SystemExit) as end:
+        main(["--shape", SHAPE, option, str(path)])
+    assert end.value.code == 2
+    assert re.search(f"error: {path} {message}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("settings", "completions"),
+    [
+        ({"per_device_train_batch_size": None}, 8),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}, 6),
+        ({"per_device_train_batch_size": "2", "steps_per_generation": 4, "gradient_accumulation_steps": 3}, 8),
+        ({"per_device_train_batch_size": 2, "generation_batch_size": 512}, 64),
+    ],
+    ids=str,
+)
+def test_episodes_of_a_gpu_are_those_that_the_trainer_would_generate(settings, completions, tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    assert from_training_config(str(path), gpus=8)["completions"] == completions
+
+
+def test_a_value_in_a_file_that_is_no_number_is_named(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("per_device_train_batch_size: many")
+    with pytest.raises(ValueError, match=f"{path}: `per_device_train_batch_size: many` is no number."):
+        from_training_config(str(path), gpus=8)
+
+
+def test_how_the_model_is_loaded_may_be_written_as_json(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("""model_init_kwargs: '{"dtype": "bfloat16"}'""")
+    assert from_training_config(str(path), gpus=8)["dtype"] == "bfloat16"
+    path.write_text("model_init_kwargs: '{'")
+    with pytest.raises(ValueError, match="`model_init_kwargs` is a text that is not JSON"):
+        from_training_config(str(path), gpus=8)
+
+
 def test_a_plan_can_be_a_part_of_another_command_line(capsys):
-    shape = "layers=2,hidden=64,intermediate=128,heads=4,kv_heads=2,head_dim=16,vocabulary=500"
-    options = ["--shape", shape, "--zero-stage", "2"]
+    options = ["--shape", SHAPE, "--zero-stage", "2"]
     parser = argparse.ArgumentParser()
     add_arguments(parser.add_subparsers().add_parser("plan"))
     run(parser.parse_args(["plan", *options]))
