@@ -2,7 +2,7 @@
 `seeupo-trl doctor`: what is installed, whether it works, and what command brings the rest.
 
 Every package is imported in a process of its own, so one that raises, crashes or hangs is a line of the report.
-Nothing is imported here but the standard library and `packaging`.
+Nothing is imported here but the standard library, `packaging` and what reports mistakes.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from .parser import Parser
 
 
 EXAMPLES = """\
@@ -316,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         `int`: 0 if training can start, else 1.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="seeupo-trl doctor",
         description="Versions, devices, what of the optional parts is installed and works, and what brings the rest.",
         epilog=EXAMPLES,

@@ -4,12 +4,15 @@ The command `seeupo-trl`: one word says what is to be done, and its module does 
 Modules are imported when they are needed: help and the version come without torch.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from .. import __version__
 from ..recipes.mistakes import TRACEBACK_VARIABLE, UsageError, call_program, nearest, reported
+from .parser import Parser
 
 
 HELP = f"""\
@@ -18,11 +21,11 @@ usage: seeupo-trl COMMAND ...
 Train LLM agents turn by turn, from the last turn to the first (SeeUPO, arXiv 2602.06554).
 
 commands:
-  train bfcl|appworld|openenv    train an agent
-  evaluate bfcl                  success of a model over several attempts, with confidence intervals
-  plan                           what a run needs in memory, before it is started
-  view RUN                       the trajectories of a run as a page
-  doctor                         versions, devices, what is installed and what brings the rest
+  train NAME     train an agent: bfcl, appworld, openenv or textarena
+  evaluate bfcl  success of a model over several attempts, with confidence intervals
+  plan           what a run needs in memory, before it is started
+  view RUN       the trajectories of a run as a page
+  doctor         versions, devices, what is installed and what brings the rest
 
 options:
   --version      the version
@@ -79,11 +82,11 @@ def _dispatch(arguments: list[str]) -> None:
     elif command == "plan":
         from ..plan.__main__ import main as plan
 
-        sys.exit(plan(rest))
+        plan(rest, _PlanParser(prog="seeupo-trl plan"))
     elif command == "view":
         from ..view.__main__ import main as view
 
-        sys.exit(view(rest))
+        view(rest, Parser(prog="seeupo-trl view"))
     elif command == "doctor":
         from .doctor import main as doctor
 
@@ -92,3 +95,18 @@ def _dispatch(arguments: list[str]) -> None:
         kind = "option" if command.startswith("-") else "command"
         names = COMMANDS if kind == "command" else ("--help", "--version", "--traceback")
         raise UsageError(f"unknown {kind}: {command}.{nearest(command, names)} See `seeupo-trl --help`.")
+
+
+class _PlanParser(Parser):
+    """Files may be given by the names that `train` takes, too."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        from .scripts import find_configuration
+
+        options = super().parse_args(args, namespace)
+        for name, folder in (("config", "configs"), ("accelerate_config", "accelerate_configs")):
+            given = getattr(options, name)
+            if given is not None:
+                option = f"--{name.replace('_', '-')}"
+                setattr(options, name, str(find_configuration(option, given, folder)))
+        return options

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..recipes import arguments as script_arguments
 from ..recipes.mistakes import UsageError, call_program, nearest, program
+from .parser import Parser
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def first_gpu(visible: str | None) -> str:
 
 def _launcher_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Arguments of `accelerate launch`, and those of the script."""
-    parser = _LauncherParser(prog=program(), add_help=False, allow_abbrev=False)
+    parser = Parser(prog=program(), add_help=False, allow_abbrev=False)
     parser.add_argument("--accelerate_config")
     parser.add_argument("--num_processes", type=int)
     parser.add_argument("--num_machines", type=int)
@@ -200,26 +201,28 @@ def _launcher_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
         return [], rest
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     if config is not None:
-        words = ["--config_file", str(_accelerate_config(config)), *words]
+        words = ["--config_file", str(find_configuration("--accelerate_config", config, "accelerate_configs")), *words]
     elif words and not _has_default_launcher_config():
         # without the first, processes on a CPU would be one; the others are the launcher's defaults, said aloud
         words = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *words]
     return words, rest
 
 
-class _LauncherParser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UsageError(f"{message}. See `{self.prog} --help`.")
+def find_configuration(option: str, given: str, folder: str) -> Path:
+    """
+    The file that an option asks for, by its path or by the name of a configuration in a folder of the examples.
 
-
-def _accelerate_config(given: str) -> Path:
+    Raises:
+        [`UsageError`]:
+            When there is neither.
+    """
     if Path(given).is_file():
         return Path(given)
-    shipped = examples_directory() / "accelerate_configs" / f"{given}.yaml"
+    shipped = examples_directory() / folder / f"{given}.yaml"
     if not shipped.is_file():
-        names = _names("accelerate_configs")
+        names = _names(folder)
         raise UsageError(
-            f"--accelerate_config: there is no file {given!r}, nor a configuration of that name."
+            f"{option}: there is no file {given!r}, nor a configuration of that name."
             f"{nearest(given, names)} Configurations: {', '.join(names)}."
         )
     return shipped

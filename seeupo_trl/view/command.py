@@ -1,7 +1,6 @@
 """The command line of the page, for `python -m seeupo_trl.view` and for programs that offer it among others."""
 
 import argparse
-import sys
 import webbrowser
 from pathlib import Path
 
@@ -43,27 +42,20 @@ def run(args: argparse.Namespace) -> None:
             Options of [`add_arguments`].
 
     Raises:
-        `SystemExit`:
-            When there is nothing to show, with a message that says why.
+        `OSError`, `ValueError`:
+            When there is nothing to show, or the page cannot be written; the message is for who asked for it.
     """
     selection = {"splits": args.split, "iterations": args.iteration, "max_trajectories": args.max_trajectories}
-    try:
-        if args.watch:
-            if args.output is not None:
-                raise ValueError("--watch writes no page: give either --watch or --output.")
-            watch(Path(args.run_dir), port=args.port or 0, open_browser=args.open, **selection)
-        elif args.port is not None:
-            raise ValueError("--port is the port of --watch: add --watch, or leave it out.")
-        else:
-            _write(args, selection)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-
-
-def _write(args: argparse.Namespace, selection: dict) -> None:
-    output = write_page(args.run_dir, args.output, **selection)
-    if args.open:
-        webbrowser.open(output.resolve().as_uri())
+    if args.watch:
+        if args.output is not None:
+            raise ValueError("--watch writes no page: give either --watch or --output.")
+        watch(Path(args.run_dir), port=args.port or 0, open_browser=args.open, **selection)
+    elif args.port is not None:
+        raise ValueError("--port is the port of --watch: add --watch, or leave it out.")
+    else:
+        output = write_page(args.run_dir, args.output, **selection)
+        if args.open:
+            webbrowser.open(output.resolve().as_uri())
 
 
 def write_page(run_dir: str | Path, output: str | Path | None = None, **selection) -> Path:
@@ -77,15 +69,26 @@ def write_page(run_dir: str | Path, output: str | Path | None = None, **selectio
             The file; by default `trajectories.html` in `run_dir`.
         **selection:
             `splits`, `iterations` and `max_trajectories` of [`~seeupo_trl.view.run.read_run`].
+
+    Raises:
+        `OSError`, `ValueError`:
+            When there is nothing to show, or the file cannot be written.
     """
     run_dir = Path(run_dir)
-    shown = read_run(run_dir, **selection)
     output = Path(output or (run_dir if run_dir.is_dir() else run_dir.parent) / "trajectories.html")
+    if output.is_dir():
+        raise IsADirectoryError(f"--output {output} is a directory; give the file of the page.")
+    shown = read_run(run_dir, **selection)
     page = render(shown.rows.to_pylist(), shown.title, shown.note, shown.charts, shown.notices)
-    output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(output)
+    except OSError as error:
+        if output.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+        raise OSError(f"{output} cannot be written: {error.strerror}. Give another file by --output.") from error
     print(f"{output}: {len(page) / 1e6:.1f} MB" + (f"; {shown.note}" if shown.note else ""))
     return output
 

@@ -13,7 +13,7 @@ from seeupo_trl.command_line.scripts import SCRIPTS
 
 
 NAMES = [(command, name) for command, scripts in SCRIPTS.items() for name in scripts]
-HELPS = [[], ["--help"], ["train"], ["train", "--help"], ["evaluate", "-h"], ["doctor", "--help"]]
+HELPS = [[], ["--help"], ["train"], ["train", "--help"], ["evaluate", "-h"], ["doctor", "--help"], ["view", "-h"]]
 HELPS += [[command, name, "--help"] for command, name in NAMES]
 
 WITHOUT_TORCH = """
@@ -39,9 +39,8 @@ def test_help_shows_examples_without_torch(arguments):
     assert max(map(len, done.stdout.splitlines())) < 120
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["view", "--help"]], ids=" ".join)
-def test_version_and_view_need_no_torch(arguments):
-    command = [sys.executable, "-c", WITHOUT_TORCH, *arguments]
+def test_version_needs_no_torch():
+    command = [sys.executable, "-c", WITHOUT_TORCH, "--version"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment())
     assert (done.returncode, done.stderr) == (0, "[]\n")
 
@@ -72,6 +71,13 @@ def test_version():
         (["train", "bfcl", "--num_processes", "two"], "argument --num_processes: invalid int value: 'two'"),
         (["train", "bfcl", "--num_processes", "0"], "--num_processes must be at least 1; got 0."),
         (["train", "bfcl", "--accelerate_config", "zero4"], "nor a configuration of that name. Did you mean 'zero3"),
+        (["plan", "--gpuss", "8"], "unknown option: --gpuss. Did you mean '--gpus'? See `seeupo-trl plan --help`."),
+        (["plan", "--config", "smollm2_bfc"], "no file 'smollm2_bfc', nor a configuration of that name. Did you mean"),
+        (["plan"], "Which model?"),
+        (["view"], "the following arguments are required: run_dir. See `seeupo-trl view --help`."),
+        (["view", "run", "--itertion", "2"], "unknown option: --itertion. Did you mean '--iteration'?"),
+        (["view", "no/such/run"], "no/such/run has no saved trajectories"),
+        (["doctor", "--jsn"], "unknown option: --jsn. Did you mean '--json'?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -97,12 +103,29 @@ def test_plan_and_view_are_the_modules_commands(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["strategies"]) == 1
     done = seeupo_trl("view", tmp_path)
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert str(tmp_path) in done.stderr
+
+
+def test_plan_takes_the_names_of_configurations(capsys):
+    shape = "layers=4,hidden=64,intermediate=128,heads=4,kv_heads=2,head_dim=16,vocabulary=1000"
+    main(["plan", "--config", "qwen3_14b_bfcl_lora", "--accelerate-config", "zero3", "--shape", shape, "--json"])
+    (strategy,) = json.loads(capsys.readouterr().out)["strategies"]
+    assert strategy["strategy"] == "ZeRO-3, LoRA r=32"
+
+
+def test_help_of_a_plan_calls_it_by_its_name(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: seeupo-trl plan")
+    assert "examples:" in shown and "  seeupo-trl plan --model Qwen/Qwen3-14B" in shown
+    assert "python -m" not in shown
 
 
 def test_every_command_is_in_the_help(capsys):
     main(["--help"])
     shown = capsys.readouterr().out
     assert all(f"\n  {command} " in shown for command in COMMANDS)
+    assert all(f" {name}" in shown for name in SCRIPTS["train"])

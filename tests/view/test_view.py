@@ -195,16 +195,25 @@ def test_splits_and_iterations_can_be_chosen(run_dir, tmp_path):
     assert [(t["split"], t["iteration"]) for t in data["trajectories"]] == [("train", 1)] * 2
 
 
-def test_command_line_explains_what_it_cannot_show(run_dir, tmp_path):
+def test_command_line_explains_what_it_cannot_show(run_dir, tmp_path, capsys):
     def fails(*options):
         command = [sys.executable, "-m", "seeupo_trl.view", *map(str, options)]
         process = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert process.returncode != 0
+        assert process.returncode == 2
         assert "Traceback" not in process.stderr
         return process.stderr
 
+    def says(message, *options):
+        with pytest.raises(SystemExit) as end:
+            main([str(run_dir), *map(str, options)])
+        assert end.value.code == 2
+        assert message in capsys.readouterr().err
+
     assert "has no saved trajectories" in fails(tmp_path)
-    with pytest.raises(SystemExit, match="is of split test and any iteration"):
-        main([str(run_dir), "--split", "test"])
-    with pytest.raises(SystemExit):
-        main([str(run_dir), "--max-trajectories", "0"])
+    says("is of split test and any iteration", "--split", "test")
+    says("must be at least 1; got 0", "--max-trajectories", 0)
+    says(f"--output {tmp_path} is a directory", "--output", tmp_path)
+    (tmp_path / "file").touch()
+    says("page.html cannot be written: ", "--output", tmp_path / "file" / "page.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert not tmp_path.with_name(f".{tmp_path.name}.tmp").exists()
