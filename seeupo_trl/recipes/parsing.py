@@ -1,13 +1,16 @@
 """How a script reads its command line and its YAML file, as TRL's scripts do, and says what is wrong with them."""
 
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
+from transformers import TrainingArguments
 from trl import TrlParser
 
+from ..plan.settings_file import read_settings
 from .mistakes import UsageError, nearest, program, reported
 
 
@@ -42,7 +45,11 @@ def run(
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     with reported():
-        main(*parse(dataclasses, configs, demonstration, arguments))
+        parsed = parse(dataclasses, configs, demonstration, arguments)
+        for options in parsed:
+            if isinstance(options, TrainingArguments):
+                check_output_dir(options.output_dir)
+        main(*parsed)
 
 
 def parse(
@@ -57,15 +64,17 @@ def parse(
     """
     arguments = _named_config(list(arguments), configs, demonstration)
     parser = ScriptParser(dataclasses, prog=program())
+    if "--config" in arguments:
+        try:
+            read_settings(arguments[arguments.index("--config") + 1])
+        except ValueError as error:
+            raise UsageError(str(error)) from error
     try:
         *parsed, from_file, from_command_line = parser.parse_args_and_config(
             arguments, return_remaining_strings=True, separate_remaining_strings=True
         )
     except UsageError:
         raise
-    except yaml.YAMLError as error:
-        path, problem = arguments[arguments.index("--config") + 1], " ".join(str(error).split())
-        raise UsageError(f"{path} is not YAML: {problem}") from error
     except (ValueError, TypeError, ImportError, OSError) as error:
         # what the dataclasses say to their values
         raise UsageError(str(error)) from error
@@ -78,6 +87,30 @@ def parse(
         keys = {action.dest for action in parser._actions}
         raise UsageError(f"unknown key in {arguments[arguments.index('--config') + 1]}: {key}.{nearest(key, keys)}")
     return tuple(parsed)
+
+
+def check_output_dir(output_dir: str) -> None:
+    """
+    Whether results can be written, tried before anything is computed. Nothing is left behind.
+
+    Raises:
+        [`UsageError`]:
+            When they cannot.
+    """
+    if not output_dir:
+        raise UsageError("--output_dir is empty; give the directory that the results are written to.")
+    # the directory is made when there is something to write; until then what it will lie in says whether it can be
+    path = Path(output_dir).absolute()
+    there = next(directory for directory in (path, *path.parents) if os.path.lexists(directory))
+    if not there.is_dir():
+        raise UsageError(f"--output_dir {output_dir}: {there} is a file; give a directory.")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"--output_dir {output_dir}: nothing can be written to {there} ({error.strerror})."
+        ) from error
 
 
 def _named_config(arguments: list[str], configs: Path, demonstration: str | None) -> list[str]:

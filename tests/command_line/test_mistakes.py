@@ -67,11 +67,13 @@ def test_the_demonstration_stands_in_for_neither_model_nor_configuration(configs
         (["--config", "small"], "max_turns: many", "invalid int value: 'many'"),
         (["--config", "small"], "max_turns: [1", "small.yaml is not YAML: .* line 1, .*expected"),
         (["--config", "small"], "just text", "must contain a YAML mapping"),
+        (["--config", "small"], "1: 2", "small.yaml has the key 1, which is no name of a setting"),
+        (["--config", "small"], b"\xff\xfe\x00", "small.yaml is no text"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_is_wrong_with_a_command_line_is_said(arguments, content, message, tmp_path):
-    (tmp_path / "small.yaml").write_text(content)
+    (tmp_path / "small.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UsageError, match=message):
         parsed(*arguments, configs=tmp_path)
 
@@ -101,6 +103,32 @@ def test_a_value_that_the_package_refuses_is_a_mistake(configs, tmp_path, capsys
         run(main, [Options], configs, arguments=[])
     assert end.value.code == 2
     assert "error: `max_turns` must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("file", "{there} is a file; give a directory."),
+        ("file/x", "{there} is a file; give a directory."),
+        pytest.param(
+            "/proc/nope",
+            "nothing can be written to /proc",
+            marks=pytest.mark.skipif(not Path("/proc").is_dir(), reason="a directory that nobody can write to"),
+        ),
+        ("", "--output_dir is empty"),
+    ],
+)
+def test_an_output_directory_that_cannot_be_used_is_said_before_anything_is_computed(
+    given, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    arguments = ["--output_dir", given, "--use_cpu", "true", "--bf16", "false"]
+    with pytest.raises(SystemExit) as end:
+        run(lambda args: pytest.fail("started"), [SeeUPOConfig], CONFIGS, arguments=arguments)
+    assert end.value.code == 2
+    assert message.format(there=tmp_path / "file") in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_what_python_refuses_inside_the_package_is_a_bug():
