@@ -62,14 +62,14 @@ class Config(training.Config):
 
 def main(script_args: EvaluationArguments, args: Config, model_args: ModelConfig) -> dict[str, float]:
     """Evaluate, print the table, and return the metrics."""
+    # an episode that ends before the environment can report success has reward 0
+    training.set_by_script(args, "success_threshold", 1.0, "BFCL reports success itself")
     state = PartialState()
     model = model_args.model_name_or_path
     if model is None:
         with state.local_main_process_first():
             model = str(smollm2(Path(script_args.cache_dir or default_cache_dir())))
     args.model_init_kwargs = training.model_init_kwargs(args, model_args)
-    # an episode that ends before the environment can report success has reward 0
-    args.success_threshold = 1.0
     # nothing is trained, and no training set is needed
     args.max_steps = 1
     trainer = SeeUPOTrainer(

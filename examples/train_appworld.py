@@ -41,6 +41,7 @@ from seeupo_trl.recipes.training import (
     ReportingRollout,
     model_init_kwargs,
     prepare_cpu,
+    report_success,
     success,
     train_and_report,
 )
@@ -59,6 +60,7 @@ def main(script_args: AppWorldArguments, training_args: Config, model_args: Mode
         )
     training_args.max_concurrent_envs = training_args.max_concurrent_envs or script_args.num_servers
     prepare_cpu(training_args)
+    report_success(training_args)
     servers = AppWorldServers(
         script_args.num_servers,
         python=script_args.appworld_python,
@@ -79,9 +81,8 @@ def main(script_args: AppWorldArguments, training_args: Config, model_args: Mode
         partial_reward=script_args.partial_reward,
         max_observation_chars=script_args.max_observation_chars,
     )
-    # rewards are the environment's, and AppWorld's score is reported beside them with weight 0
+    # rewards are the environment's, and AppWorld's score is reported beside them
     training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
-    training_args.reward_weights = [0.0]
     rollout = ReportingRollout(make_environment)
     servers.start()
     try:

@@ -42,6 +42,7 @@ from seeupo_trl.recipes.training import (
     check_evaluation,
     model_init_kwargs,
     prepare_cpu,
+    report_success,
     success,
     train_and_report,
 )
@@ -53,6 +54,7 @@ CONFIGS = Path(__file__).with_name("configs")
 
 def main(script_args: BfclArguments, training_args: Config, model_args: ModelConfig) -> None:
     prepare_cpu(training_args)
+    report_success(training_args)
 
     # the environment: it opens a task's conversation, and answers the policy's calls
     make_environment = partial(
@@ -76,9 +78,8 @@ def main(script_args: BfclArguments, training_args: Config, model_args: ModelCon
         check_evaluation(training_args, held_out)
         model = warmed_up(base_model, cache_dir, train, make_environment(), script_args, **loading)
 
-    # the trainer: rewards are the environment's, and the official score is reported beside them with weight 0
+    # the trainer: rewards are the environment's, and the official score is reported beside them
     training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
-    training_args.reward_weights = [0.0]
     rollout = ReportingRollout(make_environment)
     trainer = SeeUPOTrainer(
         model=model,

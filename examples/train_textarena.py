@@ -42,6 +42,7 @@ from seeupo_trl.recipes.training import (
     ReportingRollout,
     model_init_kwargs,
     prepare_cpu,
+    report_success,
     success,
     train_and_report,
 )
@@ -52,6 +53,7 @@ CONFIGS = Path(__file__).with_name("configs")
 
 def main(script_args: TextArenaArguments, training_args: Config, model_args: ModelConfig) -> None:
     prepare_cpu(training_args)
+    report_success(training_args)
 
     # the tasks: a seed is a game, and those that are held out begin after those of the training
     games = partial(load_textarena, script_args.game, **json.loads(script_args.game_options))
@@ -66,9 +68,8 @@ def main(script_args: TextArenaArguments, training_args: Config, model_args: Mod
         cache_dir = Path(script_args.cache_dir or default_cache_dir())
         model = model_args.model_name_or_path or str(smollm2(cache_dir))
 
-    # the trainer: rewards are the game's, and whether it was solved is reported beside them with weight 0
+    # the trainer: rewards are the game's, and whether it was solved is reported beside them
     training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
-    training_args.reward_weights = [0.0]
     rollout = ReportingRollout(partial(TextArenaEnvironment, success_reward=script_args.success_reward))
     trainer = SeeUPOTrainer(
         model=model,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import ProgressCallback, TrainerCallback
+from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 from trl import ModelConfig
 
 from ..evaluation.comparison import compare
@@ -23,17 +23,20 @@ from ..seeupo_trainer import SeeUPOTrainer
 from ..trajectory import Trajectory
 from ..view.command import write_page
 from .learning_curve import describe_change, print_learning_curve
+from .mistakes import UsageError
 from .results import interval
 
 
 @dataclass
 class Config(SeeUPOConfig):
-    """[`SeeUPOConfig`] that runs on the CPU where there is no GPU, and resumes by `--resume_from_checkpoint true`."""
+    """
+    [`SeeUPOConfig`] that runs on the CPU where there is no GPU, and takes `--resume_from_checkpoint true` and `false`.
+    """
 
     def __post_init__(self):
         # a yaml file says `true` itself, but a word of the command line is taken for a path
-        if self.resume_from_checkpoint in ("true", "True"):
-            self.resume_from_checkpoint = True
+        words = {"true": True, "false": False}
+        self.resume_from_checkpoint = words.get(str(self.resume_from_checkpoint).lower(), self.resume_from_checkpoint)
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         super().__post_init__()
 
@@ -56,6 +59,18 @@ class ReportingRollout(MultiTurnRollout):
 def success(solved: list[float], **kwargs) -> list[float]:
     """Reward function with weight 0: the official score, to see it beside a shaped reward."""
     return solved
+
+
+def report_success(training_args: Config) -> None:
+    """
+    Have [`success`] reported beside the environment's rewards, with weight 0.
+
+    Raises:
+        [`UsageError`]:
+            When the user gave `reward_weights`.
+    """
+    because = "its only reward function reports success with weight 0, and what counts is the environment's reward"
+    set_by_script(training_args, "reward_weights", [0.0], because)
 
 
 class IterationLine(ProgressCallback):
@@ -128,6 +143,27 @@ def model_init_kwargs(training_args: Config, model_args: ModelConfig) -> dict[st
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
+
+
+def set_by_script(args: TrainingArguments, name: str, value: Any, because: str) -> None:
+    """
+    Set a field that is the script's to decide.
+
+    Args:
+        args (`TrainingArguments`):
+            The arguments.
+        name (`str`), value (`Any`):
+            The field, and what the script needs it to be.
+        because (`str`):
+            Why, for those who gave it another value.
+
+    Raises:
+        [`UsageError`]:
+            When the user gave it another value.
+    """
+    if getattr(args, name) not in (None, value):
+        raise UsageError(f"--{name} cannot be given to this script: {because}.")
+    setattr(args, name, value)
 
 
 def check_evaluation(training_args: Config, held_out: dict[str, Dataset]) -> None:

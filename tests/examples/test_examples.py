@@ -1,10 +1,12 @@
 """The main job runs from end to end, and its configurations say what the parser understands."""
 
+import importlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import typing
 from importlib.resources import files
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from tiny import VOCABULARY, save_tiny_model
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
+from seeupo_trl.recipes.mistakes import UsageError
 from seeupo_trl.scoring.tree_attention import flex_length
 
 
@@ -85,14 +88,34 @@ def test_evaluation_of_the_14b_model_plays_as_it_was_trained(tmp_path):
     assert args.temperature == trained["temperature"]
 
 
-@pytest.mark.parametrize("word", ["true", "checkpoint-3"])
+@pytest.mark.parametrize("word", ["true", "false", "checkpoint-3"])
 def test_command_line_can_ask_to_resume(word, tmp_path):
     import train_bfcl
 
     parser = TrlParser((train_bfcl.BfclArguments, train_bfcl.Config, ModelConfig))
     arguments = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", word]
     _, training_args, _ = parser.parse_args_and_config(arguments)
-    assert training_args.resume_from_checkpoint == (True if word == "true" else word)
+    assert training_args.resume_from_checkpoint == {"true": True, "false": False}.get(word, word)
+
+
+@pytest.mark.parametrize(
+    ("script", "option", "value"),
+    [
+        ("train_bfcl", "reward_weights", "1.0"),
+        ("train_appworld", "reward_weights", "1.0"),
+        ("train_textarena", "reward_weights", "1.0"),
+        ("evaluate_bfcl", "success_threshold", "0.5"),
+    ],
+)
+def test_a_field_that_a_script_sets_itself_is_refused_when_it_is_given(script, option, value, tmp_path):
+    if script == "train_textarena":
+        pytest.importorskip("textarena", reason="pip install textarena")
+    module = importlib.import_module(script)
+    dataclasses = list(typing.get_type_hints(module.main).values())[:3]
+    words = ["--output_dir", str(tmp_path), "--model_name_or_path", "no/model", "--bf16", "false", "--use_cpu", "true"]
+    parsed = TrlParser(dataclasses).parse_args_and_config([*words, f"--{option}", value])
+    with pytest.raises(UsageError, match=f"--{option} cannot be given to this script: "):
+        module.main(*parsed)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("accelerate_configs/*.yaml")), ids=lambda path: path.stem)
