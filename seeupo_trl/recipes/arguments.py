@@ -1,10 +1,22 @@
 """
-What each script in `examples/` asks for besides the trainer's and the model's arguments.
+What each script in `examples/` asks for besides the trainer's and the model's arguments, and which values cannot be.
 
 Nothing here needs torch: `seeupo-trl train bfcl --help` comes at once.
 """
 
+import json
+import math
 from dataclasses import dataclass, field
+from typing import Any
+
+
+def _require(arguments: Any, least: float, *names: str) -> None:
+    """Raise a `ValueError` for an argument that is smaller, or no finite number; `None` is one that is not given."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not (least <= value and math.isfinite(value)):
+            needed = "a finite number" if least == -math.inf else f"at least {least}"
+            raise ValueError(f"--{name} must be {needed}; got {value}.")
 
 
 @dataclass
@@ -74,6 +86,11 @@ class BfclArguments:
     trained_layers: int | None = field(default=None, metadata={"help": "Train only this many of the last layers."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where converted and warmed-up models are kept."})
 
+    def __post_init__(self):
+        _require(self, 0, "distractors", "held_out_tasks", "test_tasks", "warmup_steps_sft", "warmup_learning_rate")
+        _require(self, 1, "max_user_turns", "max_task_tokens", "trained_layers")
+        _require(self, -math.inf, "success_reward")
+
 
 @dataclass
 class EvaluationArguments:
@@ -108,6 +125,10 @@ class EvaluationArguments:
     distractors: int = field(default=0, metadata={"help": "With tool_list 'needed', how many others to add."})
     max_user_turns: int | None = field(default=None, metadata={"help": "Play only the first user turns."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where the demonstration's model is kept."})
+
+    def __post_init__(self):
+        _require(self, 0, "distractors")
+        _require(self, 1, "num_tasks", "max_user_turns")
 
 
 @dataclass
@@ -151,6 +172,11 @@ class AppWorldArguments:
     max_observation_chars: int = field(default=20_000, metadata={"help": "Most characters of output shown."})
     execution_timeout: int = field(default=60, metadata={"help": "Seconds until the model's code is interrupted."})
     keep_outputs: str | None = field(default=None, metadata={"help": "Where AppWorld's files of episodes are kept."})
+
+    def __post_init__(self):
+        _require(self, 0, "held_out_tasks")
+        _require(self, 1, "num_servers", "max_observation_chars", "execution_timeout")
+        _require(self, -math.inf, "success_reward", "partial_reward")
 
 
 @dataclass
@@ -206,3 +232,14 @@ class TextArenaArguments:
     held_out_tasks: int = field(default=0, metadata={"help": "Seeds after those, evaluated before and after."})
     success_reward: float = field(default=1.0, metadata={"help": "Smallest reward that counts as a success."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where the demonstration's model is kept."})
+
+    def __post_init__(self):
+        _require(self, 0, "held_out_tasks")
+        _require(self, 1, "train_games")
+        _require(self, -math.inf, "success_reward")
+        try:
+            options = json.loads(self.game_options)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--game_options is {self.game_options!r}, which is not JSON: {error}.") from error
+        if not isinstance(options, dict):
+            raise ValueError(f'--game_options must be a JSON object, as {{"size": 4}}; got {self.game_options!r}.')

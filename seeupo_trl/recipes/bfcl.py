@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..envs.bfcl import BfclEnvironment, ground_truth_messages, load_bfcl
 from .arguments import BfclArguments, EvaluationArguments
 from .cache import made_once
+from .mistakes import UsageError
 from .warm_up import warm_up
 
 
@@ -22,6 +23,10 @@ def choose_tasks(
     Training tasks, and the tasks to evaluate: some of the training split that are not trained on, and some of the test
     split. In the paper's scheme that is another domain (trading and travel instead of files and vehicles), in the
     stratified one the same.
+
+    Raises:
+        [`UsageError`]:
+            When no task is left to train on.
     """
 
     def is_short(row):
@@ -38,6 +43,10 @@ def choose_tasks(
             name: split.select([i for i, row in enumerate(split) if is_short(row)]) for name, split in splits.items()
         }
     train, test, count = splits["train"], splits["test"], script_args.held_out_tasks
+    num_tests = count if script_args.test_tasks is None else script_args.test_tasks
+    for name, tasks in {"training": train, "test": test}.items():
+        if not len(tasks) and (name == "training" or num_tests):
+            raise UsageError(f"--max_task_tokens {script_args.max_task_tokens} leaves no {name} task; raise it.")
     evaluated = {}
     if count:
         # every few tasks, because neighbours resemble one another
@@ -46,8 +55,10 @@ def choose_tasks(
         # a task has the same number in all categories
         numbers = [id.rpartition("_")[2] for id in train["id"]]
         not_trained_on = {numbers[i] for i in chosen}
+        num_tasks = len(train)
         train = train.select([i for i, number in enumerate(numbers) if number not in not_trained_on])
-    num_tests = count if script_args.test_tasks is None else script_args.test_tasks
+        if not len(train):
+            raise UsageError(f"--held_out_tasks {count} leaves none of {num_tasks} tasks to train on; give fewer.")
     if num_tests:
         evaluated["test-split"] = test.select(range(min(num_tests, len(test))))
     return train, evaluated

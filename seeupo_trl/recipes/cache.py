@@ -14,7 +14,7 @@ from pathlib import Path
 
 def default_cache_dir() -> Path:
     """`$SEEUPO_TRL_CACHE` where it is set, else `~/.cache/seeupo_trl`."""
-    return Path(os.environ.get("SEEUPO_TRL_CACHE", "~/.cache/seeupo_trl")).expanduser()
+    return Path(os.environ.get("SEEUPO_TRL_CACHE") or "~/.cache/seeupo_trl").expanduser()
 
 
 def made_once(entry: Path, make: Callable[[Path], None]) -> Path:

@@ -250,6 +250,8 @@ def test_the_tool_list_can_be_cut_down_to_what_is_needed():
     assert len(names(distractors=3)) == 9 and set(needed) < set(names(distractors=3))
     assert names(distractors=3) == names(distractors=3)
     assert len(names(distractors=1000)) == 32
+    with pytest.raises(ValueError, match="distractors is -1; give the number of functions to add, 0 or more"):
+        names(distractors=-1)
 
 
 @pytest.mark.parametrize(

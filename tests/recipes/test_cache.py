@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from seeupo_trl.recipes.cache import made_once
+from seeupo_trl.recipes.cache import default_cache_dir, made_once
 
 
 RACE = """
@@ -33,6 +33,15 @@ def test_entry_is_made_once(tmp_path):
     entry = made_once(tmp_path / "cache" / "entry", write)
     assert made_once(entry, lambda directory: pytest.fail("made again")) == entry
     assert [path.name for path in entry.parent.iterdir()] == ["entry"]
+
+
+def test_the_cache_lies_at_home_unless_a_variable_says_where(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value in ("", None):
+        monkeypatch.setenv("SEEUPO_TRL_CACHE", value) if value == "" else monkeypatch.delenv("SEEUPO_TRL_CACHE")
+        assert default_cache_dir() == tmp_path / ".cache" / "seeupo_trl"
+    monkeypatch.setenv("SEEUPO_TRL_CACHE", "~/models")
+    assert default_cache_dir() == tmp_path / "models"
 
 
 def test_failure_leaves_nothing(tmp_path):

@@ -10,6 +10,7 @@ from byte_tokenizer import byte_tokenizer
 from seeupo_trl.envs.bfcl import BfclEnvironment, load_bfcl
 from seeupo_trl.recipes.arguments import BfclArguments
 from seeupo_trl.recipes.bfcl import choose_tasks
+from seeupo_trl.recipes.mistakes import UsageError
 from seeupo_trl.recipes.training import Config, check_evaluation
 
 
@@ -40,6 +41,19 @@ def test_tasks_of_the_test_split_have_a_number_of_their_own(held_out_tasks, test
     test_split = set(load_bfcl("base", "test", split_scheme="stratified")["id"])
     assert set(evaluated.get("test-split", [])) <= test_split
     assert test_split.isdisjoint(train)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_task_tokens": 1}, "--max_task_tokens 1 leaves no training task"),
+        ({"held_out_tasks": 1000}, "--held_out_tasks 1000 leaves none of 100 tasks to train on"),
+    ],
+    ids=str,
+)
+def test_an_option_that_leaves_no_task_is_named(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        chosen(**arguments)
 
 
 def test_an_evaluation_that_cannot_be_made_is_refused_before_the_warm_up(tmp_path):

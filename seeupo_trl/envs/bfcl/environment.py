@@ -141,6 +141,8 @@ class BfclEnvironment(MultiTurnEnvironment):
         for name, limit in limits.items():
             if limit is not None and limit < 1:
                 raise ValueError(f"{name} is {limit}; give at least 1, or None for the protocol's.")
+        if distractors < 0:
+            raise ValueError(f"distractors is {distractors}; give the number of functions to add, 0 or more.")
         named = PROTOCOLS[protocol]
         self.reward = reward
         self.success_reward = success_reward
