@@ -26,7 +26,7 @@ class Outcome:
         task (`str`):
             The dataset row's `id` or `task_id`, else a hash of its prompt.
         category (`str`, *optional*):
-            `info["category"]` of the trajectory, else the dataset row's `category`.
+            `info["category"]` of the trajectory, else the dataset row's `category`, where it is text.
         turns (`int`):
             Number of turns.
         stop_reason (`str`, *optional*):
@@ -111,15 +111,13 @@ def describe_outcomes(
         if success is None and success_threshold is not None and reward is not None:
             # rewards are float32
             success = reward >= success_threshold or math.isclose(reward, success_threshold, rel_tol=1e-6)
-        category = trajectory.info.get("category")
-        if category is None:
-            category = row.get("category")
+        categories = [trajectory.info.get("category"), row.get("category")]
         outcomes.append(
             Outcome(
                 index=first_index + offset,
                 group=(first_index + offset) // group_size,
                 task=task_of(row),
-                category=None if category is None else str(category),
+                category=next((str(category) for category in categories if isinstance(category, str)), None),
                 turns=len(trajectory.turns),
                 stop_reason=None if trajectory.stop_reason is None else str(trajectory.stop_reason),
                 success=None if success is None else bool(success),

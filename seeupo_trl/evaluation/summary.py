@@ -10,6 +10,7 @@ counted, so a task may have fewer than k; a task with fewer than j says nothing 
 pass@j and pass^j.
 """
 
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,10 @@ from .outcome import Outcome
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+
+logger = logging.getLogger(__name__)
+
+MOST_CATEGORIES = 32
 
 
 def attempts(k: int) -> list[int]:
@@ -48,13 +53,21 @@ def summarize(outcomes: list[Outcome], k: int, seed: int = 0) -> dict[str, float
             By name, with the ends of the interval under the same name and `_low` or `_high`: `success/avg@k`,
             `success/pass@j`, `success/pass^j`, `reward/avg`; `stop_reason/<reason>`, a fraction of all episodes;
             `turns/mean`, `turns/min` and `turns/max`; `episodes/valid`, `episodes/quarantined` and `episodes/tasks`,
-            counts. Those of a category are called `success/<category>/avg@k` and so on. What the episodes do not
-            determine is left out.
+            counts. Those of a category are called `success/<category>/avg@k` and so on, for at most `MOST_CATEGORIES`
+            of them, those that came first. What the episodes do not determine is left out.
     """
     categories = _category_of_groups(outcomes)
+    names = list(dict.fromkeys(category for _, category in sorted(categories.items())))
+    if len(names) > MOST_CATEGORIES:
+        logger.warning(
+            "The episodes have %d categories; the metrics of %d of them are not reported, such as those of %s.",
+            len(names),
+            len(names) - MOST_CATEGORIES,
+            names[MOST_CATEGORIES][:50],
+        )
     reports_success = any(outcome.success is not None for outcome in outcomes if not outcome.is_quarantined)
     metrics = _summarize(outcomes, k, seed, reports_success, "")
-    for category in sorted(set(categories.values())):
+    for category in sorted(names[:MOST_CATEGORIES]):
         members = [outcome for outcome in outcomes if categories.get(outcome.group) == category]
         metrics |= _summarize(members, k, seed, reports_success, f"{category}/")
     return metrics

@@ -16,7 +16,7 @@ from tiny import save_tiny_model
 from seeupo_trl.envs import StopReason
 from seeupo_trl.evaluation.estimators import bootstrap_interval, pass_at, pass_hat
 from seeupo_trl.evaluation.outcome import Outcome, describe_outcomes, task_of
-from seeupo_trl.evaluation.summary import Evaluation, attempts, summarize
+from seeupo_trl.evaluation.summary import MOST_CATEGORIES, Evaluation, attempts, summarize
 from seeupo_trl.trajectory_log import read_trajectories
 
 
@@ -122,6 +122,36 @@ def test_categories_are_reported_one_by_one():
     assert (metrics["success/easy/avg@1"], metrics["success/hard/avg@1"]) == (1, 0)
     assert (metrics["stop_reason/hard/completed"], metrics["stop_reason/hard/env_error"]) == (0.5, 0.5)
     assert metrics["episodes/hard/quarantined"] == 1
+
+
+def test_few_categories_are_reported_those_that_came_first(caplog):
+    outcomes = [outcome(group, category=f"kind {99 - group}") for group in range(50)]
+    metrics = summarize(outcomes, 1)
+    reported = {name.split("/")[1] for name in metrics if name.startswith("episodes/kind")}
+    assert reported == {f"kind {99 - group}" for group in range(MOST_CATEGORIES)}
+    assert metrics["episodes/tasks"] == 50
+    assert "50 categories; the metrics of 18 of them are not reported, such as those of kind 67" in caplog.text
+
+
+@pytest.mark.parametrize("value", [0.5, 3, ["a"], {"a": 1}, True], ids=str)
+def test_a_category_is_a_text(value):
+    from seeupo_trl import Trajectory
+
+    def category(row, **info):
+        one = describe_outcomes(
+            [row],
+            [Trajectory([], info=info)],
+            torch.ones(1, 1),
+            ["a"],
+            torch.ones(1),
+            [0.0],
+            first_index=0,
+            group_size=1,
+        )
+        return one[0].category
+
+    assert category({"id": 7, "category": value}) is None
+    assert category({"id": 7, "category": "row"}, category=value) == "row"
 
 
 def test_without_success_there_are_rewards_alone():
