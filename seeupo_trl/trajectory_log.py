@@ -92,6 +92,7 @@ SCHEMA = pa.schema(
     ]
 )
 _KEYS = ("iteration", "split", "trajectory", "turn")
+_NEVER_NULL = (*_KEYS, "task", "group", "turns")
 
 
 class TrajectoryLog:
@@ -292,6 +293,9 @@ def read_rows(
             table = pq.read_table(path, schema=SCHEMA, columns=names, filters=filters)
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path} cannot be read as saved trajectories: {error}") from error
+        empty = next((name for name in _NEVER_NULL if name in table.column_names and table[name].null_count), None)
+        if empty is not None:
+            raise ValueError(f"{path} cannot be read as saved trajectories: {empty} is missing in some of its rows.")
         tables.append(table.append_column("file", pa.repeat(pa.scalar(numbers[path], pa.int32()), len(table))))
     keys = [("iteration", "descending" if newest_first else "ascending")]
     keys += [(name, "ascending") for name in ("split", "file", "trajectory", "turn")]

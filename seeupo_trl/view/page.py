@@ -95,8 +95,8 @@ def _page_data(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
                     **{name: row[name] for name in ("iteration", "split", "group", "trajectory", "stop_reason")},
                     **{name: row[name] for name in ("task", "category", "success")},
                     **{name: _number(row[name]) for name in _NUMBERS},
-                    "info": None if row["info"] == "{}" else text(_readable(json.loads(row["info"]))),
-                    "rewards": json.loads(row["rewards"]),
+                    "info": None if row["info"] in (None, "{}") else text(_readable(row["info"])),
+                    "rewards": _rewards(row["rewards"]),
                     "turns": [],
                 }
             )
@@ -104,9 +104,9 @@ def _page_data(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
             logps = [logp for logp in row["sampling_logps"] or [] if logp is not None and logp == logp]
             trajectories[-1]["turns"].append(
                 {
-                    "kept": row["context_kept"],
-                    "context_tokens": row["context_kept"] + len(row["context_ids"]),
-                    "action_tokens": len(row["action_ids"]),
+                    "kept": row["context_kept"] or 0,
+                    "context_tokens": (row["context_kept"] or 0) + len(row["context_ids"] or []),
+                    "action_tokens": len(row["action_ids"] or []),
                     "context": text(row["context_text"]),
                     "action": text(row["action_text"]),
                     "reasoning": text(row["reasoning"]),
@@ -126,37 +126,68 @@ def _number(value: float | None) -> float | str | None:
     return value if value is None or abs(value) < float("inf") else str(value)
 
 
-def _readable(value: Any) -> str:
-    """JSON as text: JavaScript would round long integers if it parsed this. Short JSON stays on one line."""
+def _parsed(text: str | None) -> Any:
+    """What JSON says; `None` where it is none, which is shown as it is."""
+    try:
+        return json.loads(text or "null")
+    except (ValueError, RecursionError):
+        return None
+
+
+def _readable(text: str) -> str:
+    """
+    JSON, or the text that it should have been, for a reader: JavaScript would round long integers if it parsed this.
+    Short JSON stays on one line.
+    """
+    try:
+        return _written(json.loads(text))
+    except (ValueError, RecursionError):
+        return text
+
+
+def _written(value: Any) -> str:
     line = json.dumps(value, ensure_ascii=False)
     return line if len(line) <= _LONGEST_LINE else json.dumps(value, ensure_ascii=False, indent=1)
 
 
+def _rewards(value: str | None) -> dict[str, float | str | None]:
+    rewards = _parsed(value)
+    if not isinstance(rewards, dict):
+        return {}
+    are_numbers = all(reward is None or isinstance(reward, int | float) for reward in rewards.values())
+    return {name: _number(reward) for name, reward in rewards.items()} if are_numbers else {}
+
+
 def _calls(value: str | None, text: Any) -> list[dict[str, Any]]:
-    calls = []
-    for call in json.loads(value or "[]"):
+    calls = _parsed(value or "[]")
+    if not isinstance(calls, list):
+        return [{"name": "", "arguments": text(_readable(value))}]
+    shown = []
+    for call in calls:
         function = call.get("function", call) if isinstance(call, dict) else call
         if isinstance(function, dict):
             name, arguments = str(function.get("name", "")), function.get("arguments")
         else:
             name, arguments = "", function
-        calls.append(
-            {"name": name, "arguments": text(arguments if isinstance(arguments, str) else _readable(arguments))}
-        )
-    return calls
+        shown.append({"name": name, "arguments": text(_content(arguments))})
+    return shown
 
 
 def _observations(value: str | None, text: Any) -> list[dict[str, Any]] | None:
     if value is None:
         return None
+    messages = _parsed(value)
+    if not isinstance(messages, list):
+        return [{"role": "", "content": text(_readable(value))}]
     observations = []
-    for message in json.loads(value):
-        content = message.get("content")
-        role, name = str(message.get("role", "")), message.get("name")
-        observations.append(
-            {
-                "role": f"{role} {name}" if name else role,
-                "content": text(content if isinstance(content, str) else _readable(content)),
-            }
-        )
+    for message in messages:
+        if isinstance(message, dict):
+            role, name, content = str(message.get("role", "")), message.get("name"), message.get("content")
+        else:
+            role, name, content = "", None, message
+        observations.append({"role": f"{role} {name}" if name else role, "content": text(_content(content))})
     return observations
+
+
+def _content(value: Any) -> str:
+    return value if isinstance(value, str) else _written(value)

@@ -4,16 +4,19 @@ import json
 import subprocess
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from browser import Browser
 from saved_trajectories import WORDS, make_log
 from tiny import tiny_tokenizer
-from viewed_run import HOSTILE, Verbatim, filter_by, needs_browser, outcome, render
+from viewed_run import HOSTILE, Verbatim, filter_by, needs_browser, outcome, page_data, render
 
 from seeupo_trl import Trajectory, Turn
-from seeupo_trl.trajectory_log import TrajectoryLog
+from seeupo_trl.trajectory_log import SCHEMA, TrajectoryLog
 from seeupo_trl.update.metrics import TurnUpdate
 from seeupo_trl.view.__main__ import main
+from seeupo_trl.view.run import read_run
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +154,48 @@ def test_no_text_of_a_model_or_an_environment_runs(tmp_path):
 
 
 @needs_browser
+@pytest.mark.parametrize(
+    ("column", "value", "shown"),
+    [
+        ("info", "[" * 200_000, {"info": "[" * 200_000}),
+        ("info", "{nope", {"info": "{nope"}),
+        ("info", None, {"info": None}),
+        ("rewards", "[1]", {"rewards": {}}),
+        ("rewards", '{"a": NaN}', {"rewards": {"a": "nan"}}),
+        ("observations", '["text"]', {"observations": [{"role": "", "content": "text"}]}),
+        ("observations", "{nope", {"observations": [{"role": "", "content": "{nope"}]}),
+        ("tool_calls", '{"a": 1}', {"calls": [{"name": "", "arguments": '{"a": 1}'}]}),
+        ("tool_calls", "[" * 200_000, {"calls": [{"name": "", "arguments": "[" * 200_000}]}),
+        ("context_ids", None, {"context_tokens": 0}),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_what_is_no_record_of_a_trainer_is_shown_as_it_is(column, value, shown, tmp_path):
+    path = make_log(tmp_path, num_trajectories=1, num_turns=1)
+    rows = [{**row, column: value} for row in pq.read_table(path).to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
+    data = page_data(render(tmp_path, tmp_path / "page.html").read_text())
+
+    def text(value):  # a long one stands once, under its number
+        return data["texts"][value] if isinstance(value, int) else value
+
+    (trajectory,) = data["trajectories"]
+    (turn,) = trajectory["turns"]
+    trajectory["info"] = text(trajectory["info"])
+    for call in turn["calls"]:
+        call["arguments"] = text(call["arguments"])
+    found = {**trajectory, **turn}
+    assert {name: found[name] for name in shown} == shown
+
+
+def test_a_file_with_gaps_is_named(tmp_path):
+    path = make_log(tmp_path, num_trajectories=1, num_turns=1)
+    rows = [{**row, "turn": None} for row in pq.read_table(path).to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
+    with pytest.raises(ValueError, match=f"{path} cannot be read as saved trajectories: turn is missing"):
+        read_run(tmp_path)
+
+
 def test_policy_of_the_page_stops_a_script_that_came_in_all_the_same(run_dir, tmp_path):
     page = render(run_dir, tmp_path / "page.html")
     page.write_text(page.read_text().replace("<main>", "<script>window.harmed = 1</script><main>"))
