@@ -2,10 +2,12 @@
 
 import json
 import re
+from argparse import ArgumentTypeError
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, Qwen3Config
+from transformers.hf_argparser import string_to_bool
 
 from .run import Strategy
 from .settings_file import read_settings
@@ -113,11 +115,17 @@ def from_training_config(path: str, gpus: int) -> dict[str, Any]:
     # what is set to nothing is not set
     values = {name: value for name, value in read_settings(path).items() if value is not None}
 
-    def number(name: str, default: Any, kind: type = int) -> Any:
+    def number(name: str, default: float, kind: type = int) -> Any:
         try:
             return kind(values.get(name, default))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: `{name}: {values[name]}` is no number.") from error
+
+    def flag(name: str, default: bool) -> bool:
+        try:
+            return string_to_bool(values.get(name, default))
+        except (ArgumentTypeError, AttributeError) as error:
+            raise ValueError(f"{path}: `{name}: {values[name]}` is neither true nor false.") from error
 
     fields: dict[str, Any] = {"model": values.get("model_name_or_path")}
     batch_size = number("per_device_train_batch_size", 8)
@@ -135,17 +143,17 @@ def from_training_config(path: str, gpus: int) -> dict[str, Any]:
         fields["rows"] = batch_size
     # TRL loads models in float32 unless told otherwise
     fields["dtype"] = values.get("dtype") or _mapping(path, values, "model_init_kwargs").get("dtype") or "float32"
-    fields["bf16"] = bool(values.get("bf16", not values.get("fp16", False)))
-    fields["gradient_checkpointing"] = values.get("gradient_checkpointing", True)
+    fields["bf16"] = flag("bf16", not flag("fp16", False))
+    fields["gradient_checkpointing"] = flag("gradient_checkpointing", True)
     fields["optimizer"] = values.get("optim", "adamw_torch_fused")
     fields["reference"] = bool(number("beta", 0.0, float))
-    fields["lora_rank"] = number("lora_r", 16) if values.get("use_peft") else None
-    fields["gather_for_generation"] = values.get("ds3_gather_for_generation", True)
-    if values.get("use_vllm"):
+    fields["lora_rank"] = number("lora_r", 16) if flag("use_peft", False) else None
+    fields["gather_for_generation"] = flag("ds3_gather_for_generation", True)
+    if flag("use_vllm", False):
         fields["generation"] = f"vllm-{values.get('vllm_mode', 'colocate')}"
         fields["vllm_utilization"] = number("vllm_gpu_memory_utilization", 0.3, float)
         fields["vllm_tensor_parallel"] = number("vllm_tensor_parallel_size", 1)
-        fields["vllm_sleep"] = values.get("vllm_enable_sleep_mode", False)
+        fields["vllm_sleep"] = flag("vllm_enable_sleep_mode", False)
         if "vllm_max_model_length" in values:
             fields["max_context"] = number("vllm_max_model_length", 0)
     return fields

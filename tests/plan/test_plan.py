@@ -436,10 +436,27 @@ def test_episodes_of_a_gpu_are_those_that_the_trainer_would_generate(settings, c
     assert from_training_config(str(path), gpus=8)["completions"] == completions
 
 
-def test_a_value_in_a_file_that_is_no_number_is_named(tmp_path):
+def test_values_in_a_file_may_be_texts_as_trl_takes_them(tmp_path):
     path = tmp_path / "settings.yaml"
-    path.write_text("per_device_train_batch_size: many")
-    with pytest.raises(ValueError, match=f"{path}: `per_device_train_batch_size: many` is no number."):
+    path.write_text("per_device_train_batch_size: '2'\nuse_vllm: 'false'\nuse_peft: 'true'\nbeta: '0.0'\nlora_r: '4'")
+    fields = from_training_config(str(path), gpus=8)
+    assert "generation" not in fields
+    assert (fields["completions"], fields["lora_rank"], fields["reference"]) == (2, 4, False)
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("per_device_train_batch_size: many", "is no number"),
+        ("beta: [1]", "is no number"),
+        ("use_vllm: perhaps", "is neither true nor false"),
+        ("use_peft: 3", "is neither true nor false"),
+    ],
+)
+def test_a_value_in_a_file_that_cannot_be_is_named(setting, problem, tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text(setting)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: `{setting}` {problem}.")):
         from_training_config(str(path), gpus=8)
 
 
