@@ -401,7 +401,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
             self.reward_func_names,
             self.reward_weights,
             batch["advantages"].tolist(),
-            first_index=first + (0 if self._evaluation is None else self._evaluation.num_seen),
+            first_index=first + self.num_evaluated,
             group_size=group_size,
             success_threshold=self.config.success_threshold,
         )
@@ -520,6 +520,11 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         return grad_norm
 
     # ---- Evaluation ----
+
+    @property
+    def num_evaluated(self) -> int:
+        """Number of episodes of the evaluation that is going on, over all processes; 0 where none is."""
+        return 0 if self._evaluation is None else self._evaluation.num_seen
 
     def evaluation_loop(
         self, dataloader: DataLoader, *args, metric_key_prefix: str = "eval", **kwargs

@@ -35,7 +35,7 @@ from .progress import Progress
 from .sampler import Request, Sampler
 from .samplers import open_sampler
 from .settings import RolloutSettings
-from .tasks import occasion, seeds_for
+from .tasks import first_episode, occasion, seeds_for
 from .turn_ends import TurnEnds
 
 
@@ -107,12 +107,12 @@ class RolloutBatch:
         self._occasion = occasion(trainer, steps_ahead)
         self._openings: dict[int, int] = {}  # checksums of the opening contexts, by episode
         self.sampler: Sampler | None = None
-        self._first = 0  # number of this process's first episode in the batch of all
+        self._first = 0  # number of this process's first episode, see `first_episode`
 
     def prepare(self, tasks: list[dict[str, Any]]) -> None:
         """Get ready to play one episode for each task with the policy as it is now. A collective operation."""
-        seeds = seeds_for(self.trainer, len(tasks), self._occasion)
-        self._first = self.trainer.accelerator.process_index * len(tasks)
+        self._first = first_episode(self.trainer, len(tasks))
+        seeds = seeds_for(self.trainer, self._first, len(tasks), self._occasion)
         self.episodes = [Episode(key, *pair) for key, pair in enumerate(zip(tasks, seeds, strict=True))]
         self.sampler = open_sampler(self.trainer, self.ends, self.settings)
 

@@ -60,21 +60,35 @@ class Tasks:
         return [self._by_prompt[_as_key(prompt)] for prompt in prompts]
 
 
-def seeds_for(trainer: "GRPOTrainer", num_episodes: int, occasion: str) -> list[int]:
+def first_episode(trainer: "GRPOTrainer", num_episodes: int) -> int:
     """
-    Seeds for the episodes of a batch: the same for the episodes of a group, which begin alike so that they can be
-    compared, another in each iteration, the same in all evaluations.
+    Number of this process's first episode among those of all processes: in an iteration, or in an evaluation, whose
+    batches follow one another.
 
     Args:
         trainer ([`~trl.GRPOTrainer`]):
             The trainer.
         num_episodes (`int`):
-            Number of episodes of this process.
+            Number of episodes of this process in the batch.
+    """
+    earlier = 0 if trainer.model.training else getattr(trainer, "num_evaluated", 0)  # stock trainers do not count
+    return earlier + trainer.accelerator.process_index * num_episodes
+
+
+def seeds_for(trainer: "GRPOTrainer", first: int, num_episodes: int, occasion: str) -> list[int]:
+    """
+    Seeds for the episodes of a batch: the same for the episodes of a group, which begin alike so that they can be
+    compared, another in each iteration, the same in all evaluations, whatever their batches.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]):
+            The trainer.
+        first (`int`), num_episodes (`int`):
+            Number of this process's first episode, see [`first_episode`], and how many it has.
         occasion (`str`):
             What they depend on, see [`occasion`].
     """
     group_size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
-    first = trainer.accelerator.process_index * num_episodes
     groups = [number // group_size for number in range(first, first + num_episodes)]
     by_group = {group: random.Random(f"{occasion} {group}").getrandbits(31) for group in set(groups)}
     return [by_group[group] for group in groups]

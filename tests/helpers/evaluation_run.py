@@ -39,8 +39,8 @@ def tasks(count: int) -> Dataset:
 class Scripted(MultiTurnEnvironment):
     """The outcome depends on nothing but the task and the number of the attempt, which its rollout says."""
 
-    def reset(self, number: int, attempt: int, **task) -> Observation:
-        self.number, self.attempt, self.steps = number, attempt, 0
+    def reset(self, number: int, attempt: int, seed: int, **task) -> Observation:
+        self.number, self.attempt, self.steps, self.seed = number, attempt, 0, seed
         return Observation([{"role": "user", "content": f"w{number}"}])
 
     def step(self, message) -> StepResult:
@@ -51,7 +51,7 @@ class Scripted(MultiTurnEnvironment):
             return StepResult([{"role": "user", "content": "w1 w2"}])
         # even tasks always succeed, odd ones at the first attempt
         success = self.number % 2 == 0 or self.attempt == 0
-        return StepResult([], reward=float(success), terminated=True, info={"success": success})
+        return StepResult([], reward=float(success), terminated=True, info={"success": success, "seed": self.seed})
 
 
 class ScriptedRollout(MultiTurnRollout):
@@ -109,7 +109,8 @@ def evaluate_and_train(model_dir: str, output: Path) -> dict:
     saved = {}
     for row in read_trajectories(output).to_pylist():
         if row["turn"] <= 1:
-            outcome = [row["trajectory"], row["task"], row["turns"], row["success"], row["reward"], row["stop_reason"]]
+            names = ("trajectory", "task", "turns", "success", "reward", "stop_reason")
+            outcome = [*(row[name] for name in names), json.loads(row["info"]).get("seed")]
             saved.setdefault(row["split"], []).append(outcome)
     return {"metrics": metrics, "trajectories": saved}
 
