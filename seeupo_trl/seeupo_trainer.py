@@ -422,7 +422,8 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
             self.environments = None
         if self._tool_rollout is not None or self._opens_conversations:
             rows = [{"prompt": EMPTY_PROMPT, **row} for row in rows]
-        episodes = self._batch = EpisodeBatch(rows)  # TRL calls the two hooks below, which fill it
+        # TRL calls the two hooks below, which fill it; to `rows` it adds what the rollout returned
+        episodes = self._batch = EpisodeBatch([dict(row) for row in rows])
         if self.config.rollouts_ahead and self.model.training and not self.rollout_round:
             played = self._ahead.take(self.state.global_step)  # before TRL pushes the weights
             self._add_metrics([("rollout/staleness", float(played is not None))])

@@ -14,7 +14,7 @@ Columns ([`SCHEMA`]):
 | column | meaning |
 |---|---|
 | `iteration`, `split` | iterations done, this one included; `"train"` or an evaluation's metric prefix |
-| `task`, `category` | the dataset row's `id` or `task_id` (else a hash of its prompt), and its category |
+| `task`, `category` | the dataset row's `id` or `task_id` (else a hash of the row), and its category |
 | `group`, `trajectory` | numbers of the group of completions of one prompt and of the trajectory, over all processes |
 | `turn`, `turns` | number of the turn, from 1, and how many there are; an episode without a turn has one row, turn 0 |
 | `context_kept` | how many tokens of the previous turn's context and action the context begins with |

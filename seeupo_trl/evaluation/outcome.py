@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from datasets.fingerprint import Hasher
 
 from ..envs.base import ENVIRONMENT_FAULTS
 from ..trajectory import Trajectory
@@ -24,7 +25,7 @@ class Outcome:
         group (`int`):
             Number of the group of completions of one prompt, from 0.
         task (`str`):
-            The dataset row's `id` or `task_id`, else a hash of its prompt.
+            The dataset row's `id` or `task_id`, else a hash of the row.
         category (`str`, *optional*):
             `info["category"]` of the trajectory, else the dataset row's `category`, where it is text.
         turns (`int`):
@@ -134,9 +135,17 @@ def describe_outcomes(
 
 
 def task_of(row: dict[str, Any]) -> str:
-    """The `id` or `task_id` of a dataset row, else 12 hexadecimal digits that its prompt (or all of it) determines."""
+    """The `id` or `task_id` of a dataset row, else 12 hexadecimal digits that all of its columns determine."""
     for name in ("id", "task_id"):
         if isinstance(row.get(name), (str, int)):
             return str(row[name])
-    prompt = json.dumps(row.get("prompt", row), sort_keys=True, default=str)
-    return hashlib.sha256(prompt.encode()).hexdigest()[:12]
+    text = json.dumps(row, sort_keys=True, default=_content)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _content(value: Any) -> str:
+    """What stands for an image, an array or a date in a hash: as text it may have its address in memory."""
+    try:
+        return Hasher.hash(value)
+    except Exception:  # what cannot be pickled has no content to be known by
+        return type(value).__name__

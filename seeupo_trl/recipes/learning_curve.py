@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Mapping, Sequence
 
-from ..evaluation.comparison import Change
+from ..evaluation.comparison import FEWEST_TASKS, Change
 
 
 MOST_LINES = 24
@@ -62,6 +62,8 @@ def describe_change(name: str, change: Change, before: str, after: str) -> str:
             The two successes with their intervals.
     """
     verdict = "more than two standard errors" if change.is_beyond_noise else "within two standard errors: noise"
+    if change.tasks < FEWEST_TASKS:
+        verdict = f"fewer than {FEWEST_TASKS} tasks: too few to tell from noise"
     return (
         f"success on {change.tasks} {name} tasks: {before} before, {after} after; "
         f"difference {change.difference:+.3f}, standard error {change.standard_error:.3f} ({verdict})"

@@ -22,11 +22,13 @@ def outcomes(successes: dict[str, list[bool | None]], stop_reason=StopReason.com
 def test_the_standard_error_is_that_of_the_differences_of_tasks():
     before = {"a": [False, False], "b": [True, False], "c": [True, True], "d": [False, None]}
     after = {"d": [True, True], "c": [True, True], "b": [True, True], "a": [True, False]}
+    before |= {"e": [False], "f": [True, True], "g": [False, True], "h": [None, False]}
+    after |= {"e": [True], "f": [True, True], "g": [True, True], "h": [True, False]}
     change = compare(outcomes(before), outcomes(after))
-    differences = [0.5, 0.5, 0.0, 1.0]
-    assert (change.before, change.after, change.tasks) == (0.375, 0.875, 4)
+    differences = [0.5, 0.5, 0.0, 1.0, 1.0, 0.0, 0.5, 0.5]
+    assert (change.before, change.after, change.tasks) == (0.375, 0.875, 8)
     assert change.difference == pytest.approx(np.mean(differences))
-    assert change.standard_error == pytest.approx(np.std(differences, ddof=1) / 2)
+    assert change.standard_error == pytest.approx(np.std(differences, ddof=1) / 8**0.5)
     assert change.is_beyond_noise
 
 
@@ -50,13 +52,30 @@ def test_without_a_common_task_there_is_nothing_to_compare():
 
 
 def test_the_sentence_says_what_is_noise():
-    better = compare(outcomes(dict.fromkeys("abcd", [False])), outcomes(dict.fromkeys("abcd", [True])))
+    better = compare(outcomes(dict.fromkeys("abcdef", [False])), outcomes(dict.fromkeys("abcdef", [True])))
     assert describe_change("held-out", better, "0.000", "1.000") == (
-        "success on 4 held-out tasks: 0.000 before, 1.000 after; difference +1.000, standard error 0.000 "
+        "success on 6 held-out tasks: 0.000 before, 1.000 after; difference +1.000, standard error 0.000 "
         "(more than two standard errors)"
     )
-    same = compare(outcomes({"a": [True], "b": [False]}), outcomes({"a": [False], "b": [True]}))
+    halves = [dict.fromkeys("abcd", [True]), dict.fromkeys("efgh", [False])]
+    same = compare(
+        outcomes(halves[0] | halves[1]), outcomes(dict.fromkeys("abcd", [False]) | dict.fromkeys("efgh", [True]))
+    )
     assert "noise" in describe_change("held-out", same, "0.500", "0.500")
+
+
+def test_a_few_tasks_that_all_move_alike_are_no_verdict():
+    change = compare(outcomes(dict.fromkeys("abcde", [False])), outcomes(dict.fromkeys("abcde", [True])))
+    assert (change.difference, change.standard_error, change.is_beyond_noise) == (1.0, 0.0, False)
+    assert "(fewer than 6 tasks: too few to tell from noise)" in describe_change("new", change, "0.000", "1.000")
+
+
+def test_evaluations_without_any_success_cannot_be_compared():
+    silent, heard = outcomes(dict.fromkeys("abcdef", [None])), outcomes(dict.fromkeys("abcdef", [True]))
+    with pytest.raises(ValueError, match="No episode.*reports success.*set `success_threshold`"):
+        compare(silent, silent)
+    # one of the two says that success is reported: before, all episodes ended too early
+    assert compare(silent, heard).difference == 1.0
 
 
 def test_the_curve_has_a_bar_for_iterations_that_follow_one_another(capsys):

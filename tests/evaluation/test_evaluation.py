@@ -1,6 +1,7 @@
 """Evaluations count each episode once, say how sure they are, and mean the same whatever the batches and processes."""
 
 import json
+from datetime import date
 from itertools import combinations
 from pathlib import Path
 
@@ -194,8 +195,38 @@ def test_success_comes_from_the_environment_before_the_threshold():
     assert outcomes[3].reward is None
 
 
-def test_a_task_without_id_is_known_by_its_prompt():
-    assert task_of({"prompt": "w1"}) == task_of({"prompt": "w1", "other": 2}) != task_of({"prompt": "w2"})
+def test_a_task_without_id_is_known_by_all_columns_of_its_row():
+    assert task_of({"prompt": "w1", "target": 2}) == task_of({"target": 2, "prompt": "w1"})
+    different = [{"prompt": "w1"}, {"prompt": "w2"}, {"prompt": "w1", "target": 1}, {"prompt": "w1", "target": 2}]
+    assert len({task_of(row) for row in different}) == 4
+
+
+def test_a_task_is_known_by_the_contents_of_its_images():
+    pillow = pytest.importorskip("PIL.Image")
+
+    def row(colour, day=1):
+        image = {"type": "image", "image": pillow.new("RGB", (4, 4), colour)}
+        return {
+            "prompt": [{"role": "user", "content": [image]}],
+            "day": date(2026, 1, day),
+            "x": np.ones(2000),
+            "b": b"0",
+        }
+
+    assert task_of(row("red")) == task_of(row("red"))
+    assert task_of({"x": (i for i in ())}) == task_of({"x": (i for i in ())})  # of which nothing is known
+    assert len({task_of(row("red")), task_of(row("blue")), task_of(row("red", day=2))}) == 3
+
+
+def test_rows_are_the_same_tasks_in_every_evaluation(tiny_dir, tmp_path):
+    rows = Dataset.from_dict({"turns": [1, 1, 2], "target": [1, 2, 3]})  # no prompt: the environment brings it
+    seen = []
+    for name, batch_size in (("a", 2), ("b", 6)):
+        options = {"per_device_eval_batch_size": batch_size, "success_threshold": 1.0}
+        trainer = make_trainer(tiny_dir, tmp_path / name, options, environment_factory=CountDown)
+        trainer.evaluate(rows)
+        seen.append([outcome.task for outcome in trainer.last_evaluation])
+    assert seen[0] == seen[1] and len(set(seen[0])) == 3
 
 
 def test_groups_must_fit_into_batches():
