@@ -2,10 +2,12 @@
 
 import ctypes
 import gc
+import json
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +16,7 @@ from datasets import Dataset
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 from trl import ModelConfig
 
-from ..evaluation.comparison import compare
-from ..evaluation.outcome import Outcome
+from ..evaluation.comparison import compare_success, success_by_task
 from ..evaluation.summary import Evaluation
 from ..rollout import MultiTurnRollout
 from ..seeupo_config import SeeUPOConfig
@@ -25,6 +26,9 @@ from ..view.command import write_page
 from .learning_curve import describe_change, print_learning_curve
 from .mistakes import UsageError
 from .results import interval
+
+
+BEFORE_TRAINING = "before_training.json"
 
 
 @dataclass
@@ -46,6 +50,8 @@ class ReportingRollout(MultiTurnRollout):
     Keeps the last batch of episodes for a look at one, and reports the official score of each. On a CPU it returns the
     memory that the update before it left, and its own.
     """
+
+    last_episodes: Sequence[tuple[list[dict], Trajectory]] = ()
 
     def __call__(self, prompts, trainer):
         return_memory(trainer.accelerator.device)
@@ -113,13 +119,17 @@ def return_memory(device: torch.device) -> None:
 
 
 class BeforeTraining(TrainerCallback):
-    """Calls a function when the model is ready for training: what DeepSpeed evaluates before, it cannot train."""
+    """
+    Calls a function when the model is ready for training (what DeepSpeed evaluates before, it cannot train), unless
+    the run is resumed: then it has been trained.
+    """
 
     def __init__(self, function: Callable[[], None]):
         self.function = function
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.function()
+        if state.global_step == 0:
+            self.function()
 
 
 def prepare_cpu(training_args: Config) -> None:
@@ -189,7 +199,8 @@ def train_and_report(
     trainer: SeeUPOTrainer, rollout: ReportingRollout, held_out: dict[str, Dataset], dataset_name: str
 ) -> None:
     """
-    Train, evaluate before and after, show an episode of each time, and save the model.
+    Train, evaluate before and after, show an episode of each time, and save the model. What was found before stays in
+    `output_dir/before_training.json`, where a resumed run reads it.
 
     Args:
         trainer ([`SeeUPOTrainer`]):
@@ -206,7 +217,8 @@ def train_and_report(
     args = trainer.config
     say = PartialState().print
 
-    before = {}
+    before: dict[str, Evaluated] = {}
+    kept = Path(args.output_dir, BEFORE_TRAINING)
 
     def evaluate_before() -> None:
         for name, tasks in held_out.items():
@@ -214,18 +226,34 @@ def train_and_report(
             say(f"before training: success {before[name].text} on {len(tasks)} {name} tasks")
         if held_out:
             say("\nAn episode before training\n" + readable(*rollout.last_episodes[0]))
+        if trainer.is_world_process_zero():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps({name: asdict(evaluated) for name, evaluated in before.items()}))
 
     trainer.add_callback(BeforeTraining(evaluate_before))
     sizes = {name: len(tasks) for name, tasks in held_out.items()}
     say(f"\n{len(trainer.train_dataset)} training tasks; evaluated: {sizes}")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    say("\nAn episode of the last iteration\n" + readable(*rollout.last_episodes[0]))
+    if rollout.last_episodes:
+        say("\nAn episode of the last iteration\n" + readable(*rollout.last_episodes[0]))
+    if not before and kept.exists():
+        before = {name: Evaluated(**evaluated) for name, evaluated in json.loads(kept.read_text()).items()}
     after = {name: evaluate(trainer, tasks) for name, tasks in held_out.items()}
-    changes = {name: compare(before[name].outcomes, after[name].outcomes) for name in held_out}
+    changes = {
+        name: compare_success(before[name].success, after[name].success)
+        for name in held_out
+        if name in before and before[name].success.keys() & after[name].success.keys()
+    }
     if trainer.is_world_process_zero():
         print_learning_curve(trainer.state.log_history, changes)
-    for name, change in changes.items():
-        say(describe_change(name, change, before[name].text, after[name].text))
+    for name, evaluated in after.items():
+        if name in changes:
+            say(describe_change(name, changes[name], before[name].text, evaluated.text))
+        else:
+            say(
+                f"success on {len(held_out[name])} {name} tasks: {evaluated.text} after; what it was before training "
+                f"is not known, {kept} does not say so"
+            )
     trainer.save_model(args.output_dir)
     say(f"Model saved to {args.output_dir}")
     if args.save_trajectories and trainer.is_world_process_zero():
@@ -244,19 +272,19 @@ class Evaluated:
     Args:
         text (`str`):
             Success with its interval; where no episode went far enough to report success, 0.
-        outcomes (`list[Outcome]`):
-            The outcomes of the episodes.
+        success (`dict[str, float]`):
+            The success of each task.
     """
 
     text: str
-    outcomes: list[Outcome]
+    success: dict[str, float]
 
 
 def evaluate(trainer: SeeUPOTrainer, tasks: Dataset) -> Evaluated:
     """Success on tasks, sampled as in training."""
     metrics = trainer.evaluate(tasks)
     name = f"eval_success/avg@{trainer.num_generations_eval}"
-    return Evaluated(interval({name: 0.0, **metrics}, name), trainer.last_evaluation)
+    return Evaluated(interval({name: 0.0, **metrics}, name), success_by_task(trainer.last_evaluation))
 
 
 def readable(prompt: list[dict], episode: Trajectory) -> str:
