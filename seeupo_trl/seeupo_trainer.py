@@ -555,7 +555,8 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         numbers = [outcome.numbers for outcome in self.last_evaluation if not outcome.is_quarantined]
         metrics = evaluation.metrics() | self._info_metrics.of(numbers)
         output.metrics.update({f"{metric_key_prefix}_{n}": value for n, value in metrics.items()})
-        self._trajectory_log.write(metric_key_prefix, self.state.global_step, evaluation.num_episodes)
+        split = "eval-train" if metric_key_prefix == "train" else metric_key_prefix  # "train" is what was trained on
+        self._trajectory_log.write(split, self.state.global_step, evaluation.num_episodes)
         return output
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:

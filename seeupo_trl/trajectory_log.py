@@ -4,10 +4,11 @@ Saved trajectories: one parquet file for each iteration and evaluation, one row 
 [`TrajectoryLog`] writes them, with rows from `trajectory_rows.py`; [`read_trajectories`] reads them.
 
 Files are `OUTPUT_DIR/trajectories/<split>/iteration-<number>.parquet`, where the split is `train`, or an evaluation's
-metric prefix (`eval`, `eval_<dataset>`). Several processes write one file each (`.process-0-of-2`); a second
-evaluation of the same split after the same iteration gets a number (`-2`). A file appears when it is whole. When an
-iteration is played again, by a resumed run in this process or another one, its files and those of its evaluations are
-replaced.
+metric prefix (`eval`, `eval_<dataset>`; `eval-train` for an evaluation with the prefix `train`). Several processes
+write one file each (`.process-0-of-2`); a second evaluation of the same split after the same iteration gets a number
+(`-2`). A file appears when it is whole. When an iteration is played again, by a resumed run in this process or another
+one, its files and those of its evaluations are replaced. Training that begins anew removes what an older run left of
+later iterations.
 
 Columns ([`SCHEMA`]):
 
@@ -35,6 +36,7 @@ The last four are null in evaluations and where no optimizer step computed the t
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,6 +93,7 @@ SCHEMA = pa.schema(
         ("relative_turn_weight", pa.float64()),
     ]
 )
+_ITERATION = re.compile(r"iteration-(\d+)")
 _KEYS = ("iteration", "split", "trajectory", "turn")
 _NEVER_NULL = (*_KEYS, "task", "group", "turns")
 
@@ -186,6 +189,8 @@ class TrajectoryLog:
         if split == "train":
             # an iteration that is played again brings its evaluations again
             self._times_written = {key: times for key, times in self._times_written.items() if key[1] < iteration}
+            if iteration == 1 and self._process_index == 0:
+                self._remove_older_run()
         times = self._times_written[split, iteration] = self._times_written.get((split, iteration), 0) + 1
         if times == 1 and self._process_index == 0:
             self._remove_stale_files(directory, iteration)
@@ -207,6 +212,13 @@ class TrajectoryLog:
         replaced = self._file_name(iteration, 1, "*")
         for path in [*directory.glob(f"{_stem(iteration)}*.parquet")]:
             if not path.match(replaced):
+                path.unlink(missing_ok=True)
+
+    def _remove_older_run(self) -> None:
+        """Training begins anew: what lies here of later iterations, and of evaluations after the first, is older."""
+        for path in [*self.directory.glob("*/iteration-*.parquet")]:
+            number = _ITERATION.match(path.name)
+            if number and int(number[1]) >= (2 if path.parent.name == "train" else 1):
                 path.unlink(missing_ok=True)
 
     def _decode(self, token_ids: list[int]) -> str:

@@ -117,6 +117,17 @@ def agree_on_checkpoint(output_dir: str, accelerator: Accelerator) -> str:
     return checkpoint
 
 
+def warn_of_older_run(output_dir: str) -> None:
+    """Warn before a run begins anew where another one left checkpoints."""
+    checkpoint = last_complete_checkpoint(output_dir)
+    if checkpoint is not None:
+        logger.warning(
+            f"Training begins anew, but {output_dir} has checkpoints of an older run, the newest {checkpoint}: "
+            "`resume_from_checkpoint=True` would take that one until this run has saved a later one. Use another "
+            "`output_dir`, or move the old checkpoints away."
+        )
+
+
 def check_checkpoint(checkpoint: str, accelerator: Accelerator) -> None:
     """
     Refuse a checkpoint from which this run cannot go on exactly. Must be called on every process.
@@ -300,6 +311,8 @@ class ExactResume:
                 )
             if self.args.sync_ref_model:
                 load_reference(self.accelerator.unwrap_model(self.ref_model), resume_from_checkpoint)
+        elif self.is_world_process_zero():
+            warn_of_older_run(self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_batch_samples(self, *args, **kwargs) -> tuple[list, Any]:

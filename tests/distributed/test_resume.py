@@ -8,6 +8,7 @@ import pytest
 import torch
 import warm_python
 from accelerate import Accelerator
+from evaluation_run import make_trainer
 from launching import HELPERS, run_command
 from safetensors.torch import load_file
 from tiny import save_tiny_model
@@ -72,6 +73,18 @@ def test_last_complete_checkpoint_needs_a_readable_state(tmp_path):
     found = last_complete_checkpoint(str(tmp_path))
     assert found == str(tmp_path / "checkpoint-2")
     assert json.loads((Path(found) / "trainer_state.json").read_text())["global_step"] == 2
+
+
+def test_a_new_run_where_another_left_checkpoints_is_warned_of_the_newest(model, tmp_path, caplog):
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    said = []
+    for resume in (None, None, True):
+        caplog.clear()
+        make_trainer(model, tmp_path, options).train(resume_from_checkpoint=resume)
+        said.append([text for text in caplog.messages if "older run" in text])
+    first, second, resumed = said
+    assert first == resumed == []
+    assert len(second) == 1 and f"the newest {tmp_path / 'checkpoint-2'}: `resume_from_checkpoint=True`" in second[0]
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,40 @@ def test_an_iteration_that_is_played_again_leaves_one_file_and_those_of_its_eval
     assert {row["iteration"] for row in rows if row["trajectory"] == 0} == {0, 1}
 
 
+def test_a_run_that_begins_anew_removes_the_later_iterations_of_an_older_one(tmp_path):
+    def play(num_iterations, group):
+        log = TrajectoryLog(tmp_path, tiny_tokenizer())
+        for iteration in range(num_iterations + 1):
+            for split in ("train", "eval") if iteration else ("eval",):
+                log.add([outcome(group, turns=1)], [Trajectory([Turn([1], [2])])])
+                log.write(split, iteration)
+
+    play(4, group=0)
+    log = TrajectoryLog(tmp_path, tiny_tokenizer())
+    log.write("eval", 0)  # the trained model is evaluated: nothing begins
+    assert len(find_files(tmp_path)) == 9
+    log.write("train", 5)  # or trained further
+    assert len(find_files(tmp_path)) == 10
+    play(2, group=1)
+    rows = read_trajectories(tmp_path).to_pylist()
+    assert {(row["split"], row["iteration"], row["trajectory"]) for row in rows} == {
+        (split, iteration, 1)
+        for split in ("train", "eval")
+        for iteration in (0, 1, 2)
+        if (split, iteration) != ("train", 0)
+    }
+
+
+def test_evaluating_as_train_leaves_what_was_trained_on(tiny_dir, tmp_path):
+    trainer = make_trainer(tiny_dir, tmp_path, {"save_trajectories": True})
+    trainer.train()
+    trained = [path.read_bytes() for path in find_files(tmp_path)]
+    assert "train_reward/avg" in trainer.evaluate(tasks(3), metric_key_prefix="train")
+    evaluated, *rest = find_files(tmp_path)
+    assert [path.read_bytes() for path in rest] == trained
+    assert set(read_trajectories(evaluated)["split"].to_pylist()) == {"eval-train"}
+
+
 @pytest.mark.parametrize("split", ["../../evil", "..", "a/b", "eval_x y", "."])
 def test_no_split_leaves_the_directory(split, tmp_path):
     log = TrajectoryLog(tmp_path / "run", tiny_tokenizer())
