@@ -69,13 +69,21 @@ def summarize(outcomes: list[Outcome], k: int, seed: int = 0) -> dict[str, float
     metrics = _summarize(outcomes, k, seed, reports_success, "")
     for category in sorted(names[:MOST_CATEGORIES]):
         members = [outcome for outcome in outcomes if categories.get(outcome.group) == category]
-        metrics |= _summarize(members, k, seed, reports_success, f"{category}/")
+        metrics |= _summarize(members, k, seed, reports_success and _may_report_success(members), f"{category}/")
     return metrics
 
 
 def _category_of_groups(outcomes: list[Outcome]) -> dict[int, str]:
     """Category by group: an episode that failed early may not know the one that others of its task report."""
     return {outcome.group: outcome.category for outcome in reversed(outcomes) if outcome.category is not None}
+
+
+def _may_report_success(outcomes: list[Outcome]) -> bool:
+    """Not where the environment has ended episodes and said of none whether it succeeded."""
+    valid = [outcome for outcome in outcomes if not outcome.is_quarantined]
+    if any(outcome.success is not None for outcome in valid):
+        return True
+    return all(outcome.stop_reason != StopReason.completed for outcome in valid)
 
 
 def _summarize(outcomes: list[Outcome], k: int, seed: int, reports_success: bool, category: str) -> dict[str, float]:

@@ -167,6 +167,17 @@ def test_an_episode_that_ends_before_it_can_report_success_has_failed():
     assert metrics["success/avg@2"] == 0.5
 
 
+def test_a_category_that_reports_no_success_has_rewards_alone():
+    math = [outcome(0, True, 1.0, category="math"), outcome(1, False, category="math")]
+    chat = [outcome(2, reward=0.5, category="chat"), outcome(3, None, None, StopReason.env_error, category="chat")]
+    cut = [outcome(4, stop_reason=StopReason.context_overflow, category="long")]
+    metrics = summarize(math + chat + cut, 1)
+    assert metrics["success/math/avg@1"] == metrics["reward/chat/avg"] == 0.5
+    assert not any(name.startswith("success/chat/") for name in metrics)
+    # nobody can say whether these would have reported it: they ended too early, and have failed
+    assert metrics["success/long/avg@1"] == 0.0
+
+
 def test_success_comes_from_the_environment_before_the_threshold():
     from seeupo_trl import Trajectory
 
