@@ -278,7 +278,7 @@ def measure(output: str) -> None:
     def rollout(prompts, trainer):
         # the first iteration warms up
         shape, updates, tokens = measured_shape(max(trainer.state.global_step - 1, 0))
-        trainer.config.max_turn_updates = updates
+        trainer.args.max_turn_updates = updates
         trainer._scorers.policy._max_tokens = tokens
         trajectories = episodes_of(shape, len(prompts), vocabulary).trajectories
         return {

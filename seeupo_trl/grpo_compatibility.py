@@ -8,11 +8,12 @@ fails when a new TRL adds a method or an attribute that nobody has decided on.
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
+from .seeupo_config import LOSS_TYPES
 from .update.loss import LossSettings
 
 
@@ -93,6 +94,24 @@ FIXED_ATTRIBUTES = {
     "top_entropy_quantile",
     "use_adaptive_entropy",
 }
+
+# Fields of `trainer.args` that are read when the trainer is made: changing one in a run raises. All others that SeeUPO
+# adds are read in every iteration; those that TRL copies into attributes (`beta`, ...) are changed there.
+FIXED_ARGUMENTS = {
+    "cast_lm_head_to_fp32",
+    "gradient_accumulation_steps",
+    "max_tokens_per_microbatch",
+    "num_iterations",
+    "packing",
+    "rollouts_ahead",
+    "save_trajectories",
+    "scale_rewards",
+    "steps_per_generation",
+    "zero_variance",
+}
+
+# Fields that only scripts read, never a trainer.
+SCRIPT_ARGUMENTS = {"do_eval", "do_predict", "do_train", "resume_from_checkpoint"}
 
 # Attributes of generation, tools, rewards and logs, and TRL's own state: used by TRL's code alone, as in GRPO.
 TRL_ATTRIBUTES = {
@@ -195,16 +214,29 @@ class FixedValues:
             if value is not before and not _equal(value, before):
                 raise ValueError(
                     f"`{name}` was changed from {before!r} to {value!r} after the trainer was made, which has no "
-                    "effect: it is read only once. Give it in the configuration."
+                    "effect: it is read only once. Give it in the configuration, before the trainer is made."
                 )
 
 
-def fixed_values(trainer: GRPOTrainer) -> FixedValues:
-    """The values of a [`SeeUPOTrainer`] that it reads only once: some attributes, and `trainer.config`."""
+def fixed_values(trainer: GRPOTrainer, config: GRPOConfig, given: GRPOConfig) -> FixedValues:
+    """
+    The values of a [`SeeUPOTrainer`] that it reads only once.
+
+    Args:
+        trainer ([`SeeUPOTrainer`]):
+            Some of its attributes, and of its arguments.
+        config ([`~trl.GRPOConfig`]), given ([`~trl.GRPOConfig`]):
+            `trainer.config`, and the configuration that the user has. The trainer works with copies of both.
+    """
+
+    def values_of(copied: GRPOConfig, called: str) -> dict[str, Any]:
+        names = (f.name for f in fields(copied) if f.name not in SCRIPT_ARGUMENTS)
+        return {f"{called}.{name}": vars(copied).get(name) for name in names}
 
     def read() -> dict[str, Any]:
-        values = {f"trainer.{name}": getattr(trainer, name) for name in FIXED_ATTRIBUTES if hasattr(trainer, name)}
-        return values | {f"trainer.config.{name}": value for name, value in vars(trainer.config).items()}
+        attributes = {f"trainer.{name}": getattr(trainer, name) for name in FIXED_ATTRIBUTES if hasattr(trainer, name)}
+        arguments = {f"trainer.args.{name}": getattr(trainer.args, name) for name in FIXED_ARGUMENTS}
+        return attributes | arguments | values_of(config, "trainer.config") | values_of(given, "args")
 
     return FixedValues(read)
 
@@ -218,6 +250,11 @@ def _equal(one: Any, other: Any) -> bool:
 
 def loss_settings(trainer: GRPOTrainer) -> LossSettings:
     """The numbers in the loss as a [`SeeUPOTrainer`] has them now: in its attributes where GRPO has them there."""
+    if trainer.loss_type not in LOSS_TYPES:
+        raise ValueError(
+            f"`trainer.loss_type` was changed to {trainer.loss_type!r}, which is not one of "
+            f"{', '.join(map(repr, LOSS_TYPES))}."
+        )
     bounds = trainer.vllm_importance_sampling_clip_min, trainer.vllm_importance_sampling_clip_max
     samples_apart = trainer.use_vllm or trainer.args.rollouts_ahead
     corrects = samples_apart and trainer.vllm_importance_sampling_correction

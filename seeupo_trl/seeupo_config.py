@@ -1,8 +1,10 @@
 """Configuration of [`SeeUPOTrainer`]: only the fields SeeUPO adds to GRPO's, or whose default differs."""
 
 import copy
+import inspect
 import warnings
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
 from typing import Any
 
 from transformers.trainer_utils import SaveStrategy
@@ -64,6 +66,17 @@ def steps_in_backward(optimizer: str) -> str:
         f"{optimizer} steps each layer during the backward pass, but the gradient of a turn is the sum of several "
         "backward passes. Use an optimizer that steps after them, for example `optim='adamw_torch'` or 'adafactor'."
     )
+
+
+def _warn_of_shared_names(owner: type) -> None:
+    """Warn where a class of the user's has a field that SeeUPO has added to GRPO's, perhaps for something else."""
+    added = {f.name for f in fields(SeeUPOConfig)} - {f.name for f in fields(GRPOConfig)}
+    for name in sorted(added & inspect.get_annotations(owner).keys()):
+        warnings.warn(
+            f"{owner.__name__} has a field `{name}`, and so has SeeUPOConfig: its value is read as SeeUPOConfig's "
+            "option of that name. Give yours another name if it means something else.",
+            stacklevel=3,
+        )
 
 
 class DefaultTurns(int):
@@ -451,6 +464,10 @@ class SeeUPOConfig(GRPOConfig):
         default=False, metadata={"help": "Whether to multiply the KL term by the turn's importance ratio."}
     )
 
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        _warn_of_shared_names(cls)
+
     def __post_init__(self):
         super().__post_init__()
         self._validate()
@@ -500,24 +517,18 @@ class SeeUPOConfig(GRPOConfig):
 
         Args:
             config ([`~trl.GRPOConfig`]):
-                Configuration to upgrade; left as it is. A [`SeeUPOConfig`] is copied.
+                Configuration to upgrade; left as it is. A [`SeeUPOConfig`] is copied, as it was given (see
+                [`OneStepConfig`]), and checked again: it may have been changed since it was made.
 
         Returns:
             [`SeeUPOConfig`]:
-                A configuration with the same values. A field that holds GRPO's default where SeeUPO has another one
-                takes SeeUPO's.
+                A configuration with the same values, also an instance of the class of `config`. A field that holds
+                GRPO's default where SeeUPO has another one takes SeeUPO's.
         """
         if isinstance(config, cls):
-            return copy.copy(config)
-        # `__post_init__` must not run twice on the same values, so the fields are copied one by one
-        upgraded = object.__new__(cls)
-        upgraded.__dict__.update(config.__dict__)
-        grpo_defaults = {f.name: f.default for f in fields(GRPOConfig)}
-        for f in fields(cls):
-            if f.default is MISSING or f.default == grpo_defaults.get(f.name, MISSING):
-                continue
-            if f.name not in grpo_defaults or getattr(config, f.name) == grpo_defaults[f.name]:
-                setattr(upgraded, f.name, f.default)
+            upgraded = config.as_given() if isinstance(config, OneStepConfig) else copy.copy(config)
+        else:
+            upgraded = _upgraded(cls, config)
         upgraded._validate()
         return upgraded
 
@@ -538,13 +549,15 @@ class SeeUPOConfig(GRPOConfig):
             [`SeeUPOConfig`]:
                 A copy. This configuration keeps what the user gave.
         """
-        args = object.__new__(OneStepConfig)
+        args = object.__new__(_one_step_class(type(self)))
         args.__dict__.update(self.__dict__, _given={name: getattr(self, name) for name in _BATCH_FIELDS})
         args.per_device_train_batch_size = self.per_device_train_batch_size * self.steps_per_generation
         args.gradient_accumulation_steps = args.steps_per_generation = args.num_iterations = 1
         return args
 
     def _validate(self) -> None:
+        # as TRL does when a configuration is made, after which it may have been changed
+        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
         for name, allowed in (
             ("update_order", UPDATE_ORDERS),
             ("old_policy", OLD_POLICIES),
@@ -598,6 +611,14 @@ class SeeUPOConfig(GRPOConfig):
                 "gradient_accumulation_steps` optimizer steps on one generation batch, and turn t may only be updated "
                 "when turn t + 1 is done, so no step can accumulate over two batches as GRPO's would. Leave "
                 "`steps_per_generation` unset for one step a turn."
+            )
+        batch = self.per_device_train_batch_size * self.steps_per_generation * self.world_size
+        if self.generation_batch_size != batch:
+            raise ValueError(
+                f"`per_device_train_batch_size` ({self.per_device_train_batch_size}) x `steps_per_generation` "
+                f"({self.steps_per_generation}) x {self.world_size} processes is not `generation_batch_size` "
+                f"({self.generation_batch_size}): one of them was changed after the configuration was made. Give them "
+                "when it is made."
             )
         optim = OptimizerNames(self.optim).value
         if optim in ("lomo", "adalomo") or optim.endswith("_layerwise"):
@@ -673,12 +694,14 @@ class SeeUPOConfig(GRPOConfig):
 class OneStepConfig(SeeUPOConfig):
     """
     Arguments with which the Trainer runs underneath, see [`SeeUPOConfig.for_one_step_per_iteration`]. Whoever saves or
-    logs them gets the batch arguments that the user gave.
+    logs them gets the batch arguments that the user gave. Their class has the user's class of configuration as a base.
     """
 
+    _given_class: type[SeeUPOConfig]
+
     def as_given(self) -> SeeUPOConfig:
-        """These arguments with the batch arguments that the user gave."""
-        given = object.__new__(SeeUPOConfig)
+        """These arguments with the batch arguments that the user gave, in the user's class."""
+        given = object.__new__(self._given_class)
         given.__dict__.update(self.__dict__)
         given.__dict__.update(given.__dict__.pop("_given"))
         return given
@@ -692,11 +715,55 @@ class OneStepConfig(SeeUPOConfig):
         return copy.copy, (self.as_given(),)
 
     def __copy__(self) -> "OneStepConfig":
-        same = object.__new__(OneStepConfig)
+        same = object.__new__(type(self))
         same.__dict__.update(self.__dict__)
         return same
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OneStepConfig":
-        same = object.__new__(OneStepConfig)
+        same = object.__new__(type(self))
         same.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return same
+
+
+class _Upgraded:
+    """What an upgraded configuration of a user's own class is pickled as: by that class, which can be imported."""
+
+    _classes: tuple[type[SeeUPOConfig], type[GRPOConfig]]
+
+    def __reduce__(self) -> tuple:
+        return _new_upgraded, self._classes, self.__dict__
+
+
+@cache
+def _one_step_class(given: type[SeeUPOConfig]) -> type[OneStepConfig]:
+    return type(f"OneStep{given.__name__}", (OneStepConfig, given), {"_given_class": given})
+
+
+@cache
+def _upgraded_class(seeupo: type[SeeUPOConfig], given: type[GRPOConfig]) -> type[SeeUPOConfig]:
+    """A class with the fields and methods of both; the user's come first."""
+    if issubclass(seeupo, given):
+        return seeupo
+    for owner in given.__mro__:
+        if owner not in GRPOConfig.__mro__:
+            _warn_of_shared_names(owner)
+    made = type(f"SeeUPO{given.__name__}", (_Upgraded, given, seeupo), {"_classes": (seeupo, given)})
+    return dataclass(init=False, repr=False, eq=False)(made)
+
+
+def _new_upgraded(seeupo: type[SeeUPOConfig], given: type[GRPOConfig]) -> SeeUPOConfig:
+    return object.__new__(_upgraded_class(seeupo, given))
+
+
+def _upgraded(seeupo: type[SeeUPOConfig], config: GRPOConfig) -> SeeUPOConfig:
+    # `__post_init__` must not run twice on the same values, so the fields are copied one by one
+    upgraded = _new_upgraded(seeupo, type(config))
+    upgraded.__dict__.update(config.__dict__)
+    known = {f.name for f in fields(config)}
+    grpo_defaults = {f.name: f.default for f in fields(GRPOConfig)}
+    for f in fields(seeupo):
+        if f.default is MISSING or f.default == grpo_defaults.get(f.name, MISSING):
+            continue
+        if f.name not in known or getattr(config, f.name) == grpo_defaults.get(f.name, MISSING):
+            setattr(upgraded, f.name, f.default)
+    return upgraded

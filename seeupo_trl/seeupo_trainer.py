@@ -10,7 +10,7 @@ used.
 import textwrap
 from collections import deque
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cached_property, partial
 from time import perf_counter
 from typing import Any
 
@@ -172,9 +172,8 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = SeeUPOConfig(f"{model_name.split('/')[-1]}-SeeUPO")
-        elif not isinstance(args, SeeUPOConfig):
-            args = SeeUPOConfig.from_grpo_config(args)
-        self.config = args
+        given, args = args, SeeUPOConfig.from_grpo_config(args)
+        self._given_config = args
         rollout = choose_rollout(environment_factory, rollout_func, tools)
         trainer_args = arguments_for_trl(args, uses_tools=bool(tools or rollout.environment_factory))
         if rollout.brings_reward:
@@ -212,14 +211,14 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         self._idle_step = IdleStep(self.accelerator)
         self.callback_handler.callbacks.insert(0, self._idle_step)  # before those that step optimizers of their own
         self._scorers = Scorers(self)
-        self._turn_credit = TurnCredit(self.reward_funcs, environment_reward, args)
+        self._turn_credit = TurnCredit(self.reward_funcs, environment_reward, self.args)
         self._silence = Silence()
         self.rollout_inputs: list[dict[str, Any]] = []
         self._batch = EpisodeBatch([])
         processes = self.accelerator.process_index, self.accelerator.num_processes
         saved_in = args.output_dir if args.save_trajectories else None
         self._trajectory_log = TrajectoryLog(saved_in, self._tokenizer, *processes)
-        self._fixed_values = fixed_values(self)
+        self._fixed_values = fixed_values(self, args, given)
         self._info_metrics = InfoMetrics()
         self._ahead = Ahead()
         self._plays_ahead = rollout.plays_ahead
@@ -228,6 +227,13 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
 
     def _check_overrides(self) -> None:
         check_overrides(self, SeeUPOTrainer, plays_tools=self._tool_rollout is not None)
+
+    @cached_property
+    def config(self) -> SeeUPOConfig:
+        """
+        The configuration that was given. Nothing in here reads it, so that a script may have a `config` of its own.
+        """
+        return self._given_config
 
     def close(self) -> None:
         """
@@ -239,7 +245,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
     def _play_by(self, tool_rollout: ToolRollout) -> None:
         """Hand the TRL environments over to their rollout, unless there are images: those are for TRL's own loop."""
         if self._is_vlm:
-            if self.config.rollouts_ahead:
+            if self.args.rollouts_ahead:
                 raise ValueError(
                     "`rollouts_ahead=1` does not work with a vision model and TRL environments, which TRL's own loop "
                     "plays. Leave it at 0."
@@ -248,13 +254,13 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
             self._environment_pool = {name: [] for name in tool_rollout.factories}
             tool_rollout.close()
             return
-        check_limits(self.config)
+        check_limits(self.args)
         self._tool_rollout = tool_rollout
         self.rollout_func = partial(checked_rollout, tool_rollout)
         self.reward_funcs = tool_rollout.with_its_rewards(self.reward_funcs)
 
     def get_train_dataloader(self) -> DataLoader:
-        check_dataset(self.train_dataset, self.config)
+        check_dataset(self.train_dataset, self.args)
         return super().get_train_dataloader()
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -282,11 +288,11 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         batch = self._prepare_inputs(inputs)
         episodes = checked_batch(batch)
         self._metrics["train"]["time/rollout"].append(perf_counter() - start)
-        if self.config.rollouts_ahead and self._is_followed_at_once():
+        if self.args.rollouts_ahead and self._is_followed_at_once():
             rows = [with_plain_prompt(row) for row in self._ahead.next_rows]
             self._ahead.start(self._plays_ahead, rows, self)
 
-        config = self.args.as_given()
+        config = SeeUPOConfig.from_grpo_config(self.args)  # checked: it may have been changed
         updater = TurnUpdater(
             TurnBuffer(episodes.trained),
             batch["advantages"].tolist(),
@@ -361,7 +367,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         batch, episodes = self._play(inputs)
         group_size = self.num_generations if self.model.training else self.num_generations_eval
         if self.model.training:
-            if self.config.zero_variance == "resample":
+            if self.args.zero_variance == "resample":
                 fill_with_variance(episodes, self, lambda rows: self._play(rows)[1])
                 self._batch, self.rollout_inputs = episodes, episodes.rows
             episodes = batch["episodes"] = self.select_episodes(episodes)
@@ -372,14 +378,14 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
             rewards_per_func,
             self.reward_weights,
             group_size,
-            normalize=self.config.scale_rewards == "batch",
+            normalize=self.args.scale_rewards == "batch",
             per_function=self.multi_objective_aggregation == "normalize_then_sum",
-            clip=self.config.advantage_clip,
+            clip=self.args.advantage_clip,
         )  # (N,)
         first = self.accelerator.process_index * len(inputs)
         local = slice(first, first + len(inputs))
         batch["advantages"] = advantages[local]
-        if self.model.training and self.config.turn_credit == "to_go":
+        if self.model.training and self.args.turn_credit == "to_go":
             per_function = self.multi_objective_aggregation == "normalize_then_sum"
             turn_advantages = self._turn_credit.advantages(
                 episodes.trajectories, rewards_per_func, self.reward_weights, group_size, per_function
@@ -403,7 +409,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
             batch["advantages"].tolist(),
             first_index=first + self.num_evaluated,
             group_size=group_size,
-            success_threshold=self.config.success_threshold,
+            success_threshold=self.args.success_threshold,
         )
         if self._evaluation is not None:
             self._evaluation.add(episodes.outcomes)
@@ -424,7 +430,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
             rows = [{"prompt": EMPTY_PROMPT, **row} for row in rows]
         # TRL calls the two hooks below, which fill it; to `rows` it adds what the rollout returned
         episodes = self._batch = EpisodeBatch([dict(row) for row in rows])
-        if self.config.rollouts_ahead and self.model.training and not self.rollout_round:
+        if self.args.rollouts_ahead and self.model.training and not self.rollout_round:
             played = self._ahead.take(self.state.global_step)  # before TRL pushes the weights
             self._add_metrics([("rollout/staleness", float(played is not None))])
             if played is not None:

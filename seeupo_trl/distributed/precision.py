@@ -45,7 +45,7 @@ def check_precision(trainer: "GRPOTrainer") -> None:
 
 
 def _promises_not_kept(trainer: "GRPOTrainer") -> list[str]:
-    args, model = trainer.config, trainer.model
+    args, model = trainer.args, trainer.model
     messages = []
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
     if trained & set(LOW_PRECISION) and not keeps_master_weights(trainer):

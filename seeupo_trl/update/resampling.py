@@ -62,7 +62,7 @@ def fill_with_variance(
     size, processes = trainer.num_generations, trainer.accelerator.num_processes
     missing = _groups(episodes, trainer)
     before, drawn = len(missing), 0
-    for number in range(1, trainer.config.max_resampling_rounds + 1):
+    for number in range(1, trainer.args.max_resampling_rounds + 1):
         if not missing:
             break
         together = processes // math.gcd(size, processes)  # so many groups have equally many episodes on each process

@@ -28,7 +28,7 @@ class Scorers:
 
     def __init__(self, trainer: GRPOTrainer):
         self._trainer = trainer
-        config = trainer.config
+        config = trainer.args
         for model, outputs in ((trainer.model, ("log_probs", "entropy")), (trainer.ref_model, ("log_probs",))):
             if model is not None and config.cast_lm_head_to_fp32 is None:
                 _compute_logits_in_float32(trainer, trainer.accelerator.unwrap_model(model), outputs)
@@ -72,7 +72,7 @@ class Scorers:
             trainer._get_per_token_logps_and_entropies,
             aux_loss=aux_loss,
             entropy=entropy,
-            max_tokens=trainer.config.max_tokens_per_microbatch,
+            max_tokens=trainer.args.max_tokens_per_microbatch,
         )
 
 
@@ -82,5 +82,5 @@ def _compute_logits_in_float32(trainer: GRPOTrainer, model: nn.Module, outputs: 
     they are: logits rounded to bfloat16 put an error of about 0.03 on the log-probability of a token.
     """
     causal_lm = causal_lm_of(model)
-    if compute_dtype(trainer.config, causal_lm.dtype) in LOW_PRECISION:
+    if compute_dtype(trainer.args, causal_lm.dtype) in LOW_PRECISION:
         add_fused_lm_head(causal_lm, trainer.temperature, cast_lm_head_to_fp32=True, outputs=outputs)

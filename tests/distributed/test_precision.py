@@ -73,7 +73,7 @@ def test_it_is_said_when_the_trainer_is_made(tiny_dir, tmp_path):
 def test_deepspeed_and_fsdp_keep_float32_weights(distributed_type, mixed_precision, keeps, tiny_dir, tmp_path):
     trainer = make(tiny_dir, tmp_path, dtype=torch.bfloat16)
     launched = SimpleNamespace(distributed_type=distributed_type, mixed_precision=mixed_precision)
-    seen = SimpleNamespace(config=trainer.config, model=trainer.model, accelerator=launched)
+    seen = SimpleNamespace(args=trainer.args, model=trainer.model, accelerator=launched)
     assert bool(said(seen)) != keeps
 
 
@@ -94,15 +94,15 @@ def test_steps_of_bfloat16_weights_are_lost(tiny_dir):
 
 def test_samplers_and_adapters_in_16_bits_are_said(tiny_dir, tmp_path):
     trainer = make(tiny_dir, tmp_path, peft_config=LORA)
-    config = {**vars(trainer.config), "use_vllm": True}
+    config = {**vars(trainer.args), "use_vllm": True}
     seen = SimpleNamespace(model=trainer.model, accelerator=trainer.accelerator)
     for length, mode, expected in (
         (4000, "sequence_mask", 2),
         (4000, "token_truncate", 1),
         (500, "sequence_mask", 1),
     ):
-        seen.config = SimpleNamespace(**config | {"max_completion_length": length})
-        seen.config.vllm_importance_sampling_mode = mode
+        seen.args = SimpleNamespace(**config | {"max_completion_length": length})
+        seen.args.vllm_importance_sampling_mode = mode
         messages = said(seen)
         assert len(messages) == expected and "rounded to its own dtype" in messages[0]
         assert expected == 1 or "Use 'token_truncate'" in messages[1]

@@ -1,0 +1,249 @@
+"""The user's configuration: classes of its own, changes before and after the trainer is made, several trainers."""
+
+import copy
+import pickle
+import warnings
+from dataclasses import dataclass, field, fields
+from types import SimpleNamespace
+
+import pytest
+import torch
+from grpo_script import config, logged, moved, parameters_of, settings, text_dataset
+from transformers import AutoTokenizer, TrainerCallback
+from trl import GRPOConfig
+
+from seeupo_trl import SeeUPOConfig, SeeUPOTrainer
+from seeupo_trl.grpo_compatibility import FIXED_ARGUMENTS
+
+
+@dataclass
+class OfSeeUPO(SeeUPOConfig):
+    """What scripts add to a configuration."""
+
+    curriculum: str = field(default="easy")
+
+    @property
+    def is_hard(self):
+        return self.curriculum == "hard"
+
+    def to_dict(self):
+        return super().to_dict() | {"note": "mine"}
+
+    def get_warmup_steps(self, num_training_steps):
+        return num_training_steps
+
+
+@dataclass
+class OfGRPO(GRPOConfig):
+    """The same for GRPO."""
+
+    curriculum: str = field(default="easy")
+    is_hard = OfSeeUPO.is_hard
+    get_warmup_steps = OfSeeUPO.get_warmup_steps
+
+    def to_dict(self):
+        return super().to_dict() | {"note": "mine"}
+
+
+OWN_CLASSES = pytest.mark.parametrize("own_class", [OfSeeUPO, OfGRPO])
+
+
+class OnFirstStep(TrainerCallback):
+    """Changes arguments when the first iteration has ended."""
+
+    def __init__(self, **values):
+        self.values = values
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            for name, value in self.values.items():
+                setattr(args, name, value)
+
+
+@pytest.fixture
+def two_turns(tiny_dir):
+    """Episodes of two turns, and rewards that tell them apart."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
+
+    def rollout(prompts, trainer):
+        return {
+            "prompt_ids": tokenizer(prompts)["input_ids"],
+            "completion_ids": [[20 + n, 21, 22, 23 + n, 3] for n in range(len(prompts))],
+            "logprobs": [[0.0] * 5] * len(prompts),
+            "env_mask": [[1, 1, 0, 1, 1]] * len(prompts),
+        }
+
+    return {
+        "rollout_func": rollout,
+        "reward_funcs": lambda completion_ids, **columns: [ids[0] for ids in completion_ids],
+    }
+
+
+# ---- classes of the user's ----
+
+
+@OWN_CLASSES
+def test_arguments_keep_the_class_of_the_configuration(make, tmp_path, own_class):
+    trainer = make(own_class(**settings(tmp_path, curriculum="hard", max_steps=2, gradient_accumulation_steps=2)))
+    for args in (trainer.args, trainer.config, copy.copy(trainer.args), copy.deepcopy(trainer.args)):
+        assert isinstance(args, own_class) and isinstance(args, SeeUPOConfig)
+        assert args.is_hard
+        written = args.to_dict()
+        assert (written["curriculum"], written["note"]) == ("hard", "mine")
+        assert (written["update_order"], written["gradient_accumulation_steps"]) == ("reverse", 2)
+        assert {f.name for f in fields(args)} >= {f.name for f in fields(SeeUPOConfig)} | {"curriculum"}
+    trainer.train()
+    assert logged(trainer, "learning_rate") == [0.0, 0.005]  # its own warm-up
+
+
+@OWN_CLASSES
+def test_saved_arguments_are_of_the_class_that_was_given(make, tmp_path, own_class):
+    given = {"curriculum": "hard", "gradient_accumulation_steps": 2, "num_iterations": 3}
+    trainer = make(own_class(**settings(tmp_path, **given)))
+    trainer.save_model(tmp_path / "saved")
+    saved = torch.load(tmp_path / "saved" / "training_args.bin", weights_only=False)
+    assert isinstance(saved, own_class) and type(saved) is type(trainer.config)
+    assert {name: getattr(saved, name) for name in given} == given
+    assert pickle.loads(pickle.dumps(saved)).to_dict() == saved.to_dict() == trainer.args.to_dict()
+
+
+def test_a_field_of_the_users_with_the_name_of_one_of_ours_is_said():
+    with pytest.warns(UserWarning, match="WithTurns has a field `max_turns`, and so has SeeUPOConfig"):
+
+        @dataclass
+        class WithTurns(SeeUPOConfig):
+            max_turns: int = 2
+
+
+def test_a_field_of_a_grpo_configuration_with_the_name_of_one_of_ours_is_said_and_kept(make, tmp_path):
+    @dataclass
+    class WithTurns(GRPOConfig):
+        max_turns: int = 2
+
+    with pytest.warns(UserWarning, match="WithTurns has a field `max_turns`"):
+        assert make(WithTurns(**settings(tmp_path))).args.max_turns == 2
+
+
+@pytest.mark.parametrize("own", [{"a": 1}, SimpleNamespace(a=1)], ids=["dict", "namespace"])
+@pytest.mark.parametrize("is_set_first", [True, False])
+def test_a_trainer_may_have_a_config_of_its_own(tiny_dir, tmp_path, own, is_set_first):
+    class WithConfig(SeeUPOTrainer):
+        def __init__(self, *args, **kwargs):
+            if is_set_first:
+                self.config = own
+            super().__init__(*args, **kwargs)
+            self.config = own
+
+    reward = lambda completion_ids, **columns: [float(ids[0]) for ids in completion_ids]  # noqa: E731
+    trainer = WithConfig(
+        tiny_dir, reward_funcs=reward, args=config(tmp_path, max_steps=1), train_dataset=text_dataset()
+    )
+    before = parameters_of(trainer)
+    trainer.train()
+    assert moved(trainer, before) and trainer.config is own
+
+
+# ---- several trainers ----
+
+
+@pytest.mark.parametrize("config_class", [SeeUPOConfig, GRPOConfig])
+def test_a_second_trainer_made_from_the_first_ones_arguments_trains_as_it_did(make, tmp_path, config_class):
+    given = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
+    first = make(config_class(**settings(tmp_path, **given, num_iterations=3, max_steps=1)))
+    second = make(first.args)
+    assert second.args.to_dict() == first.args.to_dict()
+    assert vars(second.args) == vars(first.args)
+    for trainer in (first, second):
+        trainer.train()
+    assert logged(second, "optimizer_steps") == logged(first, "optimizer_steps") == [6.0]
+
+
+# ---- changes before the trainer is made ----
+
+
+@pytest.mark.parametrize("config_class", [SeeUPOConfig, GRPOConfig])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("top_entropy_quantile", 0.1, "selects single tokens"),
+        ("loss_type", "nonsense", "`loss_type='nonsense'` is not one of"),
+        ("gradient_accumulation_steps", 2, "must divide `steps_per_generation`"),
+        ("per_device_train_batch_size", 2, "changed after the configuration was made"),
+        ("optim", "lomo", "steps each layer during the backward pass"),
+    ],
+)
+def test_a_configuration_that_was_changed_is_checked_again(make, tmp_path, config_class, name, value, message):
+    args = config_class(**settings(tmp_path))
+    setattr(args, name, value)
+    with pytest.raises(ValueError, match=message):
+        make(args)
+
+
+@pytest.mark.parametrize("value", ["group", True])
+def test_a_changed_scale_of_rewards_means_what_it_means_when_it_is_given(make, tmp_path, value):
+    args = config(tmp_path)
+    args.scale_rewards = value
+    with pytest.warns(UserWarning, match="scale_rewards='group'"):
+        trainer = make(args)
+    assert trainer.args.scale_rewards == trainer.scale_rewards == "batch"
+    assert args.scale_rewards is value
+
+
+def test_a_configuration_that_was_not_changed_warns_once(make, tmp_path):
+    with pytest.warns(UserWarning, match="scale_rewards='group'"):
+        args = config(tmp_path, scale_rewards="group")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        make(args)
+
+
+# ---- changes after the trainer was made ----
+
+
+@pytest.mark.parametrize("config_class", [SeeUPOConfig, GRPOConfig])
+def test_a_change_of_the_users_configuration_is_refused_where_grpo_would_read_it(make, tmp_path, config_class):
+    args = config_class(**settings(tmp_path))
+    trainer = make(args)
+    args.max_steps = 4
+    with pytest.raises(ValueError, match=r"`args\.max_steps` was changed from 2 to 4"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("config_class", [SeeUPOConfig, GRPOConfig])
+def test_what_no_trainer_reads_may_be_changed_and_added(make, tmp_path, config_class):
+    args = config_class(**settings(tmp_path, max_steps=1))
+    trainer = make(args)
+    args.resume_from_checkpoint, args.do_train, args.do_eval, args.run_note = "x", True, True, "mine"
+    trainer.config.run_note = "mine"
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_a_change_of_the_arguments_takes_effect_in_the_next_iteration(make, two_turns):
+    settings_of_run = {"max_steps": 2, "optim": "sgd", "max_grad_norm": 0.0}
+    trainer = make(settings_of_run, callbacks=[OnFirstStep(advantage_clip=1e-6, max_turn_updates=1)], **two_turns)
+    trainer.train()
+    assert logged(trainer, "optimizer_steps") == [2.0, 1.0]
+    assert max(map(abs, list(trainer._logs["advantages"])[-4:])) <= 1e-6
+
+
+def test_changed_arguments_are_checked(make, two_turns):
+    trainer = make(callbacks=[OnFirstStep(max_turn_updates=0)], **two_turns)
+    with pytest.raises(ValueError, match="`max_turn_updates` must be at least 1"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("name", sorted(FIXED_ARGUMENTS))
+def test_a_change_of_arguments_that_are_read_once_is_refused(make, name):
+    trainer = make(callbacks=[OnFirstStep(**{name: 3})])
+    with pytest.raises(ValueError, match=rf"`trainer\.args\.{name}` was changed"):
+        trainer.train()
+
+
+def test_a_surrogate_that_there_is_not_is_refused_in_a_run_as_well(make):
+    trainer = make({"max_steps": 1})
+    trainer.loss_type = "nonsense"
+    with pytest.raises(
+        ValueError, match="`trainer.loss_type` was changed to 'nonsense', which is not one of 'seeupo'"
+    ):
+        trainer.train()
