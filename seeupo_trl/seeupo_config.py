@@ -620,6 +620,12 @@ class SeeUPOConfig(GRPOConfig):
                 f"({self.generation_batch_size}): one of them was changed after the configuration was made. Give them "
                 "when it is made."
             )
+        if ((self.accelerator_config.gradient_accumulation_kwargs or {}).get("num_steps") or 1) > 1:
+            raise ValueError(
+                "`num_steps` in `accelerator_config.gradient_accumulation_kwargs` would accumulate over iterations: "
+                "turn t may only be updated when turn t + 1 is done. Use `gradient_accumulation_steps`, which "
+                "accumulates within a turn."
+            )
         optim = OptimizerNames(self.optim).value
         if optim in ("lomo", "adalomo") or optim.endswith("_layerwise"):
             raise ValueError(steps_in_backward(f"`optim={optim!r}`"))

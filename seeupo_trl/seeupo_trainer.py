@@ -28,7 +28,7 @@ from trl.trainer.utils import get_config_model_id
 
 from .distributed.adapter_sync import sync_without_merging
 from .distributed.backends import check_deepspeed, keep_output_dtype, reference_in_layers
-from .distributed.checkpoints import ExactResume, check_moving_reference
+from .distributed.checkpoints import ExactResume, check_moving_reference, save_between_iterations
 from .distributed.lock_step import IdleStep, LockStep
 from .distributed.precision import check_precision
 from .envs.tools import EMPTY_PROMPT
@@ -62,6 +62,7 @@ from .trainer_inputs import (
     arguments_for_trl,
     check_dataset,
     check_limits,
+    check_noise,
     check_optimizer,
     check_resampling,
     check_rollouts_ahead,
@@ -181,6 +182,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
             train_dataset = placeholder_dataset(args) if train_dataset is None else train_dataset
         check_rollouts_ahead(args, rollout, train_dataset)
         check_optimizer(optimizers[0])
+        check_noise(args)
         check_deepspeed(args)
 
         with reference_in_layers(), no_advice_on_ratio_level():
@@ -201,6 +203,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
                 environment_factory=rollout.environment_factory,
             )
 
+        save_between_iterations(self.callback_handler.callbacks)
         check_moving_reference(args, self.accelerator)
         check_resampling(args, self._is_vlm, train_dataset)
         check_precision(self)

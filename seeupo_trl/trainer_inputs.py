@@ -1,5 +1,6 @@
 """What [`SeeUPOTrainer`] makes of what it is given: what plays the episodes, rewards, arguments, the dataset."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -192,6 +193,16 @@ def check_optimizer(optimizer: Optimizer | None) -> None:
     name = type(optimizer).__name__
     if isinstance(optimizer, LayerWiseDummyOptimizer) or type(optimizer).__module__.startswith("lomo_optim"):
         raise ValueError(steps_in_backward(f"The optimizer `{name}`"))
+
+
+def check_noise(args: SeeUPOConfig) -> None:
+    """Warn where noise is added in training that the sampled tokens have not seen."""
+    if args.neftune_noise_alpha is not None:
+        warnings.warn(
+            f"`neftune_noise_alpha={args.neftune_noise_alpha}` draws new noise in every forward pass, so ratios "
+            "differ from 1 before anything is updated, and many leave the clipping range. Leave it unset.",
+            stacklevel=3,
+        )
 
 
 def check_resampling(args: SeeUPOConfig, is_vlm: bool, dataset: Any) -> None:

@@ -15,7 +15,8 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainingArguments
-from transformers.trainer_callback import TrainerState
+from transformers.trainer_callback import TrainerCallback, TrainerState
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl.trainer.utils import RepeatSampler
@@ -273,6 +274,13 @@ def discard_state(checkpoint: str) -> None:
     """Take back the word that a checkpoint is whole, before its files are written again."""
     with suppress(FileNotFoundError):
         os.remove(os.path.join(checkpoint, TRAINER_STATE_FILE))
+
+
+def save_between_iterations(callbacks: list[TrainerCallback]) -> None:
+    """Have `enable_jit_checkpoint` save between iterations only: within one, not all turns are updated."""
+    for callback in callbacks:
+        if isinstance(callback, JITCheckpointCallback):
+            callback.on_pre_optimizer_step = lambda *args, **kwargs: None
 
 
 class ExactResume:

@@ -1,6 +1,7 @@
 """The user's configuration: classes of its own, changes before and after the trainer is made, several trainers."""
 
 import copy
+import json
 import pickle
 import warnings
 from dataclasses import dataclass, field, fields
@@ -10,6 +11,7 @@ import pytest
 import torch
 from grpo_script import config, logged, moved, parameters_of, settings, text_dataset
 from transformers import AutoTokenizer, TrainerCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from trl import GRPOConfig
 
 from seeupo_trl import SeeUPOConfig, SeeUPOTrainer
@@ -247,3 +249,41 @@ def test_a_surrogate_that_there_is_not_is_refused_in_a_run_as_well(make):
         ValueError, match="`trainer.loss_type` was changed to 'nonsense', which is not one of 'seeupo'"
     ):
         trainer.train()
+
+
+# ---- options of the Trainer that do not go with updates turn by turn ----
+
+
+def test_accumulation_over_iterations_is_refused(tmp_path):
+    kwargs = {"gradient_accumulation_kwargs": {"num_steps": 2}}
+    with pytest.raises(ValueError, match="`num_steps` in .* Use `gradient_accumulation_steps`"):
+        config(tmp_path, accelerator_config=kwargs)
+    config(tmp_path, accelerator_config={"gradient_accumulation_kwargs": {"num_steps": 1}})
+
+
+def test_noise_on_embeddings_is_said(make):
+    with pytest.warns(UserWarning, match="`neftune_noise_alpha=5.0` draws new noise"):
+        make({"neftune_noise_alpha": 5.0})
+
+
+def test_a_checkpoint_that_is_asked_for_within_an_iteration_is_made_after_it(make, two_turns, tmp_path):
+    class Ask(TrainerCallback):
+        steps = 0
+
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            self.steps += 1
+            if self.steps == 3:  # the first of two in the second iteration
+                callbacks = trainer.callback_handler.callbacks
+                [saving] = [c for c in callbacks if isinstance(c, JITCheckpointCallback)]
+                saving.jit_manager.is_checkpoint_requested = True  # as a signal does
+
+    options = {"optim": "sgd", "lr_scheduler_type": "constant", "max_steps": 4}
+    trainer = make(options | {"enable_jit_checkpoint": True}, callbacks=[Ask()], **two_turns)
+    trainer.train()
+    [checkpoint] = tmp_path.glob("checkpoint-*")
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == 2
+    whole, resumed = make(options, **two_turns), make(options, **two_turns)
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    after = parameters_of(whole)
+    assert all(torch.equal(value, after[name]) for name, value in parameters_of(resumed).items())
