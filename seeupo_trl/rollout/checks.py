@@ -3,9 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import torch
 from trl import GRPOTrainer
 
 from ..trajectory import Trajectory
+
+
+_LISTS = ("prompt_ids", "completion_ids", "logprobs", "env_mask")
 
 
 def checked_rollout(rollout_func: Callable, prompts: list, trainer: GRPOTrainer) -> dict[str, Any]:
@@ -22,8 +27,8 @@ def checked_rollout(rollout_func: Callable, prompts: list, trainer: GRPOTrainer)
 
     Returns:
         `dict[str, Any]`:
-            The rollout's output. An empty completion, which TRL cannot hold, is one padding token that no model
-            generated.
+            The rollout's output, in lists. An empty completion, which TRL cannot hold, is one padding token that no
+            model generated.
 
     Raises:
         `ValueError`:
@@ -32,17 +37,27 @@ def checked_rollout(rollout_func: Callable, prompts: list, trainer: GRPOTrainer)
     output = rollout_func(prompts, trainer)
     if not {"prompt_ids", "completion_ids", "logprobs"} <= output.keys():
         return output  # TRL names the missing keys
-    for name in ("prompt_ids", "completion_ids", "logprobs", "env_mask", "trajectories"):
+    output = dict(output)
+    for name in (*_LISTS, "trajectories"):
         values = output.get(name)
         if values is not None and len(values) != len(prompts):
             raise ValueError(
                 f"`rollout_func` returned {len(values)} `{name}` for {len(prompts)} prompts; need one each."
             )
+        if values is not None and name in _LISTS:
+            output[name] = [_as_list(row) for row in values]
     _check_tokens(output["prompt_ids"], output["completion_ids"], output.get("env_mask"))
     _check_turns(output.get("trajectories") or [])
     if not all(output["completion_ids"]):
         output = _fill_empty_completions(output, trainer._tokenizer.pad_token_id)
     return output
+
+
+def _as_list(row: Any) -> list:
+    """A row of tokens or log-probabilities, which may be an array, a tensor or a tuple."""
+    if isinstance(row, np.ndarray | torch.Tensor):
+        return row.tolist()
+    return row if isinstance(row, list) else list(row)
 
 
 def _check_tokens(
@@ -63,7 +78,16 @@ def _check_tokens(
 
 def _check_turns(trajectories: list[Trajectory]) -> None:
     for index, trajectory in enumerate(trajectories):
+        if not isinstance(trajectory, Trajectory):
+            raise ValueError(
+                f"`rollout_func` returned a {type(trajectory).__name__} in `trajectories`; that key is for a "
+                "`seeupo_trl.Trajectory` of each prompt, which says what its turns are. Give fields of your own "
+                "another name."
+            )
         for number, turn in enumerate(trajectory.turns, start=1):
+            turn.context_ids, turn.action_ids = _as_list(turn.context_ids), _as_list(turn.action_ids)
+            if turn.sampling_logps is not None:
+                turn.sampling_logps = _as_list(turn.sampling_logps)
             for name, tokens in (("action", turn.action_ids), ("context", turn.context_ids)):
                 if not tokens:
                     raise ValueError(

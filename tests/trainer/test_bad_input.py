@@ -1,7 +1,9 @@
 """Bad input gets a clear error or the right result, never a wrong or half-done update."""
 
 import math
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -147,8 +149,17 @@ def test_number_of_turns_may_grow_during_training(tiny_dir, tmp_path):
             {"trajectories": [Trajectory(turns=[Turn(context_ids=[], action_ids=[5])])] * 4},
             "turn 1 of trajectory 0 has no context tokens",
         ),
+        ({"trajectories": [{"steps": 3}] * 4}, "returned a dict in `trajectories`; that key is for"),
     ],
-    ids=["mask-length", "missing-completions", "empty-prompt", "missing-trajectories", "empty-action", "no-context"],
+    ids=[
+        "mask-length",
+        "missing-completions",
+        "empty-prompt",
+        "missing-trajectories",
+        "empty-action",
+        "no-context",
+        "trajectories-of-its-own",
+    ],
 )
 def test_malformed_rollout_says_what_is_wrong(change, message, tiny_dir, tmp_path):
     trainer = make_trainer(tiny_dir, tmp_path, rollout_func=lambda p, t: {**rollout(p, t), **change})
@@ -156,6 +167,26 @@ def test_malformed_rollout_says_what_is_wrong(change, message, tiny_dir, tmp_pat
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert torch.equal(parameters(trainer), before)
+
+
+@pytest.mark.parametrize("other", [np.array, torch.tensor, tuple])
+@pytest.mark.parametrize("brings_turns", [False, True])
+def test_a_rollout_may_return_arrays_tensors_and_tuples(other, brings_turns, tiny_dir, tmp_path):
+    def of(kind, prompts, trainer):
+        output = rollout(prompts, trainer)
+        output["logprobs"] = [[-1.0] * len(ids) for ids in output["completion_ids"]]
+        output = {name: [kind(row) for row in rows] for name, rows in output.items()}
+        if brings_turns:
+            pairs = zip(output["prompt_ids"], output["completion_ids"], strict=True)
+            output["trajectories"] = [Trajectory([Turn(prompt, ids)]) for prompt, ids in pairs]
+        return output
+
+    trained = []
+    for kind in (other, list):
+        trainer = make_trainer(tiny_dir, tmp_path / kind.__name__, rollout_func=partial(of, kind))
+        trainer.train()
+        trained.append(parameters(trainer))
+    assert torch.equal(*trained)
 
 
 def test_resuming_without_a_checkpoint_is_an_error(tiny_dir, tmp_path):
