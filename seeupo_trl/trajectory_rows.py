@@ -4,20 +4,18 @@ A trajectory as rows for a file, one a turn, and back: pure functions.
 What an environment or a rollout reports may be anything; here it becomes text that JSON and UTF-8 can hold.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from .evaluation.as_json import to_json
 
 
 # the viewer reads files without waiting for torch
 if TYPE_CHECKING:
     from .evaluation.outcome import Outcome
     from .trajectory import Trajectory, Turn
-
-
-_DEEPEST = 50
 
 
 def rows_of(
@@ -124,27 +122,6 @@ def _num_kept(previous: "Turn | None", turn: "Turn") -> int:
     length = min(len(history), len(context))
     differs = np.flatnonzero(history[:length] != context[:length])
     return int(differs[0]) if len(differs) else length
-
-
-def to_json(value: Any) -> str:
-    """JSON in ASCII of anything: what JSON cannot hold is written as text."""
-    return json.dumps(_plain(value, _DEEPEST), allow_nan=False)
-
-
-def _plain(value: Any, depth: int) -> Any:
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, float) and np.isfinite(value):
-        return value
-    if isinstance(value, int):  # Python refuses to write out more than 4,300 digits
-        return value if value.bit_length() < 10_000 else f"an integer of {value.bit_length()} bits"
-    if isinstance(value, Mapping) and depth:
-        return {str(key): _plain(item, depth - 1) for key, item in value.items()}
-    if isinstance(value, list | tuple) and depth:
-        return [_plain(item, depth - 1) for item in value]
-    return str(value)
 
 
 def _plain_text(value: Any) -> str | None:

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from ..envs.base import StopReason
 from ..rollout.observations import mended
 from ..trajectory import Trajectory
+from .as_json import to_json
 
 
 def episode_metrics(trajectories: list[Trajectory], accelerator: Accelerator) -> dict[str, float]:
@@ -61,9 +62,10 @@ def replace_last(log: deque, values: list[Any]) -> None:
 
 def as_logged(conversation: Any) -> Any:
     """
-    A conversation as TRL's tables of completions can hold and print it, whatever the policy wrote: arguments of tool
-    calls are the JSON text of an object (their types differ by call, those of a column cannot), text can be encoded,
-    and nothing is `None` but a content.
+    A conversation as TRL's tables of completions can hold and print it, whatever the policy and its environment wrote:
+    values are text (their types differ by message, those of a column cannot), a content in parts is their text,
+    arguments of tool calls are the JSON text of an object, what else is no text is written as JSON, text can be
+    encoded, and nothing is `None` but a content. Images stay, for TRL to draw.
     """
     if not isinstance(conversation, list):
         return mended(conversation)
@@ -71,11 +73,24 @@ def as_logged(conversation: Any) -> Any:
 
 
 def _logged_message(message: dict[str, Any]) -> dict[str, Any]:
-    message = {name: value for name, value in message.items() if value is not None or name == "content"}
-    if "tool_calls" in message:
+    logged = _as_texts({name: value for name, value in message.items() if name not in ("content", "tool_calls")})
+    if "content" in message:
+        logged["content"] = _logged_content(message["content"])
+    if message.get("tool_calls") is not None:
         calls = message["tool_calls"]
-        message["tool_calls"] = [_logged_call(call) for call in (calls if isinstance(calls, list) else [calls])]
-    return message
+        logged["tool_calls"] = [_logged_call(call) for call in (calls if isinstance(calls, list) else [calls])]
+    return logged
+
+
+def _logged_content(content: Any) -> Any:
+    if content is None or isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        if any(part.get("type") == "image" for part in content):
+            return content
+        if all(isinstance(part.get("text"), str) for part in content):
+            return "".join(part["text"] for part in content)
+    return to_json(content)
 
 
 def _logged_call(call: Any) -> dict[str, Any]:
@@ -84,9 +99,20 @@ def _logged_call(call: Any) -> dict[str, Any]:
     function = call.get("function", call)
     if not isinstance(function, dict):
         function = {"name": "", "arguments": function}
+    logged = _as_texts({name: value for name, value in function.items() if name != "arguments"}) or {"name": ""}
     if "arguments" in function:
-        function = {**function, "arguments": _as_object(function["arguments"])}
-    return {**call, "function": function} if "function" in call else function
+        logged["arguments"] = _as_object(function["arguments"])
+    if "function" not in call:
+        return logged
+    return {**_as_texts({name: value for name, value in call.items() if name != "function"}), "function": logged}
+
+
+def _as_texts(values: dict[str, Any]) -> dict[str, str]:
+    return {
+        str(name): value if isinstance(value, str) else to_json(value)
+        for name, value in values.items()
+        if value is not None
+    }
 
 
 def _as_object(arguments: Any) -> str:

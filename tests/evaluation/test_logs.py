@@ -2,6 +2,7 @@
 
 import json
 
+import pandas as pd
 import pytest
 from datasets import Dataset
 from tiny import ON_CPU, load_tiny_model, save_tiny_model, tiny_tokenizer
@@ -55,6 +56,31 @@ def test_arguments_of_the_usual_kind_are_json_text():
     assert message["tool_calls"] == [call('{"x": 1}')]
     (message,) = as_logged([{"role": "assistant", "content": "", "tool_calls": [call('{"x":  1}')]}])
     assert message["tool_calls"] == [call('{"x":  1}')]
+
+
+def test_messages_of_any_kind_fit_in_one_table(tmp_path):
+    """Parquet wants one type a column, and cannot hold an empty dict."""
+    messages = [
+        {"role": "user", "content": "Hi."},
+        {"role": "user", "content": [{"type": "text", "text": "Go "}, {"type": "input_text", "text": "on."}]},
+        {"role": "tool", "content": [1, 2], "name": 7},
+        {"role": "tool", "content": None, "name": "look", "meta": {}},
+        {"role": "tool", "content": "", "meta": {"x": 1}},
+        {"role": "tool", "content": "", "meta": "x", "reasoning_content": ["x"]},
+        {"role": "tool", "content": "", "meta": object()},
+        {"role": "assistant", "content": "", "tool_calls": [call({}, name=["a"]), {**call({}), "id": 1}]},
+        {"role": "assistant", "content": "", "tool_calls": [{}, {**call({}), "id": "1"}, "look"]},
+    ]
+    logged = [as_logged([message]) for message in messages]
+    pd.DataFrame({"completion": [*logged, as_logged(messages)]}).to_parquet(tmp_path / "table")
+    print_prompt_completions_sample(logged, logged, {"r": [1.0] * len(logged)}, [0.0] * len(logged), 1)
+    assert [message["content"] for (message,) in logged[:4]] == ["Hi.", "Go on.", "[1, 2]", None]
+    assert [as_logged(message) for message in logged] == logged
+
+
+def test_images_stay_for_trl_to_draw():
+    content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    assert as_logged([{"role": "user", "content": content}]) == [{"role": "user", "content": content}]
 
 
 def test_conversations_without_calls_and_plain_text_stay_as_they_are():
