@@ -18,7 +18,8 @@ class Tasks:
 
     Args:
         rows (`Iterable[dict]`, *optional*):
-            Dataset rows with a `prompt` each. [`~seeupo_trl.SeeUPOTrainer`] hands over whole rows and needs none.
+            Dataset rows with a `prompt` each. [`~seeupo_trl.SeeUPOTrainer`] hands over whole rows and needs none; what
+            it hands over is added to.
 
     Raises:
         `ValueError`:
@@ -58,6 +59,18 @@ class Tasks:
                 "dataset the trainer reads, the evaluation dataset included."
             )
         return [self._by_prompt[_as_key(prompt)] for prompt in prompts]
+
+    def added_to(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """
+        A trainer's rows with the columns that only the rows here of the same prompts have.
+
+        Args:
+            rows (`list[dict]`):
+                Dataset rows of this process.
+        """
+        if self._by_prompt is None:
+            return rows
+        return [{**self._by_prompt.get(_as_key(row.get("prompt")), {}), **row} for row in rows]
 
 
 def first_episode(trainer: "GRPOTrainer", num_episodes: int) -> int:

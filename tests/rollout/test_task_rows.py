@@ -29,6 +29,25 @@ def test_rows_of_the_trainer_come_before_a_look_up(make_trainer):
     assert len(output["trajectories"][0].turns) == 2
 
 
+def test_tasks_add_the_columns_that_rows_of_the_trainer_do_not_have(make_trainer):
+    seen = []
+
+    class Keep(Talk):
+        def reset(self, **task):
+            observation = super().reset(**task)
+            seen.append(self.task)
+            return observation
+
+    tasks = [row(number=number, label="of the tasks") for number in range(2)]
+    trainer = make_trainer(tasks, generation_kwargs=forced_end())
+    prompts = [[user("unheard")], tasks[1]["prompt"]]
+    trainer.rollout_inputs = [{"prompt": prompt, "replies": [], "label": "of the trainer"} for prompt in prompts]
+    MultiTurnRollout(Keep, tasks=tasks)(prompts, trainer)
+    unheard, found = sorted(seen, key=len)
+    assert unheard == {"prompt": prompts[0], "label": "of the trainer"}
+    assert found == {"prompt": prompts[1], "number": 1, "label": "of the trainer"}
+
+
 def test_an_environment_cannot_change_the_dataset(make_trainer):
     class Greedy(Talk):
         def reset(self, replies, **task):
