@@ -60,6 +60,7 @@ from .scoring.turn_buffer import Block, TurnBuffer
 from .seeupo_config import SeeUPOConfig
 from .trainer_inputs import (
     arguments_for_trl,
+    check_columns,
     check_dataset,
     check_limits,
     check_noise,
@@ -210,6 +211,8 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         sync_without_merging(self)
         if rollout.tool_rollout is not None:
             self._play_by(rollout.tool_rollout)
+        if rollout.brings_reward or self._tool_rollout is not None:
+            check_columns(self.train_dataset, self.eval_dataset)
         self._check_overrides()
         self._idle_step = IdleStep(self.accelerator)
         self.callback_handler.callbacks.insert(0, self._idle_step)  # before those that step optimizers of their own

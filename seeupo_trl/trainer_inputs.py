@@ -13,6 +13,7 @@ from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from .rollout import MultiTurnRollout, environment_reward
 from .rollout.checks import checked_rollout
 from .rollout.observations import plain_message
+from .rollout.output import REPORTED
 from .rollout.trl_environments import ToolRollout, tool_rollout_for
 from .seeupo_config import DefaultTurns, SeeUPOConfig, steps_in_backward
 
@@ -150,6 +151,26 @@ def check_dataset(dataset: Any, args: SeeUPOConfig) -> None:
             f"batch of {args.generation_batch_size} completions in groups of {args.num_generations}). Give more rows, "
             "or lower `per_device_train_batch_size`, `gradient_accumulation_steps` or `steps_per_generation`."
         )
+
+
+def check_columns(*datasets: Any) -> None:
+    """
+    Refuse columns that have the names of what environments report to reward functions, which would take their place.
+
+    Args:
+        datasets (`Dataset`, `IterableDataset` or `dict`, *optional*):
+            Training and evaluation datasets; the columns of an `IterableDataset` may be unknown.
+    """
+    for dataset in datasets:
+        if isinstance(dataset, dict):
+            check_columns(*dataset.values())
+            continue
+        taken = [name for name in REPORTED if dataset is not None and name in (dataset.column_names or ())]
+        if taken:
+            raise ValueError(
+                f"The dataset has a column `{taken[0]}`; with environments, reward functions get what became of the "
+                "episode under that name. Rename the column (`dataset.rename_column`)."
+            )
 
 
 def check_rollouts_ahead(args: SeeUPOConfig, rollout: Rollout, dataset: Any) -> None:

@@ -55,8 +55,8 @@ class MultiTurnRollout:
         tasks (`Dataset` or `Iterable[dict]`, *optional*):
             The dataset rows, for trainers that hand a rollout function nothing but prompts, as [`~trl.GRPOTrainer`]
             does. A row is looked up by its `prompt`, so different rows need different prompts. Give the rows of the
-            evaluation dataset too. Not needed with [`SeeUPOTrainer`], to whose rows those here with the same prompts add
-            the columns that they do not have.
+            evaluation dataset too. Not needed with [`SeeUPOTrainer`], to whose rows it adds the columns that only
+            those here with the same prompts have.
         history (`str` or `Callable`, *optional*):
             What the policy is shown of earlier turns. `"append"`: everything as it was. `"strip_reasoning"`: without
             the reasoning of the turns before the last user message, as the chat templates of reasoning models do. Or a

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 
+# what reward functions get of it besides TRL's own
+REPORTED = ("environment_reward", "stop_reason")
+
+
 def rollout_output(episodes: list[Episode], trainer: "GRPOTrainer", filler_id: int) -> dict[str, list[Any] | None]:
     """
     The dict that [`~seeupo_trl.rollout.MultiTurnRollout`] describes.

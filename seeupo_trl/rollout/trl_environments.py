@@ -313,6 +313,7 @@ def _score(batch: ToolBatch) -> None:
 def _reward_of(
     environment_class: type,
     get_reward: Callable,
+    /,  # columns of the dataset may have these names
     environments: list[Any],
     environment_reward: list[float | None] | None = None,
     **kwargs: Any,

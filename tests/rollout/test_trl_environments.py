@@ -49,6 +49,11 @@ def test_functions_as_tools(compare_on, template):
     assert seen["metrics"]["rewards/Counter/mean"] == [pytest.approx((2 + 2 + 2 + 5 + 5) / 5)]
 
 
+def test_columns_named_like_parameters_of_ours(compare_on):
+    seen = compare_on([row("one", get_reward=1, environment_class=2)], Counter, SCRIPTS)
+    assert seen["metrics"]["rewards/Counter/mean"] == [2]
+
+
 def test_coroutines_as_tools(compare_on):
     seen = compare_on([row("library", shelf="s1"), row("none", shelf="s2")], Library, SCRIPTS, times=2)
     results = [m for m in seen["generated"][0]["completions"][0] if m["role"] == "tool"]
@@ -197,6 +202,14 @@ def test_it_trains_and_evaluates(settings):
     assert logs["turns/max"] > 1
     assert logs["tools/call_frequency"] > 0
     assert trainer.evaluate()["eval_tools/call_frequency"] > 0
+
+
+@pytest.mark.parametrize("column", ["stop_reason", "environment_reward"])
+def test_a_column_that_reports_of_episodes_would_replace_is_refused(settings, column):
+    values, arguments = settings()
+    columns = {"prompt": ["w1"] * 8, column: [1.0] * 8}
+    with pytest.raises(ValueError, match=f"has a column `{column}`.*Rename the column"):
+        SeeUPOTrainer(args=SeeUPOConfig(**values), eval_dataset={"further": Dataset.from_dict(columns)}, **arguments)
 
 
 @pytest.mark.skipif(trl.__version__.startswith("1.15"), reason="GRPOTrainer of trl 1.15 needs a GPU to train")

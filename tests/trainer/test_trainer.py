@@ -71,6 +71,12 @@ def test_environment_of_messages_trains_with_its_own_reward(make_trainer, factor
     assert sum(value for name, value in logs.items() if name.startswith("stop_reason/")) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("column", ["stop_reason", "environment_reward"])
+def test_a_column_that_reports_of_episodes_would_replace_is_refused(make_trainer, column):
+    with pytest.raises(ValueError, match=f"has a column `{column}`.*Rename the column"):
+        make_trainer(train_dataset=Dataset.from_dict({"turns": [1, 2], column: ["a", "b"]}))
+
+
 def test_environment_reward_adds_to_reward_functions(make_trainer):
     def flat(completions, **kwargs):
         assert all(message["role"] in ("assistant", "user") for messages in completions for message in messages)
