@@ -31,7 +31,7 @@ from pathlib import Path
 
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from seeupo_trl import SeeUPOTrainer
+from seeupo_trl import SeeUPOTrainer, environment_reward
 from seeupo_trl.envs.appworld import AppWorldEnvironment, load_appworld
 from seeupo_trl.envs.appworld.server import AppWorldServers
 from seeupo_trl.recipes.arguments import AppWorldArguments
@@ -88,7 +88,7 @@ def main(script_args: AppWorldArguments, training_args: Config, model_args: Mode
     try:
         trainer = SeeUPOTrainer(
             model=model_args.model_name_or_path,
-            reward_funcs=[success],
+            reward_funcs=[success, environment_reward],
             args=training_args,
             train_dataset=train,
             rollout_func=rollout,

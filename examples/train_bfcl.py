@@ -29,7 +29,7 @@ from accelerate import PartialState
 from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from seeupo_trl import SeeUPOTrainer
+from seeupo_trl import SeeUPOTrainer, environment_reward
 from seeupo_trl.envs.bfcl import BfclEnvironment
 from seeupo_trl.recipes.arguments import BfclArguments
 from seeupo_trl.recipes.bfcl import choose_tasks, warmed_up
@@ -83,7 +83,7 @@ def main(script_args: BfclArguments, training_args: Config, model_args: ModelCon
     rollout = ReportingRollout(make_environment)
     trainer = SeeUPOTrainer(
         model=model,
-        reward_funcs=[success],
+        reward_funcs=[success, environment_reward],
         args=training_args,
         train_dataset=train,
         rollout_func=rollout,

@@ -31,7 +31,7 @@ from pathlib import Path
 from accelerate import PartialState
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from seeupo_trl import SeeUPOTrainer
+from seeupo_trl import SeeUPOTrainer, environment_reward
 from seeupo_trl.envs.textarena import TextArenaEnvironment, load_textarena
 from seeupo_trl.recipes.arguments import TextArenaArguments
 from seeupo_trl.recipes.cache import default_cache_dir
@@ -73,7 +73,7 @@ def main(script_args: TextArenaArguments, training_args: Config, model_args: Mod
     rollout = ReportingRollout(partial(TextArenaEnvironment, success_reward=script_args.success_reward))
     trainer = SeeUPOTrainer(
         model=model,
-        reward_funcs=[success],
+        reward_funcs=[success, environment_reward],
         args=training_args,
         train_dataset=train,
         rollout_func=rollout,

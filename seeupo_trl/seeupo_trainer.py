@@ -118,7 +118,8 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
             `"logprobs"` and, for episodes of several turns, `"env_mask"`; each maximal run of ones is a turn. It may
             also return `"trajectories"`, a list with one [`Trajectory`] per prompt, which then says what the turns
             are; their contexts need not extend one another. The dataset rows of the prompts are in
-            `trainer.rollout_inputs`.
+            `trainer.rollout_inputs`. The rewards of a [`MultiTurnRollout`]'s environments are added to those of
+            `reward_funcs`, as with `environment_factory`.
         environment_factory (`Callable` or `dict[str, Callable]`, *optional*):
             As in [`~trl.GRPOTrainer`]; [`~seeupo_trl.rollout.trl_environments.ToolRollout`] plays the episodes. Or a
             [`MultiTurnEnvironment`] class (or a callable that returns one), which [`MultiTurnRollout`] drives; its
@@ -179,7 +180,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         rollout = choose_rollout(environment_factory, rollout_func, tools)
         trainer_args = arguments_for_trl(args, uses_tools=bool(tools or rollout.environment_factory))
         if rollout.brings_reward:
-            reward_funcs = with_environment_reward(reward_funcs, trainer_args)
+            reward_funcs = with_environment_reward(reward_funcs, trainer_args, rollout_func is not None)
             train_dataset = placeholder_dataset(args) if train_dataset is None else train_dataset
         check_rollouts_ahead(args, rollout, train_dataset)
         check_optimizer(optimizers[0])

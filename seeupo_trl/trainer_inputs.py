@@ -1,5 +1,6 @@
 """What [`SeeUPOTrainer`] makes of what it is given: what plays the episodes, rewards, arguments, the dataset."""
 
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from .rollout.output import REPORTED
 from .rollout.trl_environments import ToolRollout, tool_rollout_for
 from .seeupo_config import DefaultTurns, SeeUPOConfig, steps_in_backward
 
+
+logger = logging.getLogger(__name__)
 
 _BRINGS_ITS_OWN_TOOLS = (
     "A `MultiTurnEnvironment` is driven by `MultiTurnRollout` and brings its own tools (in `Observation.tools`): pass "
@@ -105,9 +108,16 @@ def arguments_for_trl(args: SeeUPOConfig, uses_tools: bool) -> SeeUPOConfig:
     return trainer_args
 
 
-def with_environment_reward(reward_funcs: Any, args: SeeUPOConfig) -> list:
+def with_environment_reward(reward_funcs: Any, args: SeeUPOConfig, is_rollout_func: bool = False) -> list:
     """
     Reward functions with the environment's own reward among them: the last one, at weight 1 where none is given.
+
+    Args:
+        reward_funcs (`Any`), args ([`SeeUPOConfig`]):
+            Arguments of the trainer; `reward_weights` of `args` is completed.
+        is_rollout_func (`bool`, *optional*, defaults to `False`):
+            Whether the environment is that of a `rollout_func`, whose reward TRL's trainer would not add: that is
+            worth a warning.
 
     Raises:
         `ValueError`:
@@ -116,6 +126,12 @@ def with_environment_reward(reward_funcs: Any, args: SeeUPOConfig) -> list:
     reward_funcs = [] if reward_funcs is None else reward_funcs
     reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
     if environment_reward not in reward_funcs:
+        if reward_funcs and is_rollout_func:
+            logger.warning(
+                "`reward_funcs` does not have `environment_reward`, so the reward of MultiTurnRollout's environment "
+                "is added as the last one (GRPOTrainer would leave it out). Add `seeupo_trl.environment_reward` to "
+                "them if you want it, with the weight 0 in `reward_weights` if not."
+            )
         reward_funcs.append(environment_reward)
         weights = args.reward_weights
         if weights is not None and len(weights) not in (len(reward_funcs) - 1, len(reward_funcs)):

@@ -75,8 +75,8 @@ def report_success(training_args: Config) -> None:
         [`UsageError`]:
             When the user gave `reward_weights`.
     """
-    because = "its only reward function reports success with weight 0, and what counts is the environment's reward"
-    set_by_script(training_args, "reward_weights", [0.0], because)
+    because = "its reward functions are success, which is reported with weight 0, and the environment's reward"
+    set_by_script(training_args, "reward_weights", [0.0, 1.0], because)
 
 
 class IterationLine(ProgressCallback):

@@ -10,7 +10,7 @@ from count_down import CountDown
 from datasets import Dataset
 from tiny import ON_CPU, load_tiny_model, tiny_tokenizer
 
-from seeupo_trl import MultiTurnRollout, SeeUPOConfig, SeeUPOTrainer, StepResult
+from seeupo_trl import MultiTurnRollout, SeeUPOConfig, SeeUPOTrainer, StepResult, environment_reward
 from seeupo_trl.envs import StopReason
 from seeupo_trl.evaluation.info_metrics import InfoMetrics
 
@@ -86,6 +86,19 @@ def test_environment_reward_adds_to_reward_functions(make_trainer):
     trainer.train()
     logs = trainer.state.log_history[0]
     assert logs["reward"] == pytest.approx(5 + logs["rewards/environment_reward/mean"], rel=1e-5)
+
+
+def test_a_rollout_function_whose_reward_is_added_unasked_is_warned_about(make_trainer, caplog):
+    def flat(completions, **kwargs):
+        return [10.0] * len(completions)
+
+    rollout = {"environment_factory": None, "rollout_func": MultiTurnRollout(CountDown)}
+    for quiet in ({**rollout, "reward_funcs": [flat, environment_reward]}, rollout, {"reward_funcs": flat}):
+        make_trainer(**quiet)
+    assert "environment_reward" not in caplog.text
+    trainer = make_trainer(**rollout, reward_funcs=flat)
+    assert "GRPOTrainer would leave it out" in caplog.text
+    assert trainer.reward_func_names == ["flat", "environment_reward"]
 
 
 def test_max_turns_ends_an_episode(make_trainer):
