@@ -41,6 +41,7 @@ TAIL_LENGTHS = (6, 32)
 
 Message = dict[str, Any]
 
+ROLES = ("system", "user", "assistant", "tool")
 DUMMY_QUESTION: Message = {"role": "user", "content": "dummy"}
 DUMMY_ANSWER: Message = {"role": "assistant", "content": "dummy"}
 
@@ -64,7 +65,14 @@ class ChatFormat:
                 f"MultiTurnRollout works on text; the trainer's processing_class is a {type(self.tokenizer).__name__}."
                 " Pass a tokenizer as `processing_class` (of a processor, its `tokenizer`)."
             )
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                "Environments speak in messages, and the tokenizer has no chat template. Set "
+                "`tokenizer.chat_template`, or train a model that has one."
+            )
         self.template_kwargs: dict[str, Any] = trainer.chat_template_kwargs
+        self._shows_tools = False  # known when it has shown some
+        self._shown_roles: set[tuple[str, bool]] = set()
         self._reads_parts = self._finds_text_in_parts()
         self._renderings: dict[str, list[int]] = {}
         self._end_of = lru_cache(REMEMBERED_RENDERINGS)(self._find_end)
@@ -75,7 +83,15 @@ class ChatFormat:
         self._parser = self._build_parser()
 
     def render(self, observation: Observation) -> list[int]:
-        """Tokens of the opening conversation, up to where the policy writes."""
+        """
+        Tokens of the opening conversation, up to where the policy writes.
+
+        Raises:
+            `ValueError`:
+                When the template shows nothing of the tools or of a message.
+        """
+        self._check_roles(observation.messages, opens=True)
+        self._check_tools(observation)
         return self._tokenize_once(
             observation.messages, self.chat_template, tools=observation.tools or None, add_generation_prompt=True
         )
@@ -97,7 +113,12 @@ class ChatFormat:
                 Last token of the response, an end-of-sequence token.
             ends_message (`bool`, *optional*, defaults to `False`):
                 Whether to begin with the end of the policy's message, for a response that ended without it.
+
+        Raises:
+            `ValueError`:
+                When the template shows nothing of a message.
         """
+        self._check_roles(messages, opens=False)
         suffix_ids = self._difference(messages, self.chat_template, ends_message)
         if ends_message:
             return suffix_ids
@@ -129,7 +150,11 @@ class ChatFormat:
         """Read a response as an assistant message; `parse_error` marks one whose tool calls are malformed."""
         if action_ids[-1] in self.eos_token_ids and action_ids[-1] != self.tokenizer.eos_token_id:
             action_ids = action_ids[:-1]  # the parsers know the tokenizer's own end-of-sequence token only
-        return mended(self._parsed(action_ids, context_ids, tools))
+        message = mended(self._parsed(action_ids, context_ids, tools))
+        if "reasoning_content" in message and action_ids[-1:] == [self.tokenizer.eos_token_id]:
+            # that of reasoning which does not end is in it
+            message["reasoning_content"] = message["reasoning_content"].removesuffix(self.tokenizer.eos_token)
+        return message
 
     def _parsed(self, action_ids: list[int], context_ids: list[int], tools: list[dict] | None) -> Message:
         if self._parser is None or not action_ids:
@@ -246,8 +271,47 @@ class ChatFormat:
         )
         return []
 
-    def _render_text(self, messages: list[Message]) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **self.template_kwargs)
+    def _check_roles(self, messages: list[Message], opens: bool) -> None:
+        """Templates leave out a message whose role they do not know without a word."""
+        for role in dict.fromkeys(message["role"] for message in messages):
+            # those of openings may have places of their own there
+            if (role, opens) in self._shown_roles or (opens and role in ROLES):
+                continue
+            if not self._shows_role(role, opens):
+                raise ValueError(
+                    f"The tokenizer's chat template shows nothing of a message with the role {role!r}"
+                    f"{'' if opens else ' after one of the policy'}. Give the message a role that it knows (mostly "
+                    "'user' or 'tool'), or set `tokenizer.chat_template` to one that knows this."
+                )
+            self._shown_roles.add((role, opens))
+
+    def _shows_role(self, role: str, opens: bool) -> bool:
+        message = {"role": role, "content": "dummy"} | ({"name": "dummy"} if role == "tool" else {})
+        before = [] if opens else [DUMMY_QUESTION, _answer_before([message])]
+        after = [DUMMY_QUESTION] if opens else []
+        try:
+            with_it = self._render_text([*before, message, *after], self.chat_template)
+            return with_it != self._render_text([*before, *after], self.chat_template)
+        except (ValueError, TypeError, TemplateError):
+            return True  # the rendering of the message itself says what is wrong
+
+    def _check_tools(self, observation: Observation) -> None:
+        """Templates that know no tools leave them out without a word."""
+        if not observation.tools or self._shows_tools:
+            return
+        messages = list(map(_in_one_part, observation.messages))
+        with_tools = self._render_text(messages, self.chat_template, tools=observation.tools)
+        if with_tools == self._render_text(messages, self.chat_template):
+            raise ValueError(
+                "The tokenizer's chat template shows nothing of `Observation.tools`. Set `tokenizer.chat_template` to "
+                "one that knows tools, or describe them in a message and leave `tools` out."
+            )
+        self._shows_tools = True
+
+    def _render_text(self, messages: list[Message], chat_template: str | None = None, **kwargs: Any) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=chat_template, tokenize=False, **kwargs, **self.template_kwargs
+        )
 
     def _build_parser(self) -> PreTrainedTokenizerBase | None:
         parser = copy.deepcopy(self.tokenizer)

@@ -14,9 +14,9 @@ from seeupo_trl.rollout import chat_format
 from seeupo_trl.rollout.chat_format import ChatFormat, shared_length
 
 
-def make_chat(template, **template_kwargs):
+def make_chat(template, tokenizer=None, **template_kwargs):
     """A chat format; of a trainer it reads nothing but these."""
-    tokenizer = byte_tokenizer(template)
+    tokenizer = tokenizer or byte_tokenizer(template)
     trainer = SimpleNamespace(
         processing_class=tokenizer, eos_token_ids=[tokenizer.eos_token_id], chat_template_kwargs=template_kwargs
     )
@@ -188,3 +188,55 @@ def test_text_in_parts_is_read_whatever_the_template_makes_of_lists(template):
     suffix = chat.tokenizer.decode(chat.render_suffix([opening[-1]], chat.tokenizer.eos_token_id))
     assert "Bring me " in suffix and "the lamp." in suffix
     assert parts[0]["text"] == "Bring me "  # the environment's message is left as it was
+
+
+def with_template(text):
+    tokenizer = byte_tokenizer("qwen2_5")
+    tokenizer.chat_template = text
+    return tokenizer
+
+
+CHATML = """\
+{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_message_whose_role_the_template_does_not_know_is_refused(template):
+    chat = make_chat(template)
+    unknown = {"role": "environment", "content": "Look."}
+    for _ in range(2):
+        with pytest.raises(ValueError, match="shows nothing of a message with the role 'environment' after"):
+            chat.render_suffix([user("Go on."), unknown], chat.tokenizer.eos_token_id)
+        with pytest.raises(ValueError, match="shows nothing of a message with the role 'environment'. Give"):
+            chat.render(Observation([unknown, user("Begin.")]))
+    everywhere = [{"role": "system", "content": ""}, user(""), result("")]
+    chat.render(Observation(everywhere))
+    chat.render_suffix(everywhere[1:], chat.tokenizer.eos_token_id)
+    make_chat("", with_template(CHATML)).render(Observation([unknown]))  # knows all roles
+
+
+def test_tools_that_the_template_does_not_show_are_refused():
+    chat = make_chat("", with_template(CHATML))
+    chat.render(Observation([user("Begin.")]))
+    with pytest.raises(ValueError, match="shows nothing of `Observation.tools`"):
+        chat.render(Observation([user("Begin.")], TOOLS))
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_conversation_in_parts_may_have_tools(template):
+    opening = [{"role": "user", "content": [{"type": "text", "text": "Begin."}]}]
+    chat = make_chat(template)
+    assert "look" in chat.tokenizer.decode(chat.render(Observation(opening, TOOLS)))
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused():
+    with pytest.raises(ValueError, match="the tokenizer has no chat template"):
+        make_chat("", with_template(None))
+
+
+def test_reasoning_that_does_not_end_is_without_the_end_of_the_message():
+    chat = make_chat("qwen3")
+    action = chat.tokenizer("<think>\nabc<|im_end|>")["input_ids"]
+    message = chat.parse(action, chat.render(Observation([user("Begin.")])), None)
+    assert message["reasoning_content"] == "abc" and message["content"] == ""
