@@ -200,9 +200,15 @@ def content_of(result: Any) -> str | list:
     """
     if not isinstance(result, list):
         return str(result)
-    if result and all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in result):
+    if result and all(map(_is_part, result)):
         return result
     return json.dumps(result, ensure_ascii=False, default=str)
+
+
+def _is_part(value: Any) -> bool:
+    """Whether a value is a part of a content, which has a payload of its type's name, and not data with a `type`."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    return isinstance(kind, str) and ("text" in value or kind in value or kind == "image")
 
 
 # What Python says where something works in the main thread only.

@@ -19,6 +19,8 @@ from ..envs.tools import content_of
 
 Message = dict[str, Any]
 
+TEXT_TYPES = ("text", "input_text")
+
 _IMMUTABLE = (str, int, float, bool, type(None))
 
 # A text with more characters than this for each token allowed is cut before it is tokenised.
@@ -94,8 +96,20 @@ def _check_messages(messages: Any) -> list[Message]:
             raise TypeError(f"The content of a message must be a text; got {_brief(content)}.")
         if isinstance(content, list):
             content = content_of(content)
+        if isinstance(content, list):
+            content = [_text_part(part) for part in content]
         checked.append(mended(copied(plain_message({**message, "content": content}))))
     return checked
+
+
+def _text_part(part: dict[str, Any]) -> dict[str, Any]:
+    """A part of a content under the one name for text that templates know."""
+    if part["type"] not in TEXT_TYPES or not isinstance(part.get("text"), str):
+        raise TypeError(
+            f"The content of a message has a part of type {part['type']!r} that is no text; policies here read text "
+            "only. Give parts of type 'text', or write data as text (`json.dumps`)."
+        )
+    return {**part, "type": "text"}
 
 
 def plain_message(message: Message) -> Message:
@@ -143,13 +157,12 @@ def mended(value: Any) -> Any:
 
 
 def _mended(value: Any) -> Any:
-    kind = type(value)
-    if kind is str:
+    if isinstance(value, str):
         return value if _is_encodable(value) else value.encode("utf-8", "replace").decode("utf-8")
-    if kind is list:
+    if isinstance(value, list | tuple):
         items = [_mended(item) for item in value]
         return items if any(new is not old for new, old in zip(items, value, strict=True)) else value
-    if kind is dict:
+    if isinstance(value, dict):
         items = {_mended(key): _mended(item) for key, item in value.items()}
         same = len(items) == len(value) and all(key in value and items[key] is value[key] for key in items)
         return value if same else items
@@ -214,15 +227,18 @@ def cut_to_tokens(text: str, limit: int, tokenizer: PreTrainedTokenizerBase) -> 
         limit (`int`):
             Most tokens that are kept. The note comes on top.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            A tokenizer that reports offsets, as all fast tokenizers do.
+            Cuts between tokens, at the offsets that fast tokenizers report; of others, the text of the tokens is kept.
     """
     if len(text) * 4 <= limit:  # no token is shorter than a byte, no character longer than four
         return text
     head = text[: limit * CHARACTERS_PER_TOKEN]
-    offsets = tokenizer(head, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    if len(offsets) > limit:
-        head = head[: offsets[limit][0]]
-    if len(head) == len(text):
+    encoded = tokenizer(head, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+    if len(encoded["input_ids"]) > limit:
+        if tokenizer.is_fast:
+            head = head[: encoded["offset_mapping"][limit][0]]
+        else:
+            head = tokenizer.decode(encoded["input_ids"][:limit])
+    elif len(head) == len(text):
         return text
     return f"{head}\n[cut: {len(head)} of {len(text)} characters]"
 

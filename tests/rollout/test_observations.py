@@ -1,10 +1,14 @@
 """What environments return is mended and cut wherever text stands."""
 
+import json
 import math
+from collections import OrderedDict
 
+import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
 from talk import TOOLS
+from transformers import ByT5Tokenizer
 
 from seeupo_trl.envs import Observation, StepResult
 from seeupo_trl.rollout.observations import (
@@ -38,6 +42,46 @@ def test_text_that_no_tokenizer_takes_is_mended(message):
     (checked,) = check_step_result(StepResult([message])).messages
     assert repr(checked) == repr(message).replace("\\ud83d", "?")
     assert LONE in repr(message).encode().decode("unicode_escape"), "the environment's own message is left alone"
+
+
+def test_subclasses_of_text_dicts_and_lists_are_mended_too():
+    message = {
+        "role": "user",
+        "content": [OrderedDict(text_part(np.str_(LONE)))],
+        "meta": (np.str_(LONE), OrderedDict(x=LONE)),
+    }
+    (checked,) = check_step_result(StepResult([OrderedDict(message)])).messages
+    assert checked == {"role": "user", "content": [text_part("a?b")], "meta": ["a?b", {"x": "a?b"}]}
+
+
+@pytest.mark.parametrize(
+    "part",
+    [{"type": "image", "image": "x.png"}, {"type": "image_url", "image_url": {}}, {"type": "text", "text": None}],
+)
+def test_a_part_that_is_no_text_is_named(part):
+    with pytest.raises(TypeError, match=f"has a part of type '{part['type']}' that is no text"):
+        check_step_result(StepResult([{"role": "user", "content": [text_part("Look:"), part]}]))
+
+
+def test_input_text_is_text():
+    (checked,) = check_step_result(
+        StepResult([{"role": "user", "content": [{"type": "input_text", "text": "hello"}]}])
+    ).messages
+    assert checked["content"] == [text_part("hello")]
+
+
+def test_data_with_a_type_is_no_content_in_parts():
+    data = [{"type": "flight", "price": 3}, {"type": "train", "price": 1}]
+    (checked,) = check_step_result(StepResult([{"role": "tool", "content": data}])).messages
+    assert json.loads(checked["content"]) == data
+
+
+def test_a_tokenizer_without_offsets_cuts_by_its_tokens():
+    message = {"role": "user", "content": "\u00e9" * 9000}  # two tokens each
+    assert cut_message(message, 100, ByT5Tokenizer())
+    assert message["content"] == "\u00e9" * 50 + "\n[cut: 50 of 9000 characters]"
+    message = {"role": "user", "content": "x" * 90}
+    assert not cut_message(message, 100, ByT5Tokenizer()) and message["content"] == "x" * 90
 
 
 def test_schemas_of_tools_are_mended_too():
