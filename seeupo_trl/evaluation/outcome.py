@@ -2,16 +2,23 @@
 
 import hashlib
 import json
+import logging
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from datasets.fingerprint import Hasher
 
 from ..envs.base import ENVIRONMENT_FAULTS
+from ..envs.plain import real_number
 from ..trajectory import Trajectory
 from .info_metrics import numbers_in
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -33,8 +40,8 @@ class Outcome:
         stop_reason (`str`, *optional*):
             Why the episode ended, one of [`~seeupo_trl.envs.StopReason`].
         success (`bool`, *optional*):
-            `info["success"]` where the environment reports it, else whether the reward reaches `success_threshold`;
-            `None` where neither says anything.
+            `info["success"]` where the environment reports it (a boolean or a number; a text is neither, nor is NaN),
+            else whether the reward reaches `success_threshold`; `None` where neither says anything.
         reward (`float`, *optional*):
             Weighted sum of the reward functions; `None` for an episode that none of them scored.
         rewards (`dict[str, float]`, *optional*):
@@ -108,7 +115,7 @@ def describe_outcomes(
     )
     for offset, (row, trajectory, rewards, total, is_scored, advantage) in enumerate(parts):
         reward = total if is_scored else None
-        success = trajectory.info.get("success")
+        success = _success_in(trajectory.info)
         if success is None and success_threshold is not None and reward is not None:
             # rewards are float32
             success = reward >= success_threshold or math.isclose(reward, success_threshold, rel_tol=1e-6)
@@ -121,7 +128,7 @@ def describe_outcomes(
                 category=next((str(category) for category in categories if isinstance(category, str)), None),
                 turns=len(trajectory.turns),
                 stop_reason=None if trajectory.stop_reason is None else str(trajectory.stop_reason),
-                success=None if success is None else bool(success),
+                success=success,
                 reward=reward,
                 rewards={
                     name: None if math.isnan(value) else value
@@ -132,6 +139,26 @@ def describe_outcomes(
             )
         )
     return outcomes
+
+
+def _success_in(info: dict[str, Any]) -> bool | None:
+    value = info.get("success")
+    if value is None:
+        return None
+    try:
+        return bool(real_number(value.item() if isinstance(value, np.ndarray) and value.size == 1 else value))
+    except ValueError:
+        _warn_of_success(type(value).__name__)
+        return None
+
+
+@lru_cache
+def _warn_of_success(kind: str) -> None:
+    logger.warning(
+        '`info["success"]` is a %s that says neither yes nor no, and does not count. Give a boolean, or leave it out '
+        "where success is unknown.",
+        kind,
+    )
 
 
 def task_of(row: dict[str, Any]) -> str:

@@ -43,7 +43,7 @@ def check_observation(observation: Any) -> Observation:
         raise TypeError(f"Observation.tools must be a list of JSON schemas; got {_brief(tools)}.")
     if not isinstance(observation.info, dict):
         raise TypeError(f"Observation.info must be a dict; got {_brief(observation.info)}.")
-    return Observation(_check_messages(observation.messages), _own_tools(tools), dict(observation.info))
+    return Observation(_check_messages(observation.messages), _own_tools(tools), _own_info(observation.info))
 
 
 def _own_tools(tools: list[dict] | None) -> list[dict] | None:
@@ -55,6 +55,14 @@ def _own_tools(tools: list[dict] | None) -> list[dict] | None:
 def _tools_from(text: str) -> list[dict]:
     tools = json.loads(text)
     return mended(without_none(tools) if "null" in text else tools)
+
+
+def _own_info(info: dict[str, Any]) -> dict[str, Any]:
+    """A copy that the environment does not change later, as deep as what is in it can be copied."""
+    try:
+        return copied(info)
+    except Exception:  # whatever the objects' own copying raises
+        return dict(info)
 
 
 def check_step_result(result: Any) -> StepResult:
@@ -80,7 +88,7 @@ def check_step_result(result: Any) -> StepResult:
         reward=reward,
         terminated=bool(result.terminated),
         truncated=bool(result.truncated),
-        info=dict(result.info),
+        info=_own_info(result.info),
     )
 
 

@@ -1,6 +1,7 @@
 """Evaluations count each episode once, say how sure they are, and mean the same whatever the batches and processes."""
 
 import json
+import math
 from datetime import date
 from itertools import combinations
 from pathlib import Path
@@ -14,9 +15,10 @@ from evaluation_run import evaluate_and_train, make_trainer, tasks
 from launching import run_on_two_processes
 from tiny import save_tiny_model
 
+from seeupo_trl import Trajectory
 from seeupo_trl.envs import StopReason
 from seeupo_trl.evaluation.estimators import bootstrap_interval, pass_at, pass_hat
-from seeupo_trl.evaluation.outcome import Outcome, describe_outcomes, task_of
+from seeupo_trl.evaluation.outcome import Outcome, _warn_of_success, describe_outcomes, task_of
 from seeupo_trl.evaluation.summary import MOST_CATEGORIES, Evaluation, attempts, summarize
 from seeupo_trl.trajectory_log import read_trajectories
 
@@ -238,6 +240,46 @@ def test_rows_are_the_same_tasks_in_every_evaluation(tiny_dir, tmp_path):
         trainer.evaluate(rows)
         seen.append([outcome.task for outcome in trainer.last_evaluation])
     assert seen[0] == seen[1] and len(set(seen[0])) == 3
+
+
+class Unshowable:
+    def __str__(self):
+        raise RuntimeError("no text")
+
+    __repr__ = __str__
+
+
+@pytest.mark.parametrize(
+    "reported, success",
+    [
+        (np.array([True]), True),
+        (np.bool_(False), False),
+        (torch.tensor(1), True),
+        (0.0, False),
+        (np.array([True, True]), None),
+        (math.nan, None),
+        ("False", None),
+        (Unshowable(), None),
+    ],
+    ids=range(8),
+)
+def test_success_is_a_boolean_or_a_number(reported, success):
+    def described(**options):
+        trajectory = Trajectory([], info={"success": reported, "category": Unshowable()})
+        columns = [{"prompt": Unshowable()}], [trajectory], torch.ones(1, 1), ["a"], torch.ones(1), [0.0]
+        (outcome,) = describe_outcomes(*columns, first_index=0, group_size=1, **options)
+        return outcome
+
+    assert described().success is success and described().category is None
+    assert described(success_threshold=1.0).success is (True if success is None else success)
+
+
+def test_a_success_that_says_nothing_is_warned_about(caplog):
+    _warn_of_success.cache_clear()
+    columns = [{}], [Trajectory([], info={"success": "yes"})], torch.ones(1, 1), ["a"], torch.ones(1), [0.0]
+    for _ in range(2):
+        describe_outcomes(*columns, first_index=0, group_size=1)
+    assert caplog.text.count('`info["success"]` is a str that says neither yes nor no') == 1
 
 
 def test_groups_must_fit_into_batches():

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import OrderedDict
+from threading import Lock
 
 import numpy as np
 import pytest
@@ -82,6 +83,16 @@ def test_a_tokenizer_without_offsets_cuts_by_its_tokens():
     assert message["content"] == "\u00e9" * 50 + "\n[cut: 50 of 9000 characters]"
     message = {"role": "user", "content": "x" * 90}
     assert not cut_message(message, 100, ByT5Tokenizer()) and message["content"] == "x" * 90
+
+
+def test_what_an_environment_reported_stays_as_it_was():
+    info = {"log": [1], "lock": None}
+    opening = check_observation(Observation([{"role": "user", "content": "x"}], info=info))
+    result = check_step_result(StepResult([], terminated=True, info=info))
+    info["log"].append(2)
+    assert opening.info == result.info == {"log": [1], "lock": None}
+    info["lock"] = Lock()  # cannot be copied
+    assert check_step_result(StepResult([], terminated=True, info=info)).info == info
 
 
 def test_schemas_of_tools_are_mended_too():

@@ -100,6 +100,15 @@ def test_anything_an_environment_reports_can_be_written():
     assert loaded[-1]["reason"] == "completed"
     assert json.loads(to_json(values[9])).startswith("an integer of ")
 
+    class Unshowable:
+        def __str__(self):
+            raise RuntimeError("no text")
+
+    assert json.loads(to_json({"x": Unshowable(), Unshowable(): 1})) == {
+        "x": "Unshowable without text",
+        "Unshowable without text": 1,
+    }
+
 
 def test_lone_surrogates_become_replacement_characters(tmp_path):
     log = TrajectoryLog(tmp_path, tiny_tokenizer())
