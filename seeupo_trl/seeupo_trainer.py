@@ -153,6 +153,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
     _is_idle = False
     _grad_norms: tuple[float, ...] = ()  # of the iteration's optimizer steps before the last one
     _opens_conversations = False
+    _speaks_in_messages = False  # also where the dataset's prompts are texts
     rollout_round = 0  # above 0 while further tasks are played in place of some, see `zero_variance`
 
     def __init__(
@@ -231,6 +232,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         self._plays_ahead = rollout.plays_ahead
         self._close_environments = rollout.close
         self._opens_conversations = rollout.brings_reward
+        self._speaks_in_messages = rollout.brings_reward and rollout_func is None
 
     def _check_overrides(self) -> None:
         check_overrides(self, SeeUPOTrainer, plays_tools=self._tool_rollout is not None)
@@ -455,7 +457,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
 
     def _generate(self, prompts: list) -> tuple:
         with kept_awake(self):
-            output = list(super()._generate(prompts))
+            output = list(self._generate_as_text(prompts))
         prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields = output[:6]
         if self._tool_rollout is not None:
             self.environments = extra_fields.pop("environments")
@@ -464,7 +466,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         trajectories = extra_fields.pop("trajectories", None)
         if trajectories is None:
             trajectories = trajectories_from_masks(prompt_ids, completion_ids, tool_mask, logprobs, completions)
-        elif is_conversational({"prompt": prompts[0]}):
+        elif self._speaks_in_messages or is_conversational({"prompt": prompts[0]}):
             # reward functions may read the last message, also where an environment failed before there was one
             output[3] = [trajectory.messages or [{"role": "assistant", "content": ""}] for trajectory in trajectories]
         self._batch.trajectories = trajectories
@@ -491,6 +493,14 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
             if self.model.training:
                 self._silence.hear_episodes(metrics, logged["completions/clipped_ratio"][-1])
         return output
+
+    def _generate_as_text(self, prompts: list) -> tuple:
+        if self._tool_rollout is None and not self._opens_conversations:
+            return super()._generate(prompts)
+        # they bring their messages: TRL need not parse whole episodes as one, which what is nested deeply would end
+        play = self.rollout_func
+        with replaced(self, rollout_func=lambda _, trainer: play(prompts, trainer)):
+            return super()._generate([""] * len(prompts))
 
     def _generate_single_turn(self, *args, **kwargs) -> tuple:
         if self.rollout_func is not None:  # which sees to the ends of its turns

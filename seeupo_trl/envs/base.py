@@ -126,7 +126,7 @@ class MultiTurnEnvironment(ABC):
             task (`Any`):
                 The dataset row: every column as a keyword argument, `prompt` included. Accept `**task` for the
                 columns the environment does not use. A `reset` with a parameter `seed` also gets a seed, the same
-                for all episodes of a group, unless the row has a column of that name.
+                for all episodes of a group, unless the row has one in a column of that name.
 
         Returns:
             [`Observation`]: the opening messages and the tools.

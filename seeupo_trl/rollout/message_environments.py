@@ -31,8 +31,8 @@ class MessageEnvironments:
         """Begin an episode, and return what the environment's own `reset` does. Runs in the instance's thread."""
         environment = instance.made()
         task = copied(episode.task)
-        if environment.takes_seed:
-            task.setdefault("seed", episode.seed)
+        if environment.takes_seed and task.get("seed") is None:
+            task["seed"] = episode.seed
         return environment.reset(**task)
 
     def give_back(self, instance: Instance) -> None:

@@ -181,7 +181,6 @@ def test_a_category_that_reports_no_success_has_rewards_alone():
 
 
 def test_success_comes_from_the_environment_before_the_threshold():
-    from seeupo_trl import Trajectory
 
     trajectories = [
         Trajectory([], info={"success": False, "category": "reported"}),

@@ -307,6 +307,9 @@ def test_a_seed_of_the_row_is_the_rows_and_who_takes_none_gets_none(make_trainer
     trainer = make_trainer(rows, script=["Yes.<|im_end|>"] * 2, max_completion_length=20)
     output = MultiTurnRollout(Seeded, tasks=rows)([rows[0]["prompt"]], trainer)
     assert output["trajectories"][0].info["seed"] == 7
+    rows = [row(seed=None)]  # Arrow fills in None where other rows have a seed
+    output = MultiTurnRollout(Seeded, tasks=rows)([rows[0]["prompt"]], trainer)
+    assert isinstance(output["trajectories"][0].info["seed"], int)
 
     class Plain(Talk):
         def reset(self, **task):

@@ -176,3 +176,10 @@ def test_a_dict_takes_no_environments_of_messages(make):
 
     with pytest.raises(ValueError, match=r"environment_factory\['talk'\].*makes a MultiTurnEnvironment"):
         make(ScriptedSeeUPO, {"counter": Counter, "talk": Talk}, SCRIPTS)
+
+
+def test_a_call_that_is_nested_deeply_ends_no_run(make):
+    response = '<tool_call>\n{"name": "read", "arguments": {"x": ' + "[" * 1200 + "\n</tool_call>"
+    trainer = make(ScriptedSeeUPO, Counter, {"Task": [response + END]}, max_completion_length=1300)
+    (message,) = play(trainer, [row("one", start=1)])["generated"][0]["completions"][0]
+    assert message["content"].count("[") == 1200

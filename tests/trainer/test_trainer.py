@@ -101,6 +101,21 @@ def test_a_rollout_function_whose_reward_is_added_unasked_is_warned_about(make_t
     assert trainer.reward_func_names == ["flat", "environment_reward"]
 
 
+def test_reward_functions_get_messages_also_where_prompts_are_texts(make_trainer):
+    seen = []
+
+    def watching(prompts, completions, **kwargs):
+        seen.extend(zip(prompts, completions, strict=True))
+        return [0.0] * len(completions)
+
+    trainer = make_trainer(
+        reward_funcs=watching, train_dataset=Dataset.from_dict({"prompt": ["w1"] * 2, "turns": [1, 2]})
+    )
+    trainer.train()
+    assert {prompt for prompt, _ in seen} == {"w1"}
+    assert {completion[0]["role"] for _, completion in seen} == {"assistant"}
+
+
 def test_max_turns_ends_an_episode(make_trainer):
     trainer = make_trainer(turns=(9, 9, 9, 9), options={"max_turns": 2, "max_completion_length": 16})
     trainer.train()
