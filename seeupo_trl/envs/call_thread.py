@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextvars import copy_context
 from queue import SimpleQueue
 from typing import Any
 
@@ -10,6 +11,8 @@ from typing import Any
 class CallThread(threading.Thread):
     """
     Runs functions in the order in which they are given. It does not keep the interpreter from exiting.
+
+    Context variables have the values that they had where the thread was made, until one of the functions sets them.
 
     Args:
         name (`str`):
@@ -19,6 +22,7 @@ class CallThread(threading.Thread):
     def __init__(self, name: str):
         super().__init__(daemon=True, name=name)
         self._calls: SimpleQueue = SimpleQueue()
+        self._context = copy_context()
         self.start()
 
     def submit(self, function: Callable[[], Any]) -> Future:
@@ -35,7 +39,7 @@ class CallThread(threading.Thread):
         while (call := self._calls.get()) is not None:
             function, future = call
             try:
-                result = function()
+                result = self._context.run(function)
             except BaseException as error:
                 future.set_exception(error)
             else:

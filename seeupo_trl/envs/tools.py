@@ -134,10 +134,16 @@ class ToolEnvironment(MultiTurnEnvironment):
         """What the environment says the episode is worth."""
         get_reward = self.environment.get_reward
         if inspect.iscoroutinefunction(get_reward):
-            reward = self._run(get_reward())
+            (reward,) = self._run([get_reward()])
+            if isinstance(reward, BaseException):
+                raise reward
         else:
             reward = get_reward()
-        return None if reward is None else real_number(reward)
+        try:
+            # as for TRL, a reward that is not a number is none
+            return None if reward is None or reward != reward else real_number(reward)
+        except ValueError as error:
+            raise ValueError(f"get_reward() must return a finite number or None; it returned {reward!r}.") from error
 
     def _execute(self, calls: list[dict[str, Any]]) -> list[tuple[str, str | list]]:
         """Names and contents of the results: of functions in the order of the calls, then those of coroutines."""
@@ -166,19 +172,20 @@ class ToolEnvironment(MultiTurnEnvironment):
                     raise
                 results.append((name, self._failure(error)))
         if coroutines:
-            awaited = self._run(_gather([coroutine for _, coroutine in coroutines]))
+            awaited = self._run([coroutine for _, coroutine in coroutines])
             for (name, _), result in zip(coroutines, awaited, strict=True):
                 try:
-                    if isinstance(result, Exception):
+                    if isinstance(result, BaseException):
                         raise result
                     results.append((name, content_of(result)))
                 except Exception as error:
                     results.append((name, self._failure(error)))
         return results
 
-    def _run(self, coroutine: Any) -> Any:
+    def _run(self, coroutines: list[Any]) -> list[Any]:
+        """What coroutines return, or raise."""
         event_loop = _common_event_loop() if self.event_loop is None else self.event_loop
-        return asyncio.run_coroutine_threadsafe(coroutine, event_loop).result()
+        return asyncio.run_coroutine_threadsafe(_gather(coroutines), event_loop).result()
 
     def _failure(self, error: Any) -> str:
         self.failures += 1
@@ -249,7 +256,15 @@ def _common_event_loop() -> asyncio.AbstractEventLoop:
 
 
 async def _gather(coroutines: list[Any]) -> list[Any]:
-    return await asyncio.gather(*coroutines, return_exceptions=True)
+    return await asyncio.gather(*map(_contained, coroutines), return_exceptions=True)
+
+
+async def _contained(coroutine: Any) -> Any:
+    """What a coroutine returns. A `sys.exit()` is returned: raised, it would end the loop, and all others with it."""
+    try:
+        return await coroutine
+    except (SystemExit, KeyboardInterrupt) as error:
+        return error
 
 
 def _append_to_prompt(prompt: list[Message], text: Any) -> list[Message]:

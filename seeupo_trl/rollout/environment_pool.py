@@ -334,7 +334,7 @@ class CommonEventLoop:
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, daemon=True, name="seeupo-event-loop").start()
+                threading.Thread(target=_run, args=(self._loop,), daemon=True, name="seeupo-event-loop").start()
             return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def replace_if_blocked(self) -> None:
@@ -351,6 +351,15 @@ class CommonEventLoop:
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(self._loop.stop)
                 self._loop = None
+
+
+def _run(event_loop: asyncio.AbstractEventLoop) -> None:
+    """Run a loop until it is stopped, whatever coroutines raise."""
+    while True:
+        try:
+            return event_loop.run_forever()
+        except (SystemExit, KeyboardInterrupt):  # also the error of the coroutine that raised it
+            pass
 
 
 def _shut_down(instances: dict[Instance, None], event_loop: CommonEventLoop) -> None:

@@ -1,7 +1,11 @@
 """What the policy reads of the results of TRL tools."""
 
 import asyncio
+import math
+import sys
+from functools import partial
 
+import numpy as np
 import pytest
 
 from seeupo_trl.envs.tools import ToolEnvironment
@@ -46,6 +50,14 @@ class Results:
         await asyncio.sleep(0)
         return RESULTS[name]
 
+    async def leave(self) -> None:
+        """Leaves."""
+        sys.exit(3)
+
+
+def tool_call(tool, **arguments):
+    return {"type": "function", "function": {"name": tool, "arguments": arguments}}
+
 
 @pytest.fixture(scope="module")
 def environment():
@@ -69,8 +81,46 @@ def environment():
 )
 def test_any_result_is_text_that_the_policy_reads(environment, tool, name, content, failures):
     environment.reset(prompt=[{"role": "user", "content": "x"}])
-    call = {"type": "function", "function": {"name": tool, "arguments": {"name": name}}}
-    (message,) = environment.step({"role": "assistant", "tool_calls": [call]}).messages
+    (message,) = environment.step({"role": "assistant", "tool_calls": [tool_call(tool, name=name)]}).messages
     read = message["content"]
     assert read[: len(content)] == content if failures else read == content
     assert environment.failures == failures
+
+
+def test_a_coroutine_that_exits_is_the_environments_fault_and_ends_no_other(environment):
+    environment.reset(prompt=[{"role": "user", "content": "x"}])
+    with pytest.raises(SystemExit):
+        environment.step({"role": "assistant", "tool_calls": [tool_call("leave")]})
+    (message,) = environment.step({"role": "assistant", "tool_calls": [tool_call("give_later", name="dict")]}).messages
+    assert message["content"] == "{'a': 1}"
+
+
+class Scored(Results):
+    def __init__(self, reward):
+        self.reward = reward
+
+    def get_reward(self):
+        return self.reward
+
+
+class ScoredLater(Scored):
+    async def get_reward(self):
+        if isinstance(self.reward, BaseException):
+            raise self.reward
+        return self.reward
+
+
+@pytest.mark.parametrize("environment_class", [Scored, ScoredLater])
+def test_a_reward_that_is_not_a_number_is_none(environment_class):
+    for reward in (None, math.nan, np.float32("nan")):
+        assert ToolEnvironment(partial(environment_class, reward)).reward() is None
+    assert ToolEnvironment(partial(environment_class, 0.5)).reward() == 0.5
+    for reward in (math.inf, "1.0", np.ones(2)):
+        with pytest.raises(ValueError, match=r"get_reward\(\) must return a finite number or None; it returned "):
+            ToolEnvironment(partial(environment_class, reward)).reward()
+
+
+@pytest.mark.parametrize("error", [SystemExit, LookupError])
+def test_a_coroutine_get_reward_raises_what_it_raises(error):
+    with pytest.raises(error):
+        ToolEnvironment(partial(ScoredLater, error())).reward()

@@ -1,6 +1,7 @@
 """Environments that raise, hang, leak, lie or flood: what becomes of the episode, the batch and a real run."""
 
 import asyncio
+import contextvars
 import gc
 import math
 import sqlite3
@@ -132,6 +133,24 @@ def test_a_fault_costs_its_own_episode_only(make_trainer, deed, reason, error):
     assert error in output["trajectories"][0].info["error"]
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()], ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("in_task", [False, True], ids=["itself", "in a task"])
+def test_a_coroutine_that_exits_costs_its_own_episode_only(make_trainer, error, in_task):
+    class Exiting(Talk):
+        async def step(self, message):
+            if self.task["deed"] is not None:
+                await (asyncio.gather(self.exit()) if in_task else self.exit())
+            await asyncio.sleep(0.1)
+            return super().step(message)
+
+        async def exit(self):
+            raise error
+
+    output, _ = play(make_trainer, ["exit", None, None], Exiting, env_timeout=10.0)
+    assert output["stop_reason"] == ["env_error", "completed", "completed"]
+    assert f"RuntimeError: {type(error).__name__}" in output["trajectories"][0].info["error"]
+
+
 def test_an_environment_may_raise_a_time_out_of_its_own(make_trainer):
     class Slow(Chaotic):
         def step(self, message):
@@ -204,6 +223,33 @@ def test_an_instance_lives_in_one_thread(make_trainer):
     rollout.close()
     assert [len(environment.threads) for environment in made] == [1] * 5
     assert [environment.closed for environment in made] == [1] * 5
+
+
+VARIABLE = contextvars.ContextVar("VARIABLE")
+
+
+@pytest.mark.parametrize("is_coroutine", [False, True], ids=["function", "coroutine"])
+def test_context_variables_are_those_of_the_script_until_the_environment_sets_them(make_trainer, is_coroutine):
+    class Contextual(Talk):
+        def reset(self, number, **task):
+            seen.append(VARIABLE.get())
+            VARIABLE.set(number)
+            return super().reset(**task)
+
+        def step(self, message):
+            result = super().step(message)
+            result.reward = float(VARIABLE.get())
+            return self.later(result) if is_coroutine else result
+
+        async def later(self, result):
+            result.reward += VARIABLE.get()
+            return result
+
+    seen, token = [], VARIABLE.set("script")
+    output, _ = play(make_trainer, [None] * 3, Contextual, replies=0)
+    VARIABLE.reset(token)
+    assert seen == ["script"] * 3
+    assert output["environment_reward"] == [number * (1.0 + is_coroutine) for number in range(3)]
 
 
 @dataclass
