@@ -35,6 +35,7 @@ from .progress import Progress
 from .sampler import Request, Sampler
 from .samplers import open_sampler
 from .settings import RolloutSettings
+from .shared_state import SharedState
 from .tasks import first_episode, occasion, seeds_for
 from .turn_ends import TurnEnds
 
@@ -107,6 +108,7 @@ class RolloutBatch:
         self._occasion = occasion(trainer, steps_ahead)
         self._openings: dict[int, int] = {}  # checksums of the opening contexts, by episode
         self.sampler: Sampler | None = None
+        self.shared_state = SharedState(settings)
         self._first = 0  # number of this process's first episode, see `first_episode`
 
     def prepare(self, tasks: list[dict[str, Any]]) -> None:
@@ -129,7 +131,7 @@ class RolloutBatch:
     def begin(self, episode: Episode) -> Callable[[], Any]:
         """Choose an environment for an episode; what it has to do to begin it."""
         episode.instance = self.environments.take(episode)
-        return partial(self.environments.reset, episode.instance, episode)
+        return self.shared_state.guarded(partial(self.environments.reset, episode.instance, episode))
 
     def begun(self, episode: Episode, outcome: CallOutcome) -> Exception | None:
         """Take the opening of an episode. Returns what went wrong: another environment may begin it then."""
@@ -175,7 +177,7 @@ class RolloutBatch:
 
     def step(self, episode: Episode) -> Callable[[], Any]:
         """What an episode's environment has to do with the policy's message."""
-        return partial(episode.environment.step, episode.last_message)
+        return self.shared_state.guarded(partial(episode.environment.step, episode.last_message))
 
     def answered(self, episode: Episode, outcome: CallOutcome) -> None:
         """Take the answer of an episode's environment, and build the next context."""

@@ -10,6 +10,7 @@ from .chat_format import RewritingTemplateError
 from .contexts import HistoryError
 from .environment_pool import NotAnEnvironmentError
 from .episode import Episode, describe
+from .shared_state import SharedStateError
 
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 # Errors that are the script's, not an environment's: they end the run at once.
-MISTAKES = (NotAnEnvironmentError, UnimportableScriptError, RewritingTemplateError, HistoryError)
+MISTAKES = (NotAnEnvironmentError, SharedStateError, UnimportableScriptError, RewritingTemplateError, HistoryError)
 
 
 def raise_if_too_many_failed(episodes: list[Episode], max_failure_rate: float, trainer: "GRPOTrainer") -> None:

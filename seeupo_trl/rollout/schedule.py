@@ -18,7 +18,8 @@ def play(batch: RolloutBatch, cancelled: Event | None = None) -> None:
         cancelled (`Event`, *optional*):
             Ends a batch that does not play in lock step as soon as it is set.
     """
-    with batch.progress.shown(batch.trainer, len(batch.episodes), in_background=cancelled is not None):
+    shown = batch.progress.shown(batch.trainer, len(batch.episodes), in_background=cancelled is not None)
+    with shown, batch.shared_state:
         if batch.sampler is None:
             play_in_lock_step(batch)
         else:

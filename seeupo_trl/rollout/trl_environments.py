@@ -25,6 +25,7 @@ from .chat_format import ChatFormat
 from .chats import Chats
 from .environment_pool import EnvironmentPool, Instance
 from .episode import Episode
+from .failures import MISTAKES
 from .limits import EpisodeLimits
 from .lock_step import call
 from .observations import copied
@@ -301,13 +302,18 @@ def tool_rollout_for(
 
 def _score(batch: ToolBatch) -> None:
     """Have the environments say what their episodes are worth; one that cannot has failed."""
-    owners = [e for e in batch.episodes if e.error is None and e.environment.owns_reward]
-    outcomes = call(batch, [(episode.instance, episode.environment.reward) for episode in owners])
-    for episode, outcome in zip(owners, outcomes, strict=True):
-        try:
-            episode.reward = outcome.value()
-        except Exception as error:
-            batch.fail(episode, error)
+    owners = deque(e for e in batch.episodes if e.error is None and e.environment.owns_reward)
+    with batch.shared_state as state:
+        while owners:
+            at_once = [owners.popleft() for _ in range(int(min(len(owners), batch.settings.max_concurrent_envs)))]
+            outcomes = call(batch, [(e.instance, state.guarded(e.environment.reward)) for e in at_once])
+            for episode, outcome in zip(at_once, outcomes, strict=True):
+                try:
+                    episode.reward = outcome.value()
+                except MISTAKES:
+                    raise
+                except Exception as error:
+                    batch.fail(episode, error)
 
 
 def _reward_of(

@@ -1,18 +1,23 @@
 """Environments that raise, hang, leak, lie or flood: what becomes of the episode, the batch and a real run."""
 
 import asyncio
+import contextlib
 import contextvars
 import gc
+import io
 import math
+import os
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +28,7 @@ from talk import Talk, row, user
 from tiny import ON_CPU, load_tiny_model, tiny_tokenizer
 
 from seeupo_trl import MultiTurnEnvironment, MultiTurnRollout, Observation, SeeUPOConfig, SeeUPOTrainer, StepResult
+from seeupo_trl.rollout.shared_state import SharedStateError
 
 
 pytestmark = pytest.mark.usefixtures("both_schedules")
@@ -223,6 +229,57 @@ def test_an_instance_lives_in_one_thread(make_trainer):
     rollout.close()
     assert [len(environment.threads) for environment in made] == [1] * 5
     assert [environment.closed for environment in made] == [1] * 5
+
+
+def print_apart(text):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        time.sleep(0.1)
+        print(text, end="")
+    return printed.getvalue()
+
+
+def work_apart(text):
+    before = os.getcwd()
+    os.chdir(tempfile.mkdtemp())
+    try:
+        time.sleep(0.1)
+        Path(text).touch()
+        return " ".join(os.listdir())
+    finally:
+        os.chdir(before)
+
+
+def leave_printing(text):
+    sys.stderr = io.StringIO()
+    return text
+
+
+@pytest.mark.parametrize(
+    ("way", "what"),
+    [(print_apart, "sys.stdout"), (work_apart, "the working directory"), (leave_printing, "sys.stderr")],
+)
+def test_environments_that_replace_what_threads_share_play_one_after_another_or_not_at_all(
+    make_trainer, both_schedules, way, what
+):
+    class Replacing(Talk):
+        def step(self, message):
+            result = super().step(message)
+            result.info["own"] = way(str(self.task["number"]))
+            return result
+
+    streams, directory = (sys.stdout, sys.stderr), os.getcwd()
+    try:
+        with pytest.raises(SharedStateError, match=f"replace {what} for one another.*Set `max_concurrent_envs=1`"):
+            play(make_trainer, [None] * 4, Replacing, env_timeout=10.0)
+        assert both_schedules == "free" or (sys.stdout, sys.stderr) == streams
+        time.sleep(0.5)  # calls that were given up return
+        sys.stdout, sys.stderr = streams
+        os.chdir(directory)
+        output, _ = play(make_trainer, [None] * 4, Replacing, env_timeout=10.0, max_concurrent_envs=1)
+    finally:
+        sys.stdout, sys.stderr = streams
+        os.chdir(directory)
+    assert [trajectory.info["own"] for trajectory in output["trajectories"]] == ["0", "1", "2", "3"]
 
 
 VARIABLE = contextvars.ContextVar("VARIABLE")

@@ -1,7 +1,10 @@
 """TRL environments: time limits, quarantine and waves, which TRL's own loop has not, and what is refused early."""
 
+import contextlib
+import io
 import signal
 import threading
+import time
 from functools import partial
 
 import pytest
@@ -9,6 +12,7 @@ from scripted_tools import COUNTING, END, SCRIPTS, ScriptedSeeUPO, call, make_to
 from tool_environments import Counter, Database, Unreliable
 
 from seeupo_trl import MultiTurnEnvironment
+from seeupo_trl.rollout.shared_state import SharedStateError
 
 
 pytestmark = pytest.mark.usefixtures("both_schedules")
@@ -133,6 +137,30 @@ def test_environments_of_a_batch_run_at_the_same_time(make):
 
     trainer = make(ScriptedSeeUPO, Together, SCRIPTS)
     assert play(trainer, [row("one")] * 2)["metrics"]["tools/failure_frequency"] == [0.0]
+
+
+@pytest.mark.parametrize("at_once", [1, None])
+def test_calls_that_replace_what_threads_share_come_one_after_another_or_not_at_all(make, at_once):
+    class Printing(Counter):
+        def read(self) -> str:
+            """Reads what is printed."""
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                time.sleep(0.05)
+                print(self.value, end="")
+            return printed.getvalue()
+
+        def get_reward(self) -> float:
+            return float(self.read())
+
+    script = {f"Task {name}.": [f"{call('increment', step=1)}{END}", f"So.{END}"] for name in ("one", "two", "three")}
+    trainer = make(ScriptedSeeUPO, Printing, script, max_concurrent_envs=at_once)
+    rows = [row(name, start=start) for start, name in enumerate(("one", "two", "three"))]
+    if at_once is None:
+        with pytest.raises(SharedStateError, match="replace sys.stdout for one another"):
+            play(trainer, rows)
+    else:
+        play(trainer, rows)
+        assert [trajectory.reward for trajectory in trainer._batch.trajectories] == [1, 1, 2, 2, 3, 3]
 
 
 def test_an_image_needs_a_model_that_sees(make):
