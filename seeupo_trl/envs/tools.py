@@ -8,7 +8,7 @@ makes such an object a [`~seeupo_trl.envs.MultiTurnEnvironment`]. It does what t
 One thing is added: a list that is no content in parts, of which templates print nothing, becomes JSON.
 
 The policy's mistakes (a wrong name, wrong arguments, an exception inside a tool) are text that it reads. An exception
-in `reset` or `get_reward` is a fault of the environment, and so is one of a tool that works in the main thread only.
+in `reset` or `get_reward` is a fault of the environment, and so is one of a tool that works in another thread only.
 """
 
 import asyncio
@@ -155,7 +155,7 @@ class ToolEnvironment(MultiTurnEnvironment):
             self.calls += 1
             if call["type"] != "function":
                 name = call.get("name", "unknown")
-                results.append((name, self._failure(f"Unsupported tool call type: {call['type']}")))
+                results.append((name, self._failure(name, f"Unsupported tool call type: {call['type']}")))
                 continue
             name, arguments = call["function"]["name"], call["function"]["arguments"]
             try:
@@ -166,11 +166,7 @@ class ToolEnvironment(MultiTurnEnvironment):
                 else:
                     raise ValueError(f"Tool {name} not found.")
             except Exception as error:
-                if _needs_main_thread(error):
-                    with _warning_lock:  # a cached function may run in several threads at first
-                        _warn_of_main_thread(type(self.environment).__name__)
-                    raise
-                results.append((name, self._failure(error)))
+                results.append((name, self._failure(name, error)))
         if coroutines:
             awaited = self._run([coroutine for _, coroutine in coroutines])
             for (name, _), result in zip(coroutines, awaited, strict=True):
@@ -179,7 +175,7 @@ class ToolEnvironment(MultiTurnEnvironment):
                         raise result
                     results.append((name, content_of(result)))
                 except Exception as error:
-                    results.append((name, self._failure(error)))
+                    results.append((name, self._failure(name, error)))
         return results
 
     def _run(self, coroutines: list[Any]) -> list[Any]:
@@ -187,19 +183,20 @@ class ToolEnvironment(MultiTurnEnvironment):
         event_loop = _common_event_loop() if self.event_loop is None else self.event_loop
         return asyncio.run_coroutine_threadsafe(_gather(coroutines), event_loop).result()
 
-    def _failure(self, error: Any) -> str:
+    def _failure(self, name: str, error: Exception | str) -> str:
+        """What the policy reads of its mistake; raises an error that is not the policy's."""
+        if isinstance(error, Exception) and _needs_another_thread(error):
+            with _warning_lock:  # a cached function may run in several threads at first
+                _warn_of_thread(name, type(self.environment).__name__)
+            raise error
         self.failures += 1
-        try:
-            text = str(error)
-        except Exception:
-            text = type(error).__name__
-        return str({"error": text})
+        return str({"error": _text_of(error)})
 
 
 def content_of(result: Any) -> str | list:
     """
     What a tool returned, as the content of a message: a list of parts (texts, images) as it is, any other list as JSON
-    (templates print nothing of it), everything else as its text.
+    (templates print nothing of it, nor of dicts with a `type` of their own), everything else as its text.
 
     Raises:
         `Exception`:
@@ -207,44 +204,59 @@ def content_of(result: Any) -> str | list:
     """
     if not isinstance(result, list):
         return str(result)
-    if result and all(map(_is_part, result)):
+    if result and all(_is_text(part) or _is_image(part) for part in result):
         return result
     return json.dumps(result, ensure_ascii=False, default=str)
 
 
-def _is_part(value: Any) -> bool:
-    """Whether a value is a part of a content, which has a payload of its type's name, and not data with a `type`."""
-    kind = value.get("type") if isinstance(value, dict) else None
-    return isinstance(kind, str) and ("text" in value or kind in value or kind == "image")
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
-# What Python says where something works in the main thread only.
-_MAIN_THREAD_ERRORS = (
-    "signal only works in main thread",
-    "set_wakeup_fd only works in main thread",
-    "There is no current event loop in thread",
-)
+def _is_image(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") in ("image", "image_url") and part["type"] in part
 
 
-def _needs_main_thread(error: BaseException | None) -> bool:
+# What is said where something works in the main thread only, or in the thread that made it; and by which package.
+_THREAD_ERRORS = {
+    "signal only works in main thread": "builtins",
+    "set_wakeup_fd only works in main thread": "builtins",
+    "There is no current event loop in thread": "builtins",
+    "SQLite objects created in a thread can only be used in that same thread": "sqlite3",
+    "Cannot switch to a different thread": "greenlet",  # by Playwright
+}
+
+
+def _needs_another_thread(error: BaseException | None) -> bool:
     """Whether an error, or one that it was raised from, says that it comes from the thread it happened in."""
     while error is not None:
-        if isinstance(error, (ValueError, RuntimeError)) and any(text in str(error) for text in _MAIN_THREAD_ERRORS):
+        package = type(error).__module__.partition(".")[0]
+        if any(package == by and text in _text_of(error) for text, by in _THREAD_ERRORS.items()):
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _text_of(error: BaseException | str) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return type(error).__name__
 
 
 _warning_lock = threading.Lock()
 
 
 @cache
-def _warn_of_main_thread(name: str) -> None:
+def _warn_of_thread(tool: str, owner: str) -> None:
     logger.warning(
-        "A tool of %s works in the main thread only (it sets a signal, or asks for that thread's event loop), but "
-        "environments play in threads. Its episodes are left out of training: the policy is not to blame. Limit the "
-        "tool's time in another way (`env_timeout` gives up a call that hangs), or make it `async def`.",
-        name,
+        "The tool %s of %s works in one thread only: in the main one (it sets a signal, or asks for that thread's "
+        "event loop), or in the one where something that it uses was made (a connection of sqlite3, a browser of "
+        "Playwright). Each environment plays in a thread of its own. Its episodes are left out of training: the "
+        "policy is not to blame. Make such things in `reset` of the environment, not beside it; limit a tool's time "
+        "in another way than by a signal (`env_timeout` gives up a call that hangs), or make it `async def`.",
+        tool,
+        owner,
     )
 
 
@@ -290,7 +302,7 @@ def _tool_message(name: str, content: str | list) -> Message:
 
 
 def _refuse_images(content: Any) -> None:
-    if isinstance(content, list) and any(isinstance(p, dict) and p.get("type") == "image" for p in content):
+    if isinstance(content, list) and any(map(_is_image, content)):
         raise TypeError(
             "The environment returned an image, but the policy reads text only. With a vision-language model, give "
             "its processor as `processing_class`."

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import signal
+import sqlite3
 import threading
 import time
 from functools import partial
@@ -118,8 +119,40 @@ def test_a_tool_for_the_main_thread_is_nobodys_mistake_but_the_environments(make
     for _ in range(2):
         with pytest.raises(RuntimeError, match="All 4 environments of the batch failed"):
             play(trainer, [row("one")] * 2)
-    warnings = [record.message for record in caplog.records if "works in the main thread only" in record.message]
-    assert len(warnings) == 1 and "A tool of Alarmed" in warnings[0]
+    warnings = [record.message for record in caplog.records if "works in one thread only" in record.message]
+    assert len(warnings) == 1 and "The tool increment of Alarmed" in warnings[0]
+
+
+@pytest.mark.parametrize("tool", ["query", "query_later"])
+def test_a_connection_of_the_scripts_thread_is_nobodys_mistake_but_the_environments(make, caplog, request, tool):
+    connection = sqlite3.connect(":memory:")
+
+    def query(text: str) -> str:
+        """
+        Asks.
+
+        Args:
+            text: Anything.
+        """
+        return str(connection.execute(text).fetchall())
+
+    async def query_later(text: str) -> str:
+        """
+        Asks.
+
+        Args:
+            text: Anything.
+        """
+        return query(text)
+
+    fresh = type(request.node.name, (Counter,), {})  # a class is named once
+    script = {"Task": [f"{call(tool, text='SELECT 1')}{END}", f"So.{END}"]}
+    trainer = make(ScriptedSeeUPO, fresh, script, tools=[query, query_later])
+    with pytest.raises(RuntimeError, match="All 2 environments of the batch failed.*SQLite objects created in a thr"):
+        play(trainer, [row("a")])
+    assert (
+        sum(f"The tool {tool} of {fresh.__name__} works in one thread only" in text for text in caplog.messages) == 1
+    )
 
 
 def test_environments_of_a_batch_run_at_the_same_time(make):
