@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .base import MultiTurnEnvironment, Observation, StepResult
-from .plain import plain_data
+from .plain import flag, plain_data, real_number
 
 
 logger = logging.getLogger(__name__)
@@ -186,6 +186,7 @@ _FIELDS = {
     "close": set(),
 }
 _RETURNS = {"reset": Observation, "step": StepResult}
+_READ_AS = {"reward": real_number, "terminated": flag, "truncated": flag}
 
 
 def _serve(connection: socket.socket, factory: Callable[[], MultiTurnEnvironment]) -> None:
@@ -224,9 +225,16 @@ def _as_dict(method: str, returned: Any) -> dict[str, Any]:
     try:
         if not isinstance(returned, expected):
             raise TypeError(f"it is a {type(returned).__name__} and no {expected.__name__}")
-        return {name: plain_data(getattr(returned, name), name) for name in sorted(_FIELDS[method])}
+        return {name: _plain_field(getattr(returned, name), name) for name in sorted(_FIELDS[method])}
     except TypeError as error:
         raise TypeError(f"{method}() returned what cannot be sent between processes: {error}.") from error
+
+
+def _plain_field(value: Any, name: str) -> Any:
+    try:
+        return _READ_AS[name](value)
+    except (KeyError, ValueError):  # if it is wrong, the rollout says so
+        return plain_data(value, name)
 
 
 def _describe(error: BaseException) -> str:

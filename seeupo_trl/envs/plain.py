@@ -1,4 +1,4 @@
-"""What environments return as plain data: numbers of any library as Python's own, and what JSON can hold."""
+"""What environments return as plain data: numbers and flags of any library as Python's own, and what JSON can hold."""
 
 import math
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 def real_number(value: Any) -> float:
     """
-    Any finite real number as a `float`: Python's, NumPy's, a tensor of one element, a fraction.
+    Any finite real number as a `float`: Python's, NumPy's, an array or a tensor of one element, a fraction.
 
     Raises:
         `ValueError`:
@@ -16,12 +16,27 @@ def real_number(value: Any) -> float:
     # float() also reads texts, which are no numbers
     if not isinstance(value, (str, bytes, bytearray)):
         try:
-            number = float(value)
+            item = getattr(value, "item", None)  # of arrays and tensors
+            number = float(item() if callable(item) else value)
         except Exception:  # whatever the object's own conversion raises
             pass
     if not math.isfinite(number):
         raise ValueError("not a finite real number")
     return number
+
+
+def flag(value: Any) -> bool:
+    """
+    A boolean: Python's, NumPy's, an array or a tensor of one element; a number that is 0 or 1; `None` is `False`.
+
+    Raises:
+        `ValueError`:
+            When it is none: anything else is true or not by accident, as a method that was not called is.
+    """
+    number = 0.0 if value is None else real_number(value)
+    if number not in (0.0, 1.0):
+        raise ValueError("not a boolean")
+    return bool(number)
 
 
 def plain_data(value: Any, name: str) -> Any:

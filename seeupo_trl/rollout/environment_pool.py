@@ -26,6 +26,7 @@ from typing import Any
 
 from ..envs.base import MultiTurnEnvironment
 from ..envs.call_thread import CallThread
+from ..envs.tools import ToolEnvironment
 
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ class Instance(CallThread):
             Makes the environment.
         event_loop ([`CommonEventLoop`]):
             Runs coroutines.
+        instances (`Iterable[Instance]`):
+            All that may be called: none plays with the environment of another.
 
     Attributes:
         environment ([`~seeupo_trl.envs.MultiTurnEnvironment`], *optional*):
@@ -54,11 +57,17 @@ class Instance(CallThread):
             Whether it was given up in the middle of a call.
     """
 
-    def __init__(self, factory: Callable[[], MultiTurnEnvironment], event_loop: "CommonEventLoop"):
+    def __init__(
+        self,
+        factory: Callable[[], MultiTurnEnvironment],
+        event_loop: "CommonEventLoop",
+        instances: "Iterable[Instance]",
+    ):
         self.environment: MultiTurnEnvironment | None = None
         self.is_stuck = False
         self._factory = factory
         self._event_loop = event_loop
+        self._instances = instances
         self._coroutine: Future | None = None
         super().__init__("seeupo-environment")
 
@@ -68,7 +77,7 @@ class Instance(CallThread):
 
         Raises:
             `NotAnEnvironmentError`:
-                When the factory returns something else.
+                When the factory returns something else, or what another instance plays with.
         """
         if self.environment is None:
             environment = self._factory()
@@ -78,6 +87,14 @@ class Instance(CallThread):
                     "subclass of seeupo_trl.envs.MultiTurnEnvironment."
                 )
             self.environment = environment
+            played = _played(environment)
+            others = [other.environment for other in list(self._instances) if other is not self]
+            if any(played is _played(other) for other in others):
+                raise NotAnEnvironmentError(
+                    f"environment_factory returned the same {type(played).__name__} again, but each episode that is "
+                    "played at the same time needs one of its own. Return a new instance at each call, or give the "
+                    "class itself."
+                )
         return self.environment
 
     def call(self, function: Callable[[], Any]) -> Future:
@@ -115,6 +132,11 @@ class Instance(CallThread):
             logger.warning("Could not close %s: %s", type(self.environment).__name__, closed.exception())
 
 
+def _played(environment: MultiTurnEnvironment | None) -> Any:
+    """What the factory of the script made."""
+    return environment.environment if isinstance(environment, ToolEnvironment) else environment
+
+
 class EnvironmentPool:
     """Environments, from when they are made until they fail or all are closed. Others decide who plays what."""
 
@@ -131,7 +153,7 @@ class EnvironmentPool:
             factory (`Callable[[], MultiTurnEnvironment]`):
                 Makes it.
         """
-        instance = Instance(factory, self._event_loop)
+        instance = Instance(factory, self._event_loop, self._instances)
         self._instances[instance] = None
         return instance
 

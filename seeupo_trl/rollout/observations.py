@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..envs.base import Observation, StepResult
-from ..envs.plain import real_number
+from ..envs.plain import flag, real_number
 from ..envs.tools import content_of
 
 
@@ -81,15 +81,24 @@ def check_step_result(result: Any) -> StepResult:
         raise ValueError(f"StepResult.reward must be a finite number; got {_brief(result.reward)}.") from error
     if not isinstance(result.info, dict):
         raise TypeError(f"StepResult.info must be a dict; got {_brief(result.info)}.")
-    if not result.messages and not (result.terminated or result.truncated):
+    terminated, truncated = _flag(result, "terminated"), _flag(result, "truncated")
+    if not result.messages and not (terminated or truncated):
         raise ValueError("step() returned no messages although the episode goes on.")
     return StepResult(
         messages=_check_messages(result.messages),
         reward=reward,
-        terminated=bool(result.terminated),
-        truncated=bool(result.truncated),
+        terminated=terminated,
+        truncated=truncated,
         info=_own_info(result.info),
     )
+
+
+def _flag(result: StepResult, name: str) -> bool:
+    value = getattr(result, name)
+    try:
+        return flag(value)
+    except ValueError as error:
+        raise TypeError(f"StepResult.{name} must be True or False; got {_brief(value)}.") from error
 
 
 def _check_messages(messages: Any) -> list[Message]:

@@ -282,11 +282,21 @@ def tool_rollout_for(
     The rollout of a factory of TRL environments, or of several by name; `None` if it makes [`MultiTurnEnvironment`]s.
 
     Raises:
+        `TypeError`:
+            When there is something else than a factory.
         `ValueError`:
             When one of several factories makes a [`MultiTurnEnvironment`].
     """
     is_dict = isinstance(environment_factory, dict)
-    rollout = ToolRollout(environment_factory if is_dict else {None: environment_factory}, tools)
+    factories = environment_factory if is_dict else {None: environment_factory}
+    for name, factory in factories.items():
+        if not callable(factory):
+            given = f"environment_factory[{name!r}]" if is_dict else "environment_factory"
+            raise TypeError(
+                f"`{given}` is a {type(factory).__name__}; give a class, or a function without arguments that returns "
+                "an instance."
+            )
+    rollout = ToolRollout(factories, tools)
     for name, factory in rollout.factories.items():
         if not rollout.plays_messages(name):
             continue

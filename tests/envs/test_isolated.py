@@ -75,7 +75,7 @@ def test_a_call_without_end_is_killed_and_the_next_episode_plays(environment, de
             r"cannot be sent between processes: info\['when'\]\[0\] is a date; only texts",
         ),
         ("keys", r"info\['counts'\] has the key 1, a int; keys must be texts"),
-        ("fraction", "reward is a Fraction"),
+        ("fraction", r"info\['half'\] is a Fraction"),
     ],
 )
 def test_faults_are_errors_of_the_call_and_the_next_episode_plays(environment, deed, error):
@@ -101,6 +101,14 @@ def test_numbers_of_other_libraries_arrive_as_plain_ones(environment):
     result = environment.step(MESSAGE)
     assert result.reward == 0.5 and result.terminated is True
     assert result.info == {"array": [0, 1], "tensor": 0.5, "pair": [1, None], "flag": True}
+
+
+def test_rewards_and_flags_of_one_element_are_read_as_in_a_thread(environment):
+    environment.reset(deed="one element")
+    result = environment.step(MESSAGE)
+    assert result.reward == 0.5 and result.terminated is False and result.truncated is False
+    environment.reset(deed="half a number")
+    assert environment.step(MESSAGE).reward == 0.5
 
 
 def test_a_task_may_hold_what_can_be_pickled(environment):

@@ -50,6 +50,15 @@ class Deeds(MultiTurnEnvironment):
                 info = {"array": np.arange(2), "tensor": torch.tensor(0.5), "pair": (1, None), "flag": np.bool_(True)}
                 return StepResult([], reward=np.float32(0.5), terminated=np.bool_(True), info=info)
             case "fraction":
+                return StepResult([], reward=Fraction(1, 2), terminated=True, info={"half": Fraction(1, 2)})
+            case "one element":
+                import numpy as np
+                import torch
+
+                terminated, truncated = np.array([False]), torch.tensor([False])
+                say = [{"role": "user", "content": "Go on."}]
+                return StepResult(say, reward=torch.tensor([0.5]), terminated=terminated, truncated=truncated)
+            case "half a number":
                 return StepResult([], reward=Fraction(1, 2), terminated=True)
             case "task":
                 types = sorted(type(value).__name__ for value in self.task.values())

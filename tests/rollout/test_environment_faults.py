@@ -28,6 +28,8 @@ from talk import Talk, row, user
 from tiny import ON_CPU, load_tiny_model, tiny_tokenizer
 
 from seeupo_trl import MultiTurnEnvironment, MultiTurnRollout, Observation, SeeUPOConfig, SeeUPOTrainer, StepResult
+from seeupo_trl.rollout.environment_pool import NotAnEnvironmentError
+from seeupo_trl.rollout.observations import check_step_result
 from seeupo_trl.rollout.shared_state import SharedStateError
 
 
@@ -168,7 +170,7 @@ def test_an_environment_may_raise_a_time_out_of_its_own(make_trainer):
     assert output["stop_reason"] == ["env_timeout", "completed"]
 
 
-REWARDS = [1, True, 1.0, np.float32(1), np.float16(1), np.int64(1), np.bool_(True), np.array(1.0)]
+REWARDS = [1, True, 1.0, np.float32(1), np.float16(1), np.int64(1), np.bool_(True), np.array(1.0), np.ones(1)]
 REWARDS += [torch.tensor(1.0), torch.tensor(1), torch.tensor(1.0, dtype=torch.bfloat16), Fraction(1), Decimal(1)]
 
 
@@ -181,6 +183,21 @@ def test_any_real_number_is_a_reward(make_trainer, reward):
     output, _ = play(make_trainer, [None], Rewarding)
     assert output["environment_reward"] == [1.0] and type(output["environment_reward"][0]) is float
     assert [turn.reward for turn in output["trajectories"][0].turns] == [1.0]
+
+
+FLAGS = [False, 0, 0.0, None, np.False_, np.array([False]), torch.tensor(False), torch.tensor([0])]
+
+
+@pytest.mark.parametrize("name", ["terminated", "truncated"])
+def test_a_flag_is_a_boolean_of_any_library_and_nothing_else(name):
+    go_on = [user("Go on.")]
+    for value in FLAGS:
+        assert getattr(check_step_result(StepResult(go_on, **{name: value})), name) is False
+    for value in (True, 1, np.True_, np.array([True]), torch.tensor([1])):
+        assert getattr(check_step_result(StepResult([], **{name: value})), name) is True
+    for value in ("False", "", math.nan, [False], lambda: False, (x for x in [False]), 2, np.zeros(2)):
+        with pytest.raises(TypeError, match=f"StepResult.{name} must be True or False; got {type(value).__name__}"):
+            check_step_result(StepResult(go_on, **{name: value}))
 
 
 # --- one thread an instance ------------------------------------------------------------------------------------------
@@ -280,6 +297,14 @@ def test_environments_that_replace_what_threads_share_play_one_after_another_or_
         sys.stdout, sys.stderr = streams
         os.chdir(directory)
     assert [trajectory.info["own"] for trajectory in output["trajectories"]] == ["0", "1", "2", "3"]
+
+
+def test_a_factory_that_returns_the_same_instance_again_is_an_error(make_trainer):
+    only_one = Talk()
+    with pytest.raises(NotAnEnvironmentError, match="environment_factory returned the same Talk again"):
+        play(make_trainer, [None] * 3, lambda: only_one)
+    output, _ = play(make_trainer, [None] * 3, lambda: only_one, max_concurrent_envs=1)
+    assert output["stop_reason"] == ["completed"] * 3
 
 
 VARIABLE = contextvars.ContextVar("VARIABLE")

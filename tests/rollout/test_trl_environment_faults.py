@@ -13,6 +13,7 @@ from scripted_tools import COUNTING, END, SCRIPTS, ScriptedSeeUPO, call, make_to
 from tool_environments import Counter, Database, Unreliable
 
 from seeupo_trl import MultiTurnEnvironment
+from seeupo_trl.rollout.environment_pool import NotAnEnvironmentError
 from seeupo_trl.rollout.shared_state import SharedStateError
 
 
@@ -208,6 +209,21 @@ def test_an_image_needs_a_model_that_sees(make):
     trainer = make(ScriptedSeeUPO, Camera, {"": [f"{call('look')}{END}"]})
     with pytest.raises(RuntimeError, match="returned an image, but the policy reads text only"):
         play(trainer, [row("a")])
+
+
+def test_a_factory_that_returns_the_same_instance_again_is_an_error(make):
+    only_one = Counter()
+    trainer = make(ScriptedSeeUPO, lambda: only_one, SCRIPTS)
+    with pytest.raises(NotAnEnvironmentError, match="returned the same Counter again"):
+        play(trainer, COUNTING)
+
+
+@pytest.mark.parametrize(
+    "given", [Counter(), [Counter], {"counter": Counter()}], ids=["instance", "list", "in a dict"]
+)
+def test_an_instance_in_place_of_a_factory_is_an_error(make, given):
+    with pytest.raises(TypeError, match=r"`environment_factory.*` is a (Counter|list); give a class"):
+        make(ScriptedSeeUPO, given, SCRIPTS)
 
 
 def test_an_undocumented_tool_is_an_early_error(make):
