@@ -69,6 +69,7 @@ from .trainer_inputs import (
     check_rollouts_ahead,
     choose_rollout,
     placeholder_dataset,
+    readable_tool,
     with_environment_reward,
     with_plain_prompt,
 )
@@ -201,7 +202,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
                 optimizers=optimizers,
                 quantization_config=quantization_config,
                 peft_config=peft_config,
-                tools=tools,
+                tools=tools and [readable_tool(tool) for tool in tools],
                 rollout_func=rollout.rollout_func,
                 environment_factory=rollout.environment_factory,
             )

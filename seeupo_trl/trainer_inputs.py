@@ -1,19 +1,21 @@
 """What [`SeeUPOTrainer`] makes of what it is given: what plays the episodes, rewards, arguments, the dataset."""
 
+import inspect
 import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 from datasets import Dataset
 from torch.optim import Optimizer
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
+from .envs.tools import content_of
 from .rollout import MultiTurnRollout, environment_reward
 from .rollout.checks import checked_rollout
-from .rollout.observations import plain_message
+from .rollout.observations import mended, plain_message
 from .rollout.output import REPORTED
 from .rollout.trl_environments import ToolRollout, tool_rollout_for
 from .seeupo_config import DefaultTurns, SeeUPOConfig, steps_in_backward
@@ -89,6 +91,29 @@ def choose_rollout(
         factory = tool_rollout.factory_for_trl
         return Rollout(environment_factory=factory, tool_rollout=tool_rollout, close=tool_rollout.close)
     return Rollout()
+
+
+def readable_tool(tool: Callable) -> Callable:
+    """
+    A tool for TRL's own loop, whose results any policy can read as those of an environment's tools: a list is JSON,
+    all text can be encoded, and a result without text is an error of the call and not the end of the run.
+
+    Args:
+        tool (`Callable`):
+            A function or a coroutine function. A callable object is left as it is.
+    """
+    if not inspect.isroutine(tool):
+        return tool
+
+    @wraps(tool)
+    def call(*args, **kwargs):
+        return mended(content_of(tool(*args, **kwargs)))
+
+    @wraps(tool)
+    async def call_later(*args, **kwargs):
+        return mended(content_of(await tool(*args, **kwargs)))
+
+    return call_later if inspect.iscoroutinefunction(tool) else call
 
 
 def arguments_for_trl(args: SeeUPOConfig, uses_tools: bool) -> SeeUPOConfig:

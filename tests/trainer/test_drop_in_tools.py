@@ -112,6 +112,39 @@ class TestToolsAndEnvironments:
         assert moved(trainer, before) == set(before)
         assert max(logged(trainer, "completions/max_length")) <= 6
 
+    @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+    @pytest.mark.parametrize(
+        ("result", "read"),
+        [
+            (["w1", "w2"], '["w1", "w2"]'),
+            ([{"type": "w1"}], '[{"type": "w1"}]'),
+            ("\ud83d", "?"),
+            (10**5000, "{'error"),
+        ],
+        ids=["list", "list of dicts", "surrogate", "huge"],
+    )
+    def test_whatever_a_plain_tool_returns_is_read(self, make_agent, result, read, is_async):
+        def look() -> str:
+            """Looks around."""
+            return result
+
+        async def look_later() -> str:
+            """Looks around."""
+            return result
+
+        look_later.__name__ = "look"
+        contents = []
+
+        def watching(completions, **kwargs):
+            contents.extend(m["content"] for completion in completions for m in completion if m["role"] == "tool")
+            return calls_and_tokens(completions, **kwargs)
+
+        tools = [look_later if is_async else look]
+        args = {"generation_kwargs": only(BARE_CALL, "w1"), "max_completion_length": 200, "max_steps": 1}
+        trainer = make_agent(args, tools=tools, reward_funcs=watching)
+        trainer.train()
+        assert contents and all(content.startswith(read) for content in contents)
+
     def test_an_environment_of_tools_owns_data_and_reward(self, make_agent):
         trainer = make_agent(
             {"max_completion_length": 100}, train_dataset=None, reward_funcs=None, environment_factory=Counter
