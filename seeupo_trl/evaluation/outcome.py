@@ -125,7 +125,7 @@ def describe_outcomes(
                 index=first_index + offset,
                 group=(first_index + offset) // group_size,
                 task=task_of(row),
-                category=next((str(category) for category in categories if isinstance(category, str)), None),
+                category=next((str(category) for category in categories if _is_name(category)), None),
                 turns=len(trajectory.turns),
                 stop_reason=None if trajectory.stop_reason is None else str(trajectory.stop_reason),
                 success=success,
@@ -139,6 +139,10 @@ def describe_outcomes(
             )
         )
     return outcomes
+
+
+def _is_name(category: Any) -> bool:
+    return isinstance(category, (str, int)) and not isinstance(category, bool)
 
 
 def _success_in(info: dict[str, Any]) -> bool | None:
