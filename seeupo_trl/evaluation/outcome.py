@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from datasets.fingerprint import Hasher
 
@@ -34,7 +33,8 @@ class Outcome:
         task (`str`):
             The dataset row's `id` or `task_id`, else a hash of the row.
         category (`str`, *optional*):
-            `info["category"]` of the trajectory, else the dataset row's `category`, where it is text.
+            `info["category"]` of the trajectory, else the dataset row's `category`: the first that is a text or a
+            whole number.
         turns (`int`):
             Number of turns.
         stop_reason (`str`, *optional*):
@@ -150,7 +150,7 @@ def _success_in(info: dict[str, Any]) -> bool | None:
     if value is None:
         return None
     try:
-        return bool(real_number(value.item() if isinstance(value, np.ndarray) and value.size == 1 else value))
+        return bool(real_number(value))
     except ValueError:
         _warn_of_success(type(value).__name__)
         return None
