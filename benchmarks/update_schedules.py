@@ -108,6 +108,9 @@ class OneProcess:
     def autocast(self):
         return nullcontext()
 
+    def loss_context(self):
+        return nullcontext()
+
     inference = staticmethod(torch.no_grad)
 
     def micro_batch(self, is_last: bool):

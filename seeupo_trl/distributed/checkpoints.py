@@ -319,7 +319,7 @@ class ExactResume:
                 )
             if self.args.sync_ref_model:
                 load_reference(self.accelerator.unwrap_model(self.ref_model), resume_from_checkpoint)
-        elif self.is_world_process_zero():
+        elif self.accelerator.is_main_process:
             warn_of_older_run(self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

@@ -35,6 +35,9 @@ EMPTY_PROMPT = [{"role": "user", "content": ""}]
 # Methods that TRL calls itself.
 RESERVED_METHODS = ("reset", "get_reward")
 
+# types of the parts of a content that are text
+TEXT_TYPES = ("text", "input_text")
+
 Message = dict[str, Any]
 
 
@@ -210,7 +213,7 @@ def content_of(result: Any) -> str | list:
 
 
 def _is_text(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    return isinstance(part, dict) and part.get("type") in TEXT_TYPES and "text" in part
 
 
 def _is_image(part: Any) -> bool:

@@ -14,12 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..envs.base import Observation, StepResult
 from ..envs.plain import flag, real_number
-from ..envs.tools import content_of
+from ..envs.tools import TEXT_TYPES, content_of
 
 
 Message = dict[str, Any]
-
-TEXT_TYPES = ("text", "input_text")
 
 _IMMUTABLE = (str, int, float, bool, type(None))
 

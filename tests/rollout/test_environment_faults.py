@@ -249,6 +249,7 @@ def test_an_instance_lives_in_one_thread(make_trainer):
 
 
 def print_apart(text):
+    time.sleep(0.05 * int(text))  # they cross: one begins in the middle of another
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         time.sleep(0.1)
         print(text, end="")
@@ -256,6 +257,7 @@ def print_apart(text):
 
 
 def work_apart(text):
+    time.sleep(0.05 * int(text))
     before = os.getcwd()
     os.chdir(tempfile.mkdtemp())
     try:

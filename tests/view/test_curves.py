@@ -25,8 +25,8 @@ def test_rewards_are_means_over_groups_with_their_worst_and_best_episodes(tmp_pa
     episodes = [{"group": group, "reward": reward} for group, reward in rewards]
     spoiled = {"group": 1, "reward": 9.0, "stop_reason": "env_error"}
     unscored = {"group": 2, "reward": None}
-    save(tmp_path, "train", 2, [{"reward": 0.25}])
     save(tmp_path, "train", 1, [*episodes, spoiled, unscored])
+    save(tmp_path, "train", 2, [{"reward": 0.25}])
     save(tmp_path, "eval", 1, [{"reward": -1.0}])
     train, evaluated = charts_of(tmp_path)["Reward"].series
     assert (train.name, train.x, train.y) == ("train", [1, 2], [pytest.approx(0.45), 0.25])
