@@ -12,6 +12,8 @@ from .evaluation.outcome import Outcome
 from .trajectory import Trajectory, turns_from_mask
 
 
+Row = tuple[list[int], list[int], list[int]]  # prompt, completion, and which tokens of the completion are the model's
+
 _TOKENS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
 # what GRPO's loss takes from its batch, and the update computes for itself
 _NEVER_READ = ("old_per_token_logps", "ref_per_token_logps", "importance_sampling_ratio")
@@ -29,9 +31,6 @@ class TurnBatch(dict):
                 "`turn_surrogate`, `actions.old` and `actions.reference` hold them by token."
             )
         raise KeyError(key)
-
-
-Row = tuple[list[int], list[int], list[int]]  # prompt, completion, and which tokens of the completion are the model's
 
 
 @dataclass
@@ -167,10 +166,9 @@ class EpisodeBatch:
             return
         trajectories = trajectories_from_masks(*output[:3], output[4], output[3])
         if len(self.generated) == len(rows):
-            pairs = zip(rows, self.generated, strict=True)
-            is_same = [row == before for row, before in pairs]
-            choices = zip(is_same, self.trajectories, trajectories, strict=True)
-            trajectories = [played if same else made for same, played, made in choices]
+            for i, (row, before) in enumerate(zip(rows, self.generated, strict=True)):
+                if row == before:
+                    trajectories[i] = self.trajectories[i]
         self.trajectories = trajectories
 
 

@@ -53,6 +53,7 @@ from .rollout.checks import checked_rollout
 from .rollout.sampler import Sampler
 from .rollout.samplers import sampler_of_backend
 from .rollout.settings import RolloutSettings
+from .rollout.tasks import first_episode
 from .rollout.trl_environments import ToolRollout
 from .rollout.turn_ends import TurnEnds, replaced
 from .rollout.vllm import kept_awake
@@ -417,7 +418,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
             self.reward_func_names,
             self.reward_weights,
             batch["advantages"].tolist(),
-            first_index=first + self.num_evaluated,
+            first_index=first_episode(self, len(inputs)),
             group_size=group_size,
             success_threshold=self.args.success_threshold,
         )

@@ -108,7 +108,6 @@ class LockStep:
         under DeepSpeed and FSDP2, or if `accelerator_config` asks for `sync_each_batch`. Callbacks hear of the others'
         end, as in the Trainer.
         """
-        trainer = self._trainer
         # DeepSpeed reads its accumulation boundary from this flag, and then steps by itself inside `backward`
         self._accelerator.gradient_state._set_sync_gradients(is_last)
         try:
@@ -117,6 +116,7 @@ class LockStep:
         finally:
             self._accelerator.gradient_state._set_sync_gradients(True)
         if not is_last:
+            trainer = self._trainer
             trainer.control = trainer.callback_handler.on_substep_end(trainer.args, trainer.state, trainer.control)
 
     def backward(self, loss: torch.Tensor) -> None:

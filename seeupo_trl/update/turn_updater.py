@@ -347,8 +347,9 @@ class TurnUpdater:
         scores = self.log_probs.now(keys)
         if not indices:
             return
-        self.log_probs.start.update(scores.logps_by_turn())
-        self.log_probs.old.update(scores.logps_by_turn())
+        logps = scores.logps_by_turn()
+        self.log_probs.start.update(logps)
+        self.log_probs.old.update(logps)
         actions = self._actions(indices, block, scores)
         loss = turn_loss(actions, actions.new.new_zeros(len(indices)), self.settings)
         self.record.metrics.add_micro_batch(None, indices, actions, loss, 0.0, self.weights)

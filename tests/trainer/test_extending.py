@@ -7,7 +7,7 @@ from types import FunctionType
 import pytest
 import torch
 import trl
-from grpo_script import chat_dataset, config, logged, moved, parameters_of, settings, small_tokens, text_dataset
+from grpo_script import chat_dataset, logged, moved, parameters_of, settings, small_tokens, text_dataset
 from packaging.version import Version
 from tiny import ON_CPU, load_tiny_model
 from tool_calls import Counter, increment
@@ -27,17 +27,6 @@ from seeupo_trl.grpo_compatibility import (
 
 # What GRPOTrainer has for the model card and for transformers' own loss.
 DECLARATIONS = {"loss_is_scaled_for_ga", "_tag_names", "_name", "_paper"}
-
-
-@pytest.fixture
-def make_of(tiny_dir, tmp_path):
-    """Build a trainer of a given class."""
-
-    def build(trainer_class, args=None, **kwargs):
-        given = {"model": tiny_dir, "reward_funcs": small_tokens, "train_dataset": text_dataset(), **kwargs}
-        return trainer_class(args=config(tmp_path, **(args or {})), **given)
-
-    return build
 
 
 class OnStep(TrainerCallback):

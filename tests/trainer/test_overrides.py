@@ -4,23 +4,12 @@ import contextlib
 
 import pytest
 import torch
-from grpo_script import config, logged, moved, parameters_of, small_tokens, text_dataset
+from grpo_script import logged, moved, parameters_of, small_tokens, text_dataset
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 from trl.trainer.utils import shuffle_sequence_dict
 
 from seeupo_trl import SeeUPOTrainer
-
-
-@pytest.fixture
-def make_of(tiny_dir, tmp_path):
-    """Build a trainer of a given class."""
-
-    def build(trainer_class, args=None, **kwargs):
-        given = {"model": tiny_dir, "reward_funcs": small_tokens, "train_dataset": text_dataset(), **kwargs}
-        return trainer_class(args=config(tmp_path, **(args or {})), **given)
-
-    return build
 
 
 class Trained(SeeUPOTrainer):
