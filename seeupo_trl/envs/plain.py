@@ -1,7 +1,16 @@
 """What environments return as plain data: numbers and flags of any library as Python's own, and what JSON can hold."""
 
 import math
+import re
 from typing import Any
+
+
+# What is nested deeper is read as text. Python takes about a thousand calls, copies and templates take several for a
+# level; the official executor of BFCL takes 200 levels.
+MAX_NESTING = 256
+
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+_BRACKET = re.compile(r"[\[\]{}]")
 
 
 def real_number(value: Any) -> float:
@@ -71,3 +80,26 @@ def plain_data(value: Any, name: str) -> Any:
         f"{name} is a {type(value).__name__}; only texts, numbers, booleans, None, lists and dicts (and arrays, as "
         "lists) can be sent"
     )
+
+
+def is_deep_text(text: str) -> bool:
+    """
+    Whether a JSON text, or one with JSON in it, is nested deeper than may be read. Known before it is parsed: where
+    Python's recursion ends, whatever the garbage collector finishes at that moment fails as well, without a word.
+    """
+    if text.count("[") + text.count("{") <= MAX_NESTING:
+        return False
+    depth = 0
+    for bracket in _BRACKET.findall(_STRING.sub("", text)):
+        depth = depth + 1 if bracket in "[{" else max(depth - 1, 0)
+        if depth > MAX_NESTING:
+            return True
+    return False
+
+
+def is_deep(value: Any, levels: int = MAX_NESTING) -> bool:
+    """Whether lists and dicts are nested deeper than that many levels."""
+    if not isinstance(value, list | dict):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(is_deep(item, levels - 1) for item in items)

@@ -23,6 +23,7 @@ from trl.chat_template_utils import (
 
 from ..envs.base import Observation
 from .observations import mended
+from .parsing import bounded_parser
 
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ class ChatFormat:
         )
 
     def parse(self, action_ids: list[int], context_ids: list[int], tools: list[dict] | None) -> Message:
-        """Read a response as an assistant message; `parse_error` marks one whose tool calls are malformed."""
+        """Read a response as an assistant message; `parse_error` marks one that is malformed."""
         if action_ids[-1] in self.eos_token_ids and action_ids[-1] != self.tokenizer.eos_token_id:
             action_ids = action_ids[:-1]  # the parsers know the tokenizer's own end-of-sequence token only
         message = mended(self._parsed(action_ids, context_ids, tools))
@@ -161,10 +162,7 @@ class ChatFormat:
             return self._plain_message(action_ids)
         typed = {"tools": tools} if PARSES_WITH_TOOLS else {}
         context_ids = self._tail(context_ids)
-        try:
-            message = parse_response(self._parser, action_ids, prefix=context_ids, **typed)
-        except RecursionError:  # JSON nested too deeply
-            message = self._plain_message(action_ids)
+        message = parse_response(self._parser, action_ids, prefix=context_ids, **typed)
         # Where it cannot make sense of a response, TRL falls back to plain text, without a word.
         if "tool_calls" not in message and not self._is_plain(action_ids, context_ids):
             message["parse_error"] = True
@@ -176,7 +174,7 @@ class ChatFormat:
     def _is_plain(self, action_ids: list[int], context_ids: list[int]) -> bool:
         try:
             return "tool_calls" not in self._parser.parse_response(action_ids, prefix=context_ids)
-        except (ValueError, TypeError, RecursionError):
+        except (ValueError, TypeError):
             return False
 
     def _find_end(self, token_ids: tuple[int, ...]) -> int:
@@ -326,6 +324,7 @@ class ChatFormat:
                 return None
         if getattr(parser, "response_template", None) is not None:  # else compiled anew for each response
             parser.response_template = load_response_template(parser.response_template)
+        parser.parse_response = bounded_parser(parser)
         return parser
 
 

@@ -8,13 +8,17 @@ from transformers import AddedToken, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 
 # One token each: a call that works, the same with text for a number, one without arguments, one that names no tool,
-# and one that is not JSON
+# one that is not JSON, and two that are nested deeply
 CALL = '<tool_call> {"name": "increment", "arguments": {"step": 2}} </tool_call>'
 TEXT_CALL = '<tool_call> {"name": "increment", "arguments": {"step": "w2"}} </tool_call>'
 BARE_CALL = '<tool_call> {"name": "look", "arguments": {}} </tool_call>'
 WRONG_NAME = '<tool_call> {"name": "decrement", "arguments": {"step": 2}} </tool_call>'
 MALFORMED = "<tool_call> {increment </tool_call>"
-CALLS = [CALL, TEXT_CALL, BARE_CALL, WRONG_NAME, MALFORMED]
+DEEP, BOTTOMLESS = (
+    f'<tool_call> {{"name": "look", "arguments": {{"thing": {"[" * depth}{"]" * depth}}}}} </tool_call>'
+    for depth in (500, 5000)
+)
+CALLS = [CALL, TEXT_CALL, BARE_CALL, WRONG_NAME, MALFORMED, DEEP, BOTTOMLESS]
 
 # How TRL finds the calls in a response of the tiny models.
 RESPONSE_TEMPLATE = {

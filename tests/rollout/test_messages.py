@@ -29,6 +29,22 @@ def test_environments_read_reasoning_apart_from_content(make_trainer):
     assert message["reasoning_content"] == "Hm." and message["content"] == "Yes."
 
 
+def nested_call(depth, text="", beside=""):
+    """A call whose argument is a text in that many lists, each with something beside the next one."""
+    thing = f"[{beside}" * depth + f'"{text}"' + "]" * depth
+    return f'<tool_call>\n{{"name": "look", "arguments": {{"thing": {thing}}}}}\n</tool_call><|im_end|>'
+
+
+def test_arguments_may_be_nested_as_deeply_as_any_official_executor_takes(make_trainer):
+    rows = [row()]
+    trainer = make_trainer(rows, script=[nested_call(250, text="\\ud83d")], positions=300_000)
+    (message,) = play(trainer, rows)["trajectories"][0].info["read"]
+    thing = message["tool_calls"][0]["function"]["arguments"]["thing"]
+    for _ in range(250):
+        (thing,) = thing
+    assert thing == "?"
+
+
 @pytest.mark.parametrize(
     "response",
     [
@@ -36,8 +52,11 @@ def test_environments_read_reasoning_apart_from_content(make_trainer):
         '<tool_call>\n{"nam": "look", "arguments": {}}\n</tool_call><|im_end|>',
         "<tool_call>\n[1, 2]\n</tool_call><|im_end|>",
         "<tool_call>\n" + "[" * 100_000 + "\n</tool_call><|im_end|>",
+        nested_call(500),
+        nested_call(500, text="\\ud83d"),
+        '"' + nested_call(500, beside='"]", '),
     ],
-    ids=["not json", "no name", "no object", "nested too deeply"],
+    ids=["not json", "no name", "no object", "bottomless", "deep", "deep, to be mended", "deep, hidden in strings"],
 )
 def test_malformed_tool_calls_reach_the_environment_as_text(make_trainer, response):
     rows = [row([user("That was malformed.")])]

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 from grpo_script import chat_dataset, logged, moved, parameters_of, small_tokens
-from tool_calls import BARE_CALL, CALL, MALFORMED, TEXT_CALL, WRONG_NAME, Counter, increment, only
+from tool_calls import BARE_CALL, BOTTOMLESS, CALL, DEEP, MALFORMED, TEXT_CALL, WRONG_NAME, Counter, increment, only
 
 
 def look() -> str:
@@ -104,6 +104,21 @@ class TestToolsAndEnvironments:
         trainer.train()
         assert trainer.state.global_step == 3
         assert max(logged(trainer, "tools/failure_frequency")) == 1.0
+
+    @pytest.mark.parametrize("call", [DEEP, BOTTOMLESS], ids=["deep", "bottomless"])
+    def test_calls_nested_too_deeply_are_text(self, make_agent, call):
+        contents = []
+
+        def watching(completions, **kwargs):
+            contents.extend(message["content"] for completion in completions for message in completion)
+            return calls_and_tokens(completions, **kwargs)
+
+        trainer = make_agent(
+            {"generation_kwargs": only(call), "max_steps": 1}, tools=[increment], reward_funcs=watching
+        )
+        trainer.train()
+        assert any(call in content for content in contents)
+        assert "parse_response" not in vars(trainer.processing_class)
 
     def test_a_tool_result_that_does_not_fit_ends_the_episode(self, make_agent):
         trainer = make_agent({"max_completion_length": 6, "generation_kwargs": only(CALL)}, tools=[increment])

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..base import MultiTurnEnvironment, Observation, StepResult
+from ..plain import is_deep_text
 from .checks import TrajectoryCheck
 from .data import (
     TOOL_DETAILS,
@@ -205,10 +206,10 @@ class BfclEnvironment(MultiTurnEnvironment):
         for call in calls:
             function = call.get("function", call)  # some chat formats write calls without the wrapper
             name, arguments = function["name"], function["arguments"]
-            if isinstance(arguments, str):
+            if isinstance(arguments, str) and not is_deep_text(arguments):
                 try:
                     arguments = json.loads(arguments)
-                except (ValueError, RecursionError):
+                except ValueError:
                     pass
             if isinstance(arguments, dict):
                 made.append((name, arguments))
