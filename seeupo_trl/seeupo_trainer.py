@@ -50,7 +50,7 @@ from .grpo_compatibility import check_overrides, fixed_values, loss_settings, no
 from .rollout import environment_reward
 from .rollout.ahead import Ahead, PlaysAhead
 from .rollout.checks import checked_rollout
-from .rollout.parsing import bounded_parser
+from .rollout.parsing import BoundedParser
 from .rollout.sampler import Sampler
 from .rollout.samplers import sampler_of_backend
 from .rollout.settings import RolloutSettings
@@ -499,7 +499,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
 
     def _generate_as_text(self, prompts: list) -> tuple:
         if self._tool_rollout is None and not self._opens_conversations:
-            with replaced(self._tokenizer, parse_response=bounded_parser(self._tokenizer)):
+            with replaced(self._tokenizer, parse_response=BoundedParser(self._tokenizer)):
                 return super()._generate(prompts)
         # they bring their messages: TRL need not parse whole episodes as one, which what is nested deeply would end
         play = self.rollout_func

@@ -23,7 +23,7 @@ from trl.chat_template_utils import (
 
 from ..envs.base import Observation
 from .observations import mended
-from .parsing import bounded_parser
+from .parsing import BoundedParser
 
 
 if TYPE_CHECKING:
@@ -324,7 +324,7 @@ class ChatFormat:
                 return None
         if getattr(parser, "response_template", None) is not None:  # else compiled anew for each response
             parser.response_template = load_response_template(parser.response_template)
-        parser.parse_response = bounded_parser(parser)
+        parser.parse_response = BoundedParser(parser)
         return parser
 
 

@@ -120,6 +120,15 @@ class TestToolsAndEnvironments:
         assert any(call in content for content in contents)
         assert "parse_response" not in vars(trainer.processing_class)
 
+    def test_a_parser_of_the_scripts_own_is_asked(self, make_agent):
+        trainer = make_agent({"generation_kwargs": only(CALL), "max_steps": 1}, tools=[increment])
+        tokenizer, asked = trainer.processing_class, []
+        parse_response = tokenizer.parse_response
+        tokenizer.parse_response = lambda *args, **kwargs: asked.append(args) or parse_response(*args, **kwargs)
+        trainer.train()
+        assert asked and max(logged(trainer, "turns/max")) > 1
+        assert "parse_response" in vars(tokenizer)
+
     def test_a_tool_result_that_does_not_fit_ends_the_episode(self, make_agent):
         trainer = make_agent({"max_completion_length": 6, "generation_kwargs": only(CALL)}, tools=[increment])
         before = parameters_of(trainer)
