@@ -1,5 +1,6 @@
 """What environments return as plain data: numbers and flags of any library as Python's own, and what JSON can hold."""
 
+import json
 import math
 import re
 from typing import Any
@@ -80,6 +81,19 @@ def plain_data(value: Any, name: str) -> Any:
         f"{name} is a {type(value).__name__}; only texts, numbers, booleans, None, lists and dicts (and arrays, as "
         "lists) can be sent"
     )
+
+
+def parsed_json(text: str) -> Any:
+    """
+    What a JSON text of anybody says.
+
+    Raises:
+        `ValueError`:
+            When it is none, or nested too deeply.
+    """
+    if is_deep_text(text):
+        raise ValueError(f"nested more than {MAX_NESTING} levels deep")
+    return json.loads(text)
 
 
 def is_deep_text(text: str) -> bool:

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..envs.base import StopReason
+from ..envs.plain import parsed_json
 from ..rollout.observations import mended
 from ..trajectory import Trajectory
 from .as_json import to_json
@@ -118,7 +119,7 @@ def _as_texts(values: dict[str, Any]) -> dict[str, str]:
 def _as_object(arguments: Any) -> str:
     """Arguments as the JSON text of an object, in which those that are none stand under a name of their own."""
     try:
-        values = json.loads(arguments) if isinstance(arguments, str) else arguments
+        values = parsed_json(arguments) if isinstance(arguments, str) else arguments
         text = json.dumps(values)
     except (TypeError, ValueError, RecursionError):  # no JSON, no plain data, too large a number, nested too deeply
         values, text = None, arguments if isinstance(arguments, str) else type(arguments).__name__

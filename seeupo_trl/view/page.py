@@ -16,6 +16,7 @@ from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 
+from ..envs.plain import parsed_json
 from .curves import Chart
 
 
@@ -129,8 +130,8 @@ def _number(value: float | None) -> float | str | None:
 def _parsed(text: str | None) -> Any:
     """What JSON says; `None` where it is none, which is shown as it is."""
     try:
-        return json.loads(text or "null")
-    except (ValueError, RecursionError):
+        return parsed_json(text or "null")
+    except ValueError:
         return None
 
 
@@ -140,8 +141,8 @@ def _readable(text: str) -> str:
     Short JSON stays on one line.
     """
     try:
-        return _written(json.loads(text))
-    except (ValueError, RecursionError):
+        return _written(parsed_json(text))
+    except ValueError:
         return text
 
 

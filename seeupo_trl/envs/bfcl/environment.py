@@ -24,14 +24,13 @@ The score is the one of the official `multi_turn_checker`, see `checks.py`.
 """
 
 import copy
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..base import MultiTurnEnvironment, Observation, StepResult
-from ..plain import is_deep_text
+from ..plain import parsed_json
 from .checks import TrajectoryCheck
 from .data import (
     TOOL_DETAILS,
@@ -206,9 +205,9 @@ class BfclEnvironment(MultiTurnEnvironment):
         for call in calls:
             function = call.get("function", call)  # some chat formats write calls without the wrapper
             name, arguments = function["name"], function["arguments"]
-            if isinstance(arguments, str) and not is_deep_text(arguments):
+            if isinstance(arguments, str):
                 try:
-                    arguments = json.loads(arguments)
+                    arguments = parsed_json(arguments)
                 except ValueError:
                     pass
             if isinstance(arguments, dict):
