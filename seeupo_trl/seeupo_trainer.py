@@ -68,8 +68,10 @@ from .trainer_inputs import (
     check_noise,
     check_optimizer,
     check_resampling,
+    check_reward_models,
     check_rollouts_ahead,
     choose_rollout,
+    distinct_names,
     placeholder_dataset,
     readable_tool,
     with_environment_reward,
@@ -216,6 +218,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         sync_without_merging(self)
         if rollout.tool_rollout is not None:
             self._play_by(rollout.tool_rollout)
+        self.reward_func_names = distinct_names(self.reward_func_names)
         if rollout.brings_reward or self._tool_rollout is not None:
             check_columns(self.train_dataset, self.eval_dataset)
         self._check_overrides()
@@ -466,6 +469,8 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
             self.environments = extra_fields.pop("environments")
             prompts[:] = extra_fields.pop("prompts")  # for reward functions and logs, with what `reset` returned
             self._add_metrics(tool_call_metrics(extra_fields.pop("tool_calls"), self.accelerator).items())
+        if self._speaks_in_messages:
+            check_reward_models(self.reward_funcs, self.reward_func_names, prompts)
         trajectories = extra_fields.pop("trajectories", None)
         if trajectories is None:
             trajectories = trajectories_from_masks(prompt_ids, completion_ids, tool_mask, logprobs, completions)

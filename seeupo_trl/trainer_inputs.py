@@ -6,11 +6,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, wraps
+from itertools import count
 from typing import Any
 
 from datasets import Dataset
+from torch import nn
 from torch.optim import Optimizer
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+from trl.data_utils import is_conversational
 
 from .envs.tools import content_of
 from .rollout import MultiTurnRollout, environment_reward
@@ -170,6 +173,22 @@ def with_environment_reward(reward_funcs: Any, args: SeeUPOConfig, is_rollout_fu
     return reward_funcs
 
 
+def distinct_names(names: list[str]) -> list[str]:
+    """Names of reward functions, of which those that come again get a number: metrics and files go by name."""
+    distinct = []
+    for name in names:
+        numbered = (name if number == 1 else f"{name}_{number}" for number in count(1))
+        distinct.append(next(candidate for candidate in numbered if candidate not in distinct))
+    renamed = [new for new, name in zip(distinct, names, strict=True) if new != name]
+    if renamed:
+        warnings.warn(
+            f"Several reward functions have the same name; in metrics and files they are called {', '.join(distinct)} "
+            "(GRPOTrainer logs the mean of both under one name). Give each a `__name__` of its own.",
+            stacklevel=3,
+        )
+    return distinct
+
+
 def placeholder_dataset(args: SeeUPOConfig) -> Dataset:
     """As many empty prompts as an iteration takes, for environments that bring their own tasks."""
     if args.max_steps <= 0:
@@ -212,6 +231,16 @@ def check_columns(*datasets: Any) -> None:
                 f"The dataset has a column `{taken[0]}`; with environments, reward functions get what became of the "
                 "episode under that name. Rename the column (`dataset.rename_column`)."
             )
+
+
+def check_reward_models(reward_funcs: list[Any], names: list[str], prompts: list[Any]) -> None:
+    """Refuse a reward model where prompts are texts and episodes messages: TRL writes both as one conversation."""
+    models = [name for name, func in zip(names, reward_funcs, strict=True) if isinstance(func, nn.Module)]
+    if models and not is_conversational({"prompt": prompts[0]}):
+        raise ValueError(
+            f"The reward model '{models[0]}' reads conversations, of the prompt and the messages of an episode, and "
+            "the dataset's prompts are texts. Make them messages: `[{'role': 'user', 'content': text}]`."
+        )
 
 
 def check_rollouts_ahead(args: SeeUPOConfig, rollout: Rollout, dataset: Any) -> None:

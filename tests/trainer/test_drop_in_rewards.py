@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from count_down import CountDown
 from grpo_script import PROMPTS, chat_dataset, logged, moved, parameters_of, small_tokens, text_dataset
 from tiny import tiny_config, tiny_tokenizer
 from transformers import Qwen3ForSequenceClassification
@@ -50,6 +51,17 @@ class TestRewards:
         for reward, first, second in rows:
             assert second == 0.5
             assert reward == pytest.approx(2.0 * first + 3.0 * 0.5, rel=1e-5)
+
+    def test_functions_of_one_name_are_told_apart(self, make):
+        functions = [lambda completions, value=value, **kwargs: [value] * len(completions) for value in (0.25, 0.75)]
+        with pytest.warns(UserWarning, match="called small_tokens, <lambda>, <lambda>_2 "):
+            trainer = make({"max_steps": 1}, reward_funcs=[small_tokens, *functions], eval_dataset=text_dataset())
+        trainer.train()
+        metrics = trainer.evaluate()
+        for name, value in {"<lambda>": 0.25, "<lambda>_2": 0.75}.items():
+            assert logged(trainer, f"rewards/{name}/mean") == [value]
+            assert metrics[f"eval_rewards/{name}/mean"] == value
+            assert {outcome.rewards[name] for outcome in trainer.last_evaluation} == {value}
 
     def test_a_callable_object_and_a_partial_are_reward_functions(self, make):
         class Scaled:
@@ -106,18 +118,31 @@ class TestRewards:
         assert not moved(trainer, before)
         assert logged(trainer, "frac_reward_zero_std") == [1.0, 1.0]
 
-    @pytest.mark.parametrize("by_path", [True, False])
-    def test_a_reward_model_scores_completions(self, make, tmp_path_factory, by_path):
+    @pytest.fixture
+    def reward_model_directory(self, tmp_path_factory):
         directory = str(tmp_path_factory.mktemp("reward_model"))
         torch.manual_seed(1)
         Qwen3ForSequenceClassification(tiny_config(num_labels=1)).save_pretrained(directory)
         tiny_tokenizer().save_pretrained(directory)
+        return directory
+
+    @pytest.mark.parametrize("by_path", [True, False])
+    def test_a_reward_model_scores_completions(self, make, reward_model_directory, by_path):
+        directory = reward_model_directory
         reward_model = Qwen3ForSequenceClassification.from_pretrained(directory)
         trainer = make(reward_funcs=directory if by_path else reward_model, train_dataset=chat_dataset())
         before = parameters_of(trainer)
         trainer.train()
         assert moved(trainer, before) == set(before)
         assert logged(trainer, f"rewards/{Path(directory).name}/std")[0] > 0
+
+    def test_a_reward_model_scores_episodes_of_messages(self, make, reward_model_directory):
+        given = {"reward_funcs": reward_model_directory, "environment_factory": CountDown}
+        trainer = make({"max_steps": 1}, train_dataset=chat_dataset(), **given)
+        trainer.train()
+        assert logged(trainer, f"rewards/{Path(reward_model_directory).name}/std")[0] > 0
+        with pytest.raises(ValueError, match="the dataset's prompts are texts"):
+            make(train_dataset=text_dataset(), **given).train()
 
     def test_metrics_and_columns_of_a_reward_function_are_logged(self, make, tmp_path):
         def talkative(completion_ids, log_metric, log_extra, **kwargs):
