@@ -6,9 +6,11 @@ from itertools import compress
 from typing import Any
 
 import torch
+from trl.trainer.utils import pad
 
 from .envs.base import StopReason
 from .evaluation.outcome import Outcome
+from .rollout.output import as_sequence
 from .trajectory import Trajectory, turns_from_mask
 
 
@@ -108,6 +110,36 @@ class EpisodeBatch:
         """Keep what TRL's batch says of the episodes, and who is left out of it."""
         self.tokens = {name: batch[name].clone() for name in _TOKENS if name in batch}
         self.is_left_out = (~batch["completion_mask"].bool().any(dim=1)).tolist()
+
+    def show_replaced(self, batch: dict[str, Any], played: list[Trajectory], pad_token_id: int) -> None:
+        """
+        Write the tokens of episodes that were put in the place of others into TRL's batch, where a subclass may read
+        or change them.
+
+        Args:
+            batch (`dict`):
+                TRL's batch of the episodes that were played at first.
+            played (`list[Trajectory]`):
+                Those.
+            pad_token_id (`int`):
+                Token of the padding.
+        """
+        replaced = {
+            i: _row_of(trajectory, self.is_left_out[i], pad_token_id)
+            for i, (trajectory, before) in enumerate(zip(self.trajectories, played, strict=False))
+            if trajectory is not before
+        }
+        if not replaced:
+            return
+        batch.setdefault("tool_mask", torch.ones_like(batch["completion_mask"]))
+        padding = {"prompt_ids": pad_token_id, "completion_ids": pad_token_id, "tool_mask": 1}
+        for name in batch.keys() & {*_TOKENS, "sampling_per_token_logps"}:
+            rows = list(batch[name])
+            for i, row in replaced.items():
+                rows[i] = torch.tensor(row[name], dtype=batch[name].dtype, device=batch[name].device)
+            side = "left" if name.startswith("prompt") else "right"
+            batch[name] = pad(rows, padding.get(name, 0), side)
+        self.tokens = {name: batch[name].clone() for name in _TOKENS}
 
     def follow(self, batch: dict[str, Any]) -> None:
         """
@@ -214,6 +246,19 @@ def generated_rows(output: tuple) -> list[Row]:
     prompts, completions, masks = output[:3]
     masks = [[1] * len(completion) for completion in completions] if masks is None else masks
     return [tuple(map(list, row)) for row in zip(prompts, completions, masks, strict=True)]
+
+
+def _row_of(trajectory: Trajectory, is_left_out: bool, filler_id: int) -> dict[str, list]:
+    """An episode as a row of TRL's batch, without padding."""
+    sequence = as_sequence(trajectory.turns, [], filler_id)
+    return {
+        "prompt_ids": sequence["prompt_ids"],
+        "prompt_mask": [1] * len(sequence["prompt_ids"]),
+        "completion_ids": sequence["completion_ids"],
+        "completion_mask": [int(not is_left_out)] * len(sequence["completion_ids"]),
+        "tool_mask": sequence["env_mask"],
+        "sampling_per_token_logps": sequence["logprobs"],
+    }
 
 
 def _rows(batch: dict[str, Any]) -> list[Row]:

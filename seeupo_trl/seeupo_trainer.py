@@ -380,12 +380,14 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch, episodes = self._play(inputs)
+        played = list(episodes.trajectories)
         group_size = self.num_generations if self.model.training else self.num_generations_eval
         if self.model.training:
             if self.args.zero_variance == "resample":
                 fill_with_variance(episodes, self, lambda rows: self._play(rows)[1])
                 self._batch, self.rollout_inputs = episodes, episodes.rows
             episodes = batch["episodes"] = self.select_episodes(episodes)
+            episodes.show_replaced(batch, played, self._tokenizer.pad_token_id)
             left_out = torch.tensor([episodes.num_left_out], device=self.accelerator.device)
             self._add_metrics([("episodes/left_out", float(self.accelerator.gather(left_out).sum()))])
         rewards_per_func = self.accelerator.gather(episodes.rewards_per_func)  # (N, F)

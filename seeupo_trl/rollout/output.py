@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from ..trajectory import Turn
 from .chat_format import shared_length
 from .episode import Episode
 
@@ -26,7 +27,7 @@ def rollout_output(episodes: list[Episode], trainer: "GRPOTrainer", filler_id: i
         filler_id (`int`):
             Token that stands where a prompt or a completion has none.
     """
-    sequences = [_as_sequence(episode, filler_id) for episode in episodes]
+    sequences = [as_sequence(episode.turns, episode.context_ids, filler_id) for episode in episodes]
     output: dict[str, list[Any] | None] = {
         name: [sequence[name] for sequence in sequences]
         for name in ("prompt_ids", "completion_ids", "env_mask", "logprobs")
@@ -39,17 +40,27 @@ def rollout_output(episodes: list[Episode], trainer: "GRPOTrainer", filler_id: i
     return output
 
 
-def _as_sequence(episode: Episode, filler_id: int) -> dict[str, list]:
-    """Prompt, completion, mask (1 = policy) and sampling log-probabilities of an episode as one sequence."""
-    if not episode.turns:
-        prompt_ids = episode.context_ids or [filler_id]
+def as_sequence(turns: list[Turn], opening_ids: list[int], filler_id: int) -> dict[str, list]:
+    """
+    Prompt, completion, mask (1 = policy) and sampling log-probabilities of an episode as one sequence.
+
+    Args:
+        turns (`list[Turn]`):
+            Its turns.
+        opening_ids (`list[int]`):
+            What the policy would have read, where it has none.
+        filler_id (`int`):
+            Token that stands where a prompt or a completion has none.
+    """
+    if not turns:
+        prompt_ids = opening_ids or [filler_id]
         return {"prompt_ids": prompt_ids, "completion_ids": [filler_id], "env_mask": [0], "logprobs": [0.0]}
-    prompt_ids = episode.turns[0].context_ids
+    prompt_ids = turns[0].context_ids
     completion_ids: list[int] = []
     mask: list[int] = []
     logps: list[float] = []
     before = prompt_ids
-    for turn in episode.turns:
+    for turn in turns:
         gap = turn.context_ids[shared_length(before, turn.context_ids) :]
         completion_ids += gap + turn.action_ids
         mask += [0] * len(gap) + [1] * len(turn.action_ids)

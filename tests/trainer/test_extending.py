@@ -14,7 +14,7 @@ from tool_calls import Counter, increment
 from transformers import Trainer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from seeupo_trl import SeeUPOConfig, SeeUPOTrainer
+from seeupo_trl import SeeUPOConfig, SeeUPOTrainer, Trajectory, Turn
 from seeupo_trl.grpo_compatibility import (
     CALLED_METHODS,
     FIXED_ATTRIBUTES,
@@ -150,6 +150,34 @@ def test_rows_that_a_subclass_replaces_are_trained_on(make_of):
     trainer.train()
     assert trainer._batch.trajectories[0].turns[0].action_ids == [25] * 3
     assert sorted(replayed) == [3, 8, 8, 8]
+
+
+def test_episodes_put_in_the_place_of_others_are_rows_of_the_batch(make_of):
+    class Replay(SeeUPOTrainer):
+        def select_episodes(self, episodes):
+            first = episodes.trajectories[0].turns[0].context_ids
+            turns = [Turn(first, [26, 27, 28, 29, 30]), Turn([*first, 26, 27, 28, 29, 30, 31], [32, 33])]
+            episodes.trajectories[0] = Trajectory(turns=turns)
+            episodes.trajectories[1] = Trajectory(turns=turns[:1])
+            episodes.is_left_out[1] = True
+            return episodes
+
+        def _generate_and_score_completions(self, inputs):
+            batch = super()._generate_and_score_completions(inputs)
+            masks = batch["completion_mask"] * batch["tool_mask"]
+            rows.extend(batch["completion_ids"][i][masks[i].bool()].tolist() for i in range(4))
+            batch["completion_mask"][:, 0] = 0  # not to be trained on
+            return batch
+
+    rows = []
+    trainer = make_of(Replay, {"max_steps": 1, "max_completion_length": 4, "generation_kwargs": {"min_new_tokens": 4}})
+    trainer.train()
+    replayed, left_out, *played = trainer._batch.trajectories
+    assert rows[:2] == [[26, 27, 28, 29, 30, 32, 33], []] and [len(row) for row in rows[2:]] == [4, 4]
+    assert [turn.action_ids for turn in replayed.turns] == [[27, 28, 29, 30], [32, 33]]
+    assert replayed.turns[1].context_ids[-6:] == [26, 27, 28, 29, 30, 31]
+    assert [trajectory.turns[0].action_ids for trajectory in played] == [row[1:] for row in rows[2:]]
+    assert trainer._batch.trained[1].turns == [] and left_out.turns
 
 
 def test_advantages_that_a_subclass_changes_take_effect(make_of):

@@ -36,6 +36,25 @@ def test_groups_without_variance_give_way_to_others(tiny_dir, tmp_path):
     assert sum(entry["resampling/groups_replaced"] for entry in logs(trainer)) > 0
 
 
+def test_the_batch_has_the_tokens_of_the_groups_that_are_trained_on(tiny_dir, tmp_path, monkeypatch):
+    batches, generate_and_score = [], SeeUPOTrainer._generate_and_score_completions
+
+    def watching(trainer, inputs):
+        batches.append(generate_and_score(trainer, inputs))
+        return batches[-1]
+
+    monkeypatch.setattr(SeeUPOTrainer, "_generate_and_score_completions", watching)
+    trainer = make_trainer(tiny_dir, tmp_path)
+    trainer.train()
+    assert sum(entry["resampling/groups_replaced"] for entry in logs(trainer)) > 0
+    for batch in batches:
+        masks = (batch["completion_mask"] * batch["tool_mask"]).bool()
+        for i, trajectory in enumerate(batch["episodes"].trajectories):
+            (turn,) = trajectory.turns
+            assert batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].tolist() == turn.context_ids
+            assert batch["completion_ids"][i][masks[i]].tolist() == turn.action_ids
+
+
 def test_groups_with_variance_stay_where_they_are(tiny_dir, tmp_path):
     kept, filled = (make_trainer(tiny_dir, tmp_path, max_steps=1, zero_variance=name) for name in ("keep", "resample"))
     before, after = watched(kept), watched(filled)
