@@ -1,9 +1,10 @@
 """A thread that runs calls for others, one after another."""
 
+import decimal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from queue import SimpleQueue
 from typing import Any
 
@@ -22,7 +23,7 @@ class CallThread(threading.Thread):
     def __init__(self, name: str):
         super().__init__(daemon=True, name=name)
         self._calls: SimpleQueue = SimpleQueue()
-        self._context = copy_context()
+        self._context = own_context()
         self.start()
 
     def submit(self, function: Callable[[], Any]) -> Future:
@@ -46,3 +47,11 @@ class CallThread(threading.Thread):
                 future.set_result(result)
                 del result
             del call, function, future  # they hold the environment
+
+
+def own_context() -> Context:
+    """The context variables as they are here, for another thread to set."""
+    context = copy_context()
+    # settings of decimal are changed in place (`getcontext().prec = 9`), which a copy of the variable would share
+    context.run(lambda: decimal.setcontext(decimal.getcontext().copy()))
+    return context

@@ -14,13 +14,13 @@ that both are the same run.
 """
 
 from collections.abc import Iterator
-from contextvars import copy_context
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.trainer_utils import SaveStrategy
 
+from ..envs.call_thread import own_context
 from .batch import RolloutBatch
 from .schedule import play
 
@@ -124,7 +124,7 @@ class _InFlight:
         self.step = step
         self.error: BaseException | None = None
         self.cancelled = Event()
-        self.thread = Thread(target=copy_context().run, args=(self._play,), daemon=True, name="seeupo-rollout-ahead")
+        self.thread = Thread(target=own_context().run, args=(self._play,), daemon=True, name="seeupo-rollout-ahead")
         self.thread.start()
 
     def _play(self) -> None:

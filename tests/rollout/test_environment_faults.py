@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import contextvars
+import decimal
 import gc
 import io
 import math
@@ -334,6 +335,32 @@ def test_context_variables_are_those_of_the_script_until_the_environment_sets_th
     VARIABLE.reset(token)
     assert seen == ["script"] * 3
     assert output["environment_reward"] == [number * (1.0 + is_coroutine) for number in range(3)]
+
+
+@pytest.mark.parametrize("is_coroutine", [False, True], ids=["function", "coroutine"])
+def test_settings_of_decimal_are_those_of_the_script_until_the_environment_sets_its_own(make_trainer, is_coroutine):
+    class Precise(Talk):
+        def reset(self, number, **task):
+            seen.append(decimal.getcontext().prec)
+            return self.later(number, task) if is_coroutine else self.open(number, task)
+
+        async def later(self, number, task):
+            return self.open(number, task)
+
+        def open(self, number, task):
+            decimal.getcontext().prec = number + 1
+            return super().reset(**task)
+
+        def step(self, message):
+            result = super().step(message)
+            result.reward = float(decimal.getcontext().prec)
+            return result
+
+    seen = []
+    with decimal.localcontext(prec=11) as context:
+        output, _ = play(make_trainer, [None] * 3, Precise, replies=0)
+    assert seen == [11] * 3 and context.prec == 11
+    assert output["environment_reward"] == [1.0, 2.0, 3.0]
 
 
 @dataclass
