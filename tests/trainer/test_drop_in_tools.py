@@ -4,6 +4,7 @@ import sys
 
 import pandas as pd
 import pytest
+import torch
 from datasets import Dataset
 from grpo_script import chat_dataset, logged, moved, parameters_of, small_tokens
 from tool_calls import BARE_CALL, BOTTOMLESS, CALL, DEEP, MALFORMED, TEXT_CALL, WRONG_NAME, Counter, increment, only
@@ -128,6 +129,29 @@ class TestToolsAndEnvironments:
         trainer.train()
         assert asked and max(logged(trainer, "turns/max")) > 1
         assert "parse_response" in vars(tokenizer)
+
+    def test_a_script_may_parse_in_all_ways_that_its_tokenizer_knows(self, make_agent):
+        def ways():
+            parse, template = trainer.processing_class.parse_response, trainer.processing_class.response_template
+            ids = trainer.processing_class(f"{CALL} w1")["input_ids"]
+            return [
+                parse(CALL, prefix=""),
+                parse(response=ids, prefix="w1"),
+                parse(ids, template, prefix=[]),
+                parse([CALL, "w1"], prefix=""),
+                parse([ids, ids], prefix=[[], []]),
+                parse(torch.tensor(ids), prefix=""),
+            ]
+
+        def look() -> str:
+            """Looks around."""
+            parsed.append(ways())
+            return "w1"
+
+        parsed = []
+        trainer = make_agent({"generation_kwargs": only(BARE_CALL), "max_steps": 1}, tools=[look])
+        trainer.train()
+        assert parsed == [ways()] * len(parsed) and parsed
 
     def test_a_tool_result_that_does_not_fit_ends_the_episode(self, make_agent):
         trainer = make_agent({"max_completion_length": 6, "generation_kwargs": only(CALL)}, tools=[increment])
