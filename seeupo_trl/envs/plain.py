@@ -10,8 +10,10 @@ from typing import Any
 # level; the official executor of BFCL takes 200 levels.
 MAX_NESTING = 256
 
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
-_BRACKET = re.compile(r"[\[\]{}]")
+_TOKENS = re.compile(
+    r'(?:<\|)?"(?:[^"\\\n]|\\.)*"(?:\|>)?'  # a string, also between Gemma's quotes; a group has all other tokens
+    r"|(\\.|[\w.+-](?=\s*[\[{]|\s+\w)|[^\w\s.,:+-])"
+)
 
 
 def real_number(value: Any) -> float:
@@ -100,14 +102,22 @@ def is_deep_text(text: str) -> bool:
     """
     Whether a JSON text, or one with JSON in it, is nested deeper than may be read. Known before it is parsed: where
     Python's recursion ends, whatever the garbage collector finishes at that moment fails as well, without a word.
+
+    Prose is not nested, however many brackets it leaves open (`[0, 1)`): the count begins anew at all that JSON cannot
+    have between two brackets, which is other punctuation, and a word before a bracket or before another word.
     """
     if text.count("[") + text.count("{") <= MAX_NESTING:
         return False
     depth = 0
-    for bracket in _BRACKET.findall(_STRING.sub("", text)):
-        depth = depth + 1 if bracket in "[{" else max(depth - 1, 0)
-        if depth > MAX_NESTING:
-            return True
+    for token in _TOKENS.findall(text):
+        if token in ("[", "{"):
+            depth += 1
+            if depth > MAX_NESTING:
+                return True
+        elif token in ("]", "}"):
+            depth = max(depth - 1, 0)
+        elif token:
+            depth = 0
     return False
 
 

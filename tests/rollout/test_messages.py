@@ -46,6 +46,17 @@ def test_arguments_may_be_nested_as_deeply_as_any_official_executor_takes(make_t
 
 
 @pytest.mark.parametrize(
+    "prose", ["[0, 1) ", "\\left[0, 1\\right) ", "if (x) {\n  y = z[\n"], ids=["intervals", "LaTeX", "code"]
+)
+def test_a_call_is_read_after_any_number_of_open_brackets(make_trainer, prose):
+    rows = [row()]
+    trainer = make_trainer(rows, script=[prose * 300 + nested_call(2)], positions=300_000)
+    (message,) = play(trainer, rows)["trajectories"][0].info["read"]
+    assert message["content"] == (prose * 300).strip()
+    assert message["tool_calls"][0]["function"]["arguments"] == {"thing": [[""]]}
+
+
+@pytest.mark.parametrize(
     "response",
     [
         '<tool_call>\n{"name": "look", "argum</tool_call><|im_end|>',

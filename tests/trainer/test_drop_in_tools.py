@@ -7,7 +7,19 @@ import pytest
 import torch
 from datasets import Dataset
 from grpo_script import chat_dataset, logged, moved, parameters_of, small_tokens
-from tool_calls import BARE_CALL, BOTTOMLESS, CALL, DEEP, MALFORMED, TEXT_CALL, WRONG_NAME, Counter, increment, only
+from tool_calls import (
+    BARE_CALL,
+    BOTTOMLESS,
+    CALL,
+    DEEP,
+    MALFORMED,
+    TEXT_CALL,
+    WRONG_NAME,
+    Counter,
+    increment,
+    only,
+    save_calling_model,
+)
 
 
 def look() -> str:
@@ -120,6 +132,13 @@ class TestToolsAndEnvironments:
         trainer.train()
         assert any(call in content for content in contents)
         assert "parse_response" not in vars(trainer.processing_class)
+
+    def test_a_call_is_executed_after_any_number_of_open_brackets(self, make_agent, tmp_path):
+        response = "[0, 1) " * 300 + CALL
+        args = {"generation_kwargs": only(response, calls=[response]), "max_steps": 1}
+        trainer = make_agent(args, model=save_calling_model(tmp_path / "model", [response]), tools=[increment])
+        trainer.train()
+        assert max(logged(trainer, "tools/call_frequency")) > 0
 
     def test_a_parser_of_the_scripts_own_is_asked(self, make_agent):
         trainer = make_agent({"generation_kwargs": only(CALL), "max_steps": 1}, tools=[increment])
