@@ -1,5 +1,6 @@
 """When the episodes of a batch go on: each by itself, or all together."""
 
+from contextlib import nullcontext
 from threading import Event
 
 from .batch import RolloutBatch
@@ -18,8 +19,10 @@ def play(batch: RolloutBatch, cancelled: Event | None = None) -> None:
         cancelled (`Event`, *optional*):
             Ends a batch that does not play in lock step as soon as it is set.
     """
-    shown = batch.progress.shown(batch.trainer, len(batch.episodes), in_background=cancelled is not None)
-    with shown, batch.shared_state:
+    in_background = cancelled is not None
+    shown = batch.progress.shown(batch.trainer, len(batch.episodes), in_background)
+    # meanwhile the main thread may replace something, a callback its output: nobody can tell that from environments
+    with shown, nullcontext() if in_background else batch.shared_state:
         if batch.sampler is None:
             play_in_lock_step(batch)
         else:

@@ -18,7 +18,7 @@ class SharedStateError(RuntimeError):
 
 class SharedState:
     """
-    What calls of environments have to leave as it is where this context is entered.
+    What calls of environments have to leave as it is in this context.
 
     It is looked at before and after each call. A call that replaces something for itself and puts it back is seen by
     any other that begins or ends meanwhile, and by none where environments play one after another.
@@ -30,16 +30,19 @@ class SharedState:
 
     def __init__(self, settings: RolloutSettings):
         self._is_shared = settings.max_concurrent_envs > 1
+        self._before: tuple[Any, Any, str | None] | None = None  # nothing is looked at
 
     def __enter__(self) -> "SharedState":
-        self._before = _shared()
+        self._before = _shared() if self._is_shared else None
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: Any) -> None:
         if error_type is None:
             self.check()
         elif issubclass(error_type, SharedStateError):
-            self._restore_streams()
+            sys.stdout, sys.stderr, _ = self._before
+            return
+        self._before = None  # when a call that was given up returns, the script may have replaced something itself
 
     def guarded(self, function: Callable[[], Any]) -> Callable[[], Any]:
         """The function, with a look before and after."""
@@ -59,11 +62,12 @@ class SharedState:
             [`SharedStateError`]:
                 When something is not what it was.
         """
-        if not self._is_shared:
+        before = self._before
+        if before is None:
             return
-        replaced = [name for name, new, old in zip(_NAMES, _shared(), self._before, strict=True) if new != old]
+        replaced = [name for name, new, old in zip(_NAMES, _shared(), before, strict=True) if new != old]
         if replaced:
-            self._restore_streams()
+            sys.stdout, sys.stderr, _ = before
             raise SharedStateError(
                 f"Environments that play at the same time replace {' and '.join(replaced)} for one another, as "
                 "`contextlib.redirect_stdout` and `os.chdir` do: these belong to the whole process, so results of one "
@@ -71,9 +75,6 @@ class SharedState:
                 "output and the directory on without them (`subprocess.run(..., capture_output=True, cwd=...)`, an "
                 "`IsolatedEnvironment`). What is to be replaced for good belongs in the script, before training."
             )
-
-    def _restore_streams(self) -> None:
-        sys.stdout, sys.stderr, _ = self._before
 
 
 _NAMES = ("sys.stdout", "sys.stderr", "the working directory")

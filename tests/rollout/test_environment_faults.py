@@ -302,6 +302,29 @@ def test_environments_that_replace_what_threads_share_play_one_after_another_or_
     assert [trajectory.info["own"] for trajectory in output["trajectories"]] == ["0", "1", "2", "3"]
 
 
+def test_what_the_script_replaces_after_the_batch_is_its_own(make_trainer):
+    """A call that was given up returns only then."""
+    go_on, closed = threading.Event(), threading.Event()
+
+    class Late(Talk):
+        def step(self, message):
+            if self.task["deed"] == "late":
+                go_on.wait(HANG)
+            return super().step(message)
+
+        def close(self):
+            if self.task["deed"] == "late":
+                closed.set()
+
+    output, _ = play(make_trainer, ["late", None], Late, replies=0)
+    assert output["stop_reason"] == ["env_timeout", "completed"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        go_on.set()
+        assert closed.wait(HANG)
+        print("Done.", end="")
+    assert printed.getvalue() == "Done."
+
+
 def test_a_factory_that_returns_the_same_instance_again_is_an_error(make_trainer):
     only_one = Talk()
     with pytest.raises(NotAnEnvironmentError, match="environment_factory returned the same Talk again"):

@@ -1,8 +1,12 @@
 """`rollouts_ahead=1`: the next batch is played while this one is updated."""
 
+import io
+import sys
 import threading
 import time
+from contextlib import chdir, redirect_stdout
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +74,39 @@ def test_tasks_and_seeds_are_those_of_a_run_that_does_not_play_ahead(tiny_dir, t
     assert not equal(parameters(ahead), parameters(plain)) and plain.staleness() == []
     times = [entry["time/rollout"] for entry in ahead.state.log_history if "time/rollout" in entry]
     assert len(times) == 7
+
+
+@pytest.mark.parametrize(
+    ("replacing", "look"),
+    [(lambda path: redirect_stdout(io.StringIO()), lambda: sys.stdout), (chdir, Path.cwd)],
+    ids=["standard output", "the working directory"],
+)
+def test_a_callback_may_replace_what_threads_share_while_the_next_batch_plays(tiny_dir, tmp_path, replacing, look):
+    replaced, kept, before = threading.Event(), [], look()
+
+    class PaysMeanwhile(Pays):
+        def step(self, message):
+            if threads_of_rollouts():
+                assert replaced.wait(20)
+            return super().step(message)
+
+    class Replaces(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            with replacing(tmp_path):
+                own = look()
+                replaced.set()
+                until = time.monotonic() + 20
+                while threads_of_rollouts():
+                    assert time.monotonic() < until
+                    time.sleep(0.01)
+                kept.append(look() == own)
+                replaced.clear()
+
+    trainer = make_trainer(tiny_dir, tmp_path, environment=PaysMeanwhile)
+    trainer.add_callback(Replaces())
+    trainer.train()
+    assert trainer.staleness() == [0, 1, 1, 1]
+    assert kept == [True] * 8 and look() == before
 
 
 def test_a_batch_is_sampled_by_the_policy_before(tiny_dir, tmp_path):
