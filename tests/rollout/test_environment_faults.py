@@ -279,8 +279,10 @@ def leave_printing(text):
     [(print_apart, "sys.stdout"), (work_apart, "the working directory"), (leave_printing, "sys.stderr")],
 )
 def test_environments_that_replace_what_threads_share_play_one_after_another_or_not_at_all(
-    make_trainer, both_schedules, way, what
+    make_trainer, both_schedules, way, what, tmp_path, monkeypatch
 ):
+    monkeypatch.chdir(tmp_path)
+
     class Replacing(Talk):
         def step(self, message):
             result = super().step(message)
