@@ -145,14 +145,35 @@ TRL_ATTRIBUTES = {
 }
 
 
-def check_overrides(trainer: GRPOTrainer, base: type, plays_tools: bool) -> None:
+OwnMethods = dict[type, dict[str, Any]]
+
+
+def own_methods(base: type) -> OwnMethods:
+    """
+    The methods that [`check_overrides`] may refuse, of a class and each of its bases as they are now. Those of another
+    module than their class were put into it, and are left out.
+    """
+    names = REFUSED_METHODS | TOOL_LOOP_METHODS
+    return {
+        owner: {
+            name: method
+            for name, method in vars(owner).items()
+            if name in names and getattr(method, "__module__", None) == owner.__module__
+        }
+        for owner in base.__mro__
+    }
+
+
+def check_overrides(trainer: GRPOTrainer, own: OwnMethods, plays_tools: bool) -> None:
     """
     Refuse methods that would never be called: those that a subclass overrides, and those that were put into a trainer
     or into one of its classes.
 
     Args:
-        trainer ([`~trl.GRPOTrainer`]), base (`type`):
-            The trainer, and the [`SeeUPOTrainer`] that its class is or extends.
+        trainer ([`~trl.GRPOTrainer`]):
+            The trainer.
+        own (`dict[type, dict[str, Any]]`):
+            What [`own_methods`] returned when [`SeeUPOTrainer`] was defined.
         plays_tools (`bool`):
             Whether SeeUPO's own rollout plays TRL environments, in place of TRL's loop.
 
@@ -161,15 +182,26 @@ def check_overrides(trainer: GRPOTrainer, base: type, plays_tools: bool) -> None
             With the name of the method and what to do instead.
     """
     refused = REFUSED_METHODS | (TOOL_LOOP_METHODS if plays_tools else {})
-    for owner in (trainer, *type(trainer).__mro__):
-        for name in refused.keys() & vars(owner).keys():
-            # a class has its own methods from the module that defines it
-            if owner in base.__mro__ and getattr(vars(owner)[name], "__module__", None) == owner.__module__:
-                continue
-            owner_name = "this trainer" if owner is trainer else owner.__name__
-            replaced = f"`{name}` of {owner_name} was replaced"
-            change = replaced if owner is trainer or owner in base.__mro__ else f"{owner_name} overrides `{name}`"
-            raise TypeError(f"{change}, which SeeUPOTrainer does not call in training. {refused[name]}")
+    for name, advice in refused.items():
+        change = _change_of(name, trainer, own)
+        if change is not None:
+            raise TypeError(f"{change}, which SeeUPOTrainer does not call in training. {advice}")
+
+
+def _change_of(name: str, trainer: GRPOTrainer, own: OwnMethods) -> str | None:
+    """What a script put before TRL's method of that name. What stands behind it is not called in GRPO either."""
+    if name in vars(trainer):
+        return f"`{name}` of this trainer was replaced"
+    for owner in type(trainer).__mro__:
+        if name not in vars(owner):
+            continue
+        if owner not in own:
+            return f"{owner.__name__} overrides `{name}`"
+        if vars(owner)[name] is not own[owner].get(name):
+            return f"`{name}` of {owner.__name__} was replaced"
+        if issubclass(GRPOTrainer, owner):
+            return None
+    return None
 
 
 @contextmanager

@@ -46,7 +46,7 @@ from .evaluation.logs import as_logged, completion_metrics, episode_metrics, rep
 from .evaluation.outcome import Outcome, describe_outcomes
 from .evaluation.silence import Silence
 from .evaluation.summary import Evaluation
-from .grpo_compatibility import check_overrides, fixed_values, loss_settings, no_advice_on_ratio_level
+from .grpo_compatibility import check_overrides, fixed_values, loss_settings, no_advice_on_ratio_level, own_methods
 from .rollout import environment_reward
 from .rollout.ahead import Ahead, PlaysAhead
 from .rollout.checks import checked_rollout
@@ -241,7 +241,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         self._speaks_in_messages = rollout.brings_reward and rollout_func is None
 
     def _check_overrides(self) -> None:
-        check_overrides(self, SeeUPOTrainer, plays_tools=self._tool_rollout is not None)
+        check_overrides(self, _OWN_METHODS, plays_tools=self._tool_rollout is not None)
 
     @cached_property
     def config(self) -> SeeUPOConfig:
@@ -632,3 +632,6 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, value in values:
             metrics.setdefault(name, []).append(value)
+
+
+_OWN_METHODS = own_methods(SeeUPOTrainer)

@@ -1,11 +1,12 @@
 """Methods that a script writes anew or patches: what they return is trained on, or they are refused by name."""
 
 import contextlib
+import functools
 
 import pytest
 import torch
 from grpo_script import logged, moved, parameters_of, small_tokens, text_dataset
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from trl import GRPOTrainer
 from trl.trainer.utils import shuffle_sequence_dict
 
@@ -172,6 +173,28 @@ def test_a_loss_that_is_put_into_a_trainer_or_its_classes_is_refused(make_of, na
     where = "this trainer" if owner == "trainer" else owner.__name__
     with pytest.raises(TypeError, match=rf"`{name}` of {where} was replaced.*turn_surrogate"):
         trainer.train()
+
+
+@pytest.mark.parametrize("name", ["_compute_loss", "compute_loss"])
+def test_a_loss_that_is_wrapped_is_refused_though_it_names_the_module_of_the_original(make_of, name, monkeypatch):
+    trainer = make_of(SeeUPOTrainer)
+    original = getattr(GRPOTrainer, name)
+    monkeypatch.setattr(GRPOTrainer, name, functools.wraps(original)(lambda *args: 2 * original(*args)))
+    with pytest.raises(TypeError, match=rf"`{name}` of GRPOTrainer was replaced.*turn_surrogate"):
+        trainer.train()
+
+
+def test_a_loss_that_grpo_hides_as_well_is_left_alone(make_of, monkeypatch):
+    class LossMixin:
+        compute_loss = _compute_loss = other_loss
+
+    class Extended(SeeUPOTrainer, LossMixin):
+        pass
+
+    monkeypatch.setattr(Trainer, "compute_loss", other_loss)
+    trainer = make_of(Extended)
+    trainer.train()
+    assert trainer.state.global_step == 2
 
 
 def test_a_copy_of_the_training_step_is_told_to_call_the_original(make_of):
