@@ -13,7 +13,8 @@ from typing import Any
 
 from trl import GRPOConfig, GRPOTrainer
 
-from .seeupo_config import LOSS_TYPES
+from .rollout.episode import shorten
+from .seeupo_config import LOSS_TYPES, SeeUPOConfig
 from .update.loss import LossSettings
 
 
@@ -68,7 +69,6 @@ READ_ATTRIBUTES = {
     "entropy_coef",
     "loss_type",
     "multi_objective_aggregation",
-    "num_generations",
     "num_generations_eval",
     "off_policy_mask_threshold",
     "reward_weights",
@@ -89,10 +89,15 @@ FIXED_ATTRIBUTES = {
     "ref_model",
     "rollout_func",
     "scale_rewards",
-    "shuffle_dataset",
     "temperature",
     "top_entropy_quantile",
     "use_adaptive_entropy",
+}
+
+# Attributes that order the prompts, which is done when training begins: changing one in a run raises.
+ORDER_ATTRIBUTES = {
+    "num_generations",
+    "shuffle_dataset",
 }
 
 # Fields of `trainer.args` that are read when the trainer is made: changing one in a run raises. All others that SeeUPO
@@ -229,24 +234,29 @@ class FixedValues:
     Args:
         read (`Callable[[], dict[str, Any]]`):
             Returns the present values by the names under which they are set.
+        since (`str`), advice (`str`):
+            What has read them, and where to set them.
     """
 
-    def __init__(self, read: Callable[[], dict[str, Any]]):
+    def __init__(self, read: Callable[[], dict[str, Any]], since: str, advice: str):
         self._read = read
+        self._since = since
+        self._advice = advice
         self._values = read()
 
     def check(self) -> None:
         """
         Raises:
             `ValueError`:
-                Where one has changed since the trainer was made.
+                Where one has changed since they were read.
         """
         for name, value in self._read().items():
             before = self._values[name]
             if value is not before and not _equal(value, before):
+                change = f"from {shorten(repr(before))} to {shorten(repr(value))}"
                 raise ValueError(
-                    f"`{name}` was changed from {before!r} to {value!r} after the trainer was made, which has no "
-                    "effect: it is read only once. Give it in the configuration, before the trainer is made."
+                    f"`{name}` was changed {change} after {self._since}, which is too late: it is read only once. "
+                    f"{self._advice}"
                 )
 
 
@@ -260,9 +270,10 @@ def fixed_values(trainer: GRPOTrainer, config: GRPOConfig, given: GRPOConfig) ->
         config ([`~trl.GRPOConfig`]), given ([`~trl.GRPOConfig`]):
             `trainer.config`, and the configuration that the user has. The trainer works with copies of both.
     """
+    # fields of the user's own are the script's to read and to change
+    names = [f.name for f in fields(SeeUPOConfig) if f.name not in SCRIPT_ARGUMENTS]
 
     def values_of(copied: GRPOConfig, called: str) -> dict[str, Any]:
-        names = (f.name for f in fields(copied) if f.name not in SCRIPT_ARGUMENTS)
         return {f"{called}.{name}": vars(copied).get(name) for name in names}
 
     def read() -> dict[str, Any]:
@@ -270,7 +281,16 @@ def fixed_values(trainer: GRPOTrainer, config: GRPOConfig, given: GRPOConfig) ->
         arguments = {f"trainer.args.{name}": getattr(trainer.args, name) for name in FIXED_ARGUMENTS}
         return attributes | arguments | values_of(config, "trainer.config") | values_of(given, "args")
 
-    return FixedValues(read)
+    return FixedValues(read, "the trainer was made", "Give it in the configuration, before the trainer is made.")
+
+
+def fixed_order(trainer: GRPOTrainer) -> FixedValues:
+    """The values of a trainer by which the prompts of a run are ordered, which is done when training begins."""
+
+    def read() -> dict[str, Any]:
+        return {f"trainer.{name}": getattr(trainer, name) for name in ORDER_ATTRIBUTES}
+
+    return FixedValues(read, "training began", "Set it before `train()`.")
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -28,7 +28,12 @@ from trl.trainer.utils import get_config_model_id
 
 from .distributed.adapter_sync import sync_without_merging
 from .distributed.backends import check_deepspeed, keep_output_dtype, reference_in_layers
-from .distributed.checkpoints import ExactResume, check_moving_reference, save_between_iterations
+from .distributed.checkpoints import (
+    ExactResume,
+    ResumableRepeatSampler,
+    check_moving_reference,
+    save_between_iterations,
+)
 from .distributed.lock_step import IdleStep, LockStep
 from .distributed.precision import check_precision
 from .envs.tools import EMPTY_PROMPT
@@ -46,7 +51,15 @@ from .evaluation.logs import as_logged, completion_metrics, episode_metrics, rep
 from .evaluation.outcome import Outcome, describe_outcomes
 from .evaluation.silence import Silence
 from .evaluation.summary import Evaluation
-from .grpo_compatibility import check_overrides, fixed_values, loss_settings, no_advice_on_ratio_level, own_methods
+from .grpo_compatibility import (
+    FixedValues,
+    check_overrides,
+    fixed_order,
+    fixed_values,
+    loss_settings,
+    no_advice_on_ratio_level,
+    own_methods,
+)
 from .rollout import environment_reward
 from .rollout.ahead import Ahead, PlaysAhead
 from .rollout.checks import checked_rollout
@@ -151,6 +164,8 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
 
     _tool_rollout: ToolRollout | None = None
     _evaluation: Evaluation | None = None
+    # set when training begins, where the script has no data loader of its own
+    _fixed_order: FixedValues | None = None
     # the episodes of the last evaluation, the same on all processes
     last_evaluation: list[Outcome] | None = None
     # set while the Trainer's own optimizer step is due: the block it belongs to, or that there is no step to take
@@ -275,8 +290,14 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         self.reward_funcs = tool_rollout.with_its_rewards(self.reward_funcs)
 
     def get_train_dataloader(self) -> DataLoader:
-        check_dataset(self.train_dataset, self.args)
+        self._fixed_order = fixed_order(self)
         return super().get_train_dataloader()
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> ResumableRepeatSampler:
+        dataset = self.train_dataset if dataset is None else dataset
+        # not where the data loader is made: a sampler of the script's own may repeat a few rows
+        check_dataset(dataset, self.args.generation_batch_size, self.num_generations)
+        return super()._get_train_sampler(dataset)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -296,6 +317,8 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         """
         start = perf_counter()
         self._fixed_values.check()
+        if self._fixed_order is not None:
+            self._fixed_order.check()
         self._check_overrides()
         model.train()
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers have two modes

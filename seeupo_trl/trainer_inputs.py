@@ -202,13 +202,13 @@ def placeholder_dataset(args: SeeUPOConfig) -> Dataset:
     return Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * rows})
 
 
-def check_dataset(dataset: Any, args: SeeUPOConfig) -> None:
-    """Refuse a dataset that has fewer rows than an iteration takes."""
-    needed = args.generation_batch_size // args.num_generations
+def check_dataset(dataset: Any, batch_size: int, group_size: int) -> None:
+    """Refuse a dataset that has fewer rows than an iteration takes: a batch of completions in groups."""
+    needed = batch_size // group_size
     if isinstance(dataset, Dataset) and len(dataset) < needed:
         raise ValueError(
             f"The training dataset has {len(dataset)} rows, but one iteration takes {needed} prompts (a generation "
-            f"batch of {args.generation_batch_size} completions in groups of {args.num_generations}). Give more rows, "
+            f"batch of {batch_size} completions in groups of {group_size}). Give more rows, "
             "or lower `per_device_train_batch_size`, `gradient_accumulation_steps` or `steps_per_generation`."
         )
 

@@ -51,15 +51,16 @@ OWN_CLASSES = pytest.mark.parametrize("own_class", [OfSeeUPO, OfGRPO])
 
 
 class OnFirstStep(TrainerCallback):
-    """Changes arguments when the first iteration has ended."""
+    """Changes the arguments, or something else, when the first iteration has ended."""
 
-    def __init__(self, **values):
+    def __init__(self, owner=None, **values):
+        self.owner = owner
         self.values = values
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 1:
             for name, value in self.values.items():
-                setattr(args, name, value)
+                setattr(self.owner or args, name, value)
 
 
 @pytest.fixture
@@ -219,6 +220,17 @@ def test_what_no_trainer_reads_may_be_changed_and_added(make, tmp_path, config_c
     trainer.config.run_note = "mine"
     trainer.train()
     assert trainer.state.global_step == 1
+
+
+@OWN_CLASSES
+def test_a_field_that_scripts_add_may_change_in_a_run(make, tmp_path, own_class):
+    args = own_class(**settings(tmp_path))
+    trainer = make(args)
+    for owner in (args, trainer.config, trainer.args):
+        trainer.add_callback(OnFirstStep(owner, curriculum="hard"))
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert args.is_hard and trainer.config.is_hard and trainer.args.is_hard
 
 
 def test_a_change_of_the_arguments_takes_effect_in_the_next_iteration(make, two_turns):

@@ -18,6 +18,7 @@ from seeupo_trl import SeeUPOConfig, SeeUPOTrainer, Trajectory, Turn
 from seeupo_trl.grpo_compatibility import (
     CALLED_METHODS,
     FIXED_ATTRIBUTES,
+    ORDER_ATTRIBUTES,
     READ_ATTRIBUTES,
     REFUSED_METHODS,
     TOOL_LOOP_METHODS,
@@ -54,7 +55,7 @@ def test_every_public_attribute_of_grpo_trainer_is_decided(tiny_dir, tmp_path):
     stock = GRPOTrainer(tiny_dir, reward_funcs=small_tokens, args=arguments, train_dataset=text_dataset())
     general = Trainer(load_tiny_model(tiny_dir), args=copy.copy(arguments))
     attributes = {name for name in vars(stock).keys() - vars(general).keys() if not name.startswith("_")}
-    decided = READ_ATTRIBUTES | FIXED_ATTRIBUTES | TRL_ATTRIBUTES
+    decided = READ_ATTRIBUTES | FIXED_ATTRIBUTES | ORDER_ATTRIBUTES | TRL_ATTRIBUTES
     assert attributes <= decided, "TRL has new attributes: decide in grpo_compatibility.py what a change of them does"
 
 
@@ -248,6 +249,65 @@ def test_a_change_that_nothing_would_read_is_refused(make, owner, name, value):
     trainer.add_callback(OnStep(lambda: setattr(trainer.config if owner else trainer, name, value)))
     with pytest.raises(ValueError, match=rf"`trainer\.{owner + '.' if owner else ''}{name}` was changed"):
         trainer.train()
+
+
+def test_a_change_that_is_refused_is_said_in_a_few_words(make, tiny_dir):
+    trainer = make({"beta": 0.1})
+    trainer.ref_model = load_tiny_model(tiny_dir)
+    with pytest.raises(ValueError, match=r"`trainer\.ref_model` was changed from Qwen3ForCausalLM") as raised:
+        trainer.train()
+    assert len(str(raised.value)) < 700
+
+
+STREAMS = pytest.mark.parametrize("is_stream", [False, True], ids=["dataset", "stream"])
+
+
+def noted_prompts(is_stream):
+    """Data and rewards for a trainer, and the prompts of each batch that are rewarded."""
+    batches = []
+
+    def reward(prompts, completion_ids, **columns):
+        batches.append(list(prompts))
+        return small_tokens(completion_ids)
+
+    dataset = text_dataset().to_iterable_dataset() if is_stream else text_dataset()
+    return {"train_dataset": dataset, "reward_funcs": reward}, batches
+
+
+@STREAMS
+@pytest.mark.parametrize("config_class", [SeeUPOConfig, GRPOConfig])
+def test_the_order_of_prompts_can_be_set_before_training_begins(make, tmp_path, is_stream, config_class):
+    data, batches = noted_prompts(is_stream)
+    trainer = make(config_class(**settings(tmp_path)), **data)
+    trainer.shuffle_dataset, trainer.num_generations = False, 4
+    trainer.train()
+    assert batches == [[prompt] * 4 for prompt in text_dataset()["prompt"][:2]]
+    trainer.num_generations = 2
+    trainer.train()
+    assert batches[2] == [prompt for prompt in text_dataset()["prompt"][:2] for _ in range(2)]
+
+
+@STREAMS
+@pytest.mark.parametrize(("name", "value"), [("num_generations", 4), ("shuffle_dataset", False)])
+def test_a_change_of_what_orders_prompts_is_refused_in_a_run(make, is_stream, name, value):
+    data, batches = noted_prompts(is_stream)
+    trainer = make(**data)
+    trainer.add_callback(OnStep(lambda: setattr(trainer, name, value)))
+    with pytest.raises(
+        ValueError, match=rf"`trainer\.{name}` was changed .* after training began.*before `train\(\)`"
+    ):
+        trainer.train()
+    assert len(batches) == 1
+
+
+def test_a_sampler_of_the_scripts_own_may_repeat_a_few_rows(make_of):
+    class OneRow(SeeUPOTrainer):
+        def _get_train_sampler(self, dataset=None):
+            return [0, 0, 0, 0] * 4
+
+    data, batches = noted_prompts(is_stream=False)
+    make_of(OneRow, **data | {"train_dataset": text_dataset().select([5])}).train()
+    assert batches == [[text_dataset()["prompt"][5]] * 4] * 2
 
 
 # ---- what scripts read ----
