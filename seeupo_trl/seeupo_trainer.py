@@ -580,7 +580,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
     # ---- Evaluation ----
 
     @property
-    def num_evaluated(self) -> int:
+    def _num_evaluated(self) -> int:
         """Number of episodes of the evaluation that is going on, over all processes; 0 where none is."""
         return 0 if self._evaluation is None else self._evaluation.num_seen
 

@@ -84,7 +84,7 @@ def first_episode(trainer: "GRPOTrainer", num_episodes: int) -> int:
         num_episodes (`int`):
             Number of episodes of this process in the batch.
     """
-    earlier = 0 if trainer.model.training else getattr(trainer, "num_evaluated", 0)  # stock trainers do not count
+    earlier = 0 if trainer.model.training else getattr(trainer, "_num_evaluated", 0)  # stock trainers do not count
     return earlier + trainer.accelerator.process_index * num_episodes
 
 

@@ -365,6 +365,21 @@ def test_a_trainer_that_was_never_constructed_has_its_defaults():
     assert bare._tool_rollout is None and bare._evaluation is None and not bare._is_idle
 
 
+def test_a_subclass_may_count_what_it_evaluated(make_of):
+    class Counting(SeeUPOTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.num_evaluated = 0
+
+        def evaluate(self, *args, **kwargs):
+            self.num_evaluated += 1
+            return super().evaluate(*args, **kwargs)
+
+    trainer = make_of(Counting, eval_dataset=text_dataset())
+    trainer.evaluate()
+    assert trainer.num_evaluated == 1
+
+
 # ---- every method that a run calls ----
 
 
