@@ -467,6 +467,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
             hidden |= {"tools": [], "environment_factories": None}
             self.environments = None
         if self._tool_rollout is not None or self._opens_conversations:
+            check_columns(rows)  # they may be of another dataset than the trainer was made with
             rows = [{"prompt": EMPTY_PROMPT, **row} for row in rows]
         # TRL calls the two hooks below, which fill it; to `rows` it adds what the rollout returned
         episodes = self._batch = EpisodeBatch([dict(row) for row in rows])

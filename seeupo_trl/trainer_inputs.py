@@ -9,7 +9,7 @@ from functools import partial, wraps
 from itertools import count
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.optim import Optimizer
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
@@ -218,14 +218,20 @@ def check_columns(*datasets: Any) -> None:
     Refuse columns that have the names of what environments report to reward functions, which would take their place.
 
     Args:
-        datasets (`Dataset`, `IterableDataset` or `dict`, *optional*):
-            Training and evaluation datasets; the columns of an `IterableDataset` may be unknown.
+        datasets (`Dataset`, `IterableDataset`, `list[dict]` or `dict`, *optional*):
+            Training and evaluation datasets, or rows. The columns of an `IterableDataset` may be unknown, and those of
+            other classes are: their rows are checked when they are played.
     """
     for dataset in datasets:
         if isinstance(dataset, dict):
             check_columns(*dataset.values())
             continue
-        taken = [name for name in REPORTED if dataset is not None and name in (dataset.column_names or ())]
+        names: set[str] = set()
+        if isinstance(dataset, (Dataset, IterableDataset)):
+            names.update(dataset.column_names or ())
+        elif isinstance(dataset, list):
+            names.update(*dataset)
+        taken = [name for name in REPORTED if name in names]
         if taken:
             raise ValueError(
                 f"The dataset has a column `{taken[0]}`; with environments, reward functions get what became of the "

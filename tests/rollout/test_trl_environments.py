@@ -212,6 +212,13 @@ def test_a_column_that_reports_of_episodes_would_replace_is_refused(settings, co
         SeeUPOTrainer(args=SeeUPOConfig(**values), eval_dataset={"further": Dataset.from_dict(columns)}, **arguments)
 
 
+def test_an_evaluation_takes_a_list_of_rows(settings):
+    values, arguments = settings()
+    rows = arguments["train_dataset"].to_list()
+    trainer = SeeUPOTrainer(args=SeeUPOConfig(**values), eval_dataset=rows, **arguments)
+    assert trainer.evaluate()["eval_episodes/tasks"] == len(rows)
+
+
 @pytest.mark.skipif(trl.__version__.startswith("1.15"), reason="GRPOTrainer of trl 1.15 needs a GPU to train")
 def test_the_same_rollouts_serve_a_stock_trainer(settings):
     """For a baseline: environments of tools in a `rollout_func`, without TRL's loop."""

@@ -56,6 +56,19 @@ def make_trainer(tiny_dir, tmp_path):
     return make
 
 
+class Rows(torch.utils.data.Dataset):
+    """Rows of which nothing is known before they are read."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, number):
+        return self.rows[number]
+
+
 def parameters(trainer) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten().clone() for parameter in trainer.model.parameters()])
 
@@ -75,6 +88,31 @@ def test_environment_of_messages_trains_with_its_own_reward(make_trainer, factor
 def test_a_column_that_reports_of_episodes_would_replace_is_refused(make_trainer, column):
     with pytest.raises(ValueError, match=f"has a column `{column}`.*Rename the column"):
         make_trainer(train_dataset=Dataset.from_dict({"turns": [1, 2], column: ["a", "b"]}))
+
+
+@pytest.mark.parametrize("make_rows", [Dataset.from_list, list, Rows], ids=["dataset", "list", "torch"])
+def test_such_a_column_is_refused_in_a_dataset_that_comes_later(make_trainer, make_rows):
+    rows = make_rows([{"turns": 2, "stop_reason": "mine"}] * 4)
+    trainer = make_trainer()
+    with pytest.raises(ValueError, match="has a column `stop_reason`"):
+        trainer.evaluate(rows)
+    with pytest.raises(ValueError, match="has a column `stop_reason`"):
+        trainer.predict(rows)
+    trainer.train_dataset = rows
+    with pytest.raises(ValueError, match="has a column `stop_reason`"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("make_rows", [list, Rows], ids=["list", "torch"])
+def test_an_evaluation_takes_rows_that_are_no_dataset(make_trainer, make_rows):
+    trainer = make_trainer(eval_dataset=make_rows([{"turns": 2}] * 4))
+    for _ in range(2):
+        assert trainer.evaluate()["eval_episodes/tasks"] == 4
+
+
+def test_a_list_that_has_such_a_column_is_refused_when_the_trainer_is_made(make_trainer):
+    with pytest.raises(ValueError, match="has a column `stop_reason`"):
+        make_trainer(eval_dataset=[{"turns": 2}, {"turns": 2, "stop_reason": "mine"}])
 
 
 def test_environment_reward_adds_to_reward_functions(make_trainer):
