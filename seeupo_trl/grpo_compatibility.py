@@ -14,6 +14,7 @@ from typing import Any
 from trl import GRPOConfig, GRPOTrainer
 
 from .rollout.episode import shorten
+from .rollout.settings import values_of
 from .seeupo_config import LOSS_TYPES, SeeUPOConfig
 from .update.loss import LossSettings
 
@@ -273,13 +274,14 @@ def fixed_values(trainer: GRPOTrainer, config: GRPOConfig, given: GRPOConfig) ->
     # fields of the user's own are the script's to read and to change
     names = [f.name for f in fields(SeeUPOConfig) if f.name not in SCRIPT_ARGUMENTS]
 
-    def values_of(copied: GRPOConfig, called: str) -> dict[str, Any]:
-        return {f"{called}.{name}": vars(copied).get(name) for name in names}
+    def named(copied: GRPOConfig, called: str) -> dict[str, Any]:
+        values = values_of(copied)
+        return {f"{called}.{name}": values.get(name) for name in names}
 
     def read() -> dict[str, Any]:
         attributes = {f"trainer.{name}": getattr(trainer, name) for name in FIXED_ATTRIBUTES if hasattr(trainer, name)}
         arguments = {f"trainer.args.{name}": getattr(trainer.args, name) for name in FIXED_ARGUMENTS}
-        return attributes | arguments | values_of(config, "trainer.config") | values_of(given, "args")
+        return attributes | arguments | named(config, "trainer.config") | named(given, "args")
 
     return FixedValues(read, "the trainer was made", "Give it in the configuration, before the trainer is made.")
 

@@ -12,7 +12,7 @@ from transformers.training_args import OptimizerNames
 from trl import GRPOConfig
 
 from .rollout.contexts import HISTORIES
-from .rollout.settings import RolloutSettings
+from .rollout.settings import RolloutSettings, values_of
 
 
 UPDATE_ORDERS = ("reverse", "forward", "random", "simultaneous")
@@ -549,8 +549,8 @@ class SeeUPOConfig(GRPOConfig):
             [`SeeUPOConfig`]:
                 A copy. This configuration keeps what the user gave.
         """
-        args = object.__new__(_one_step_class(type(self)))
-        args.__dict__.update(self.__dict__, _given={name: getattr(self, name) for name in _BATCH_FIELDS})
+        given = {name: getattr(self, name) for name in _BATCH_FIELDS}
+        args = _made(_one_step_class(type(self)), values_of(self) | {"_given": given})
         args.per_device_train_batch_size = self.per_device_train_batch_size * self.steps_per_generation
         args.gradient_accumulation_steps = args.steps_per_generation = args.num_iterations = 1
         return args
@@ -580,7 +580,7 @@ class SeeUPOConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, or `None` for no limit; got {value}.")
-        RolloutSettings.from_arguments(vars(self))
+        RolloutSettings.from_arguments(values_of(self))
         if self.max_resampling_rounds < 1:
             raise ValueError(
                 f"`max_resampling_rounds` is {self.max_resampling_rounds}; give at least 1, or `zero_variance='keep'`."
@@ -707,10 +707,8 @@ class OneStepConfig(SeeUPOConfig):
 
     def as_given(self) -> SeeUPOConfig:
         """These arguments with the batch arguments that the user gave, in the user's class."""
-        given = object.__new__(self._given_class)
-        given.__dict__.update(self.__dict__)
-        given.__dict__.update(given.__dict__.pop("_given"))
-        return given
+        values = values_of(self)
+        return _made(self._given_class, values | values.pop("_given"))
 
     def to_dict(self) -> dict[str, Any]:
         """What the user gave, for logs."""
@@ -721,14 +719,10 @@ class OneStepConfig(SeeUPOConfig):
         return copy.copy, (self.as_given(),)
 
     def __copy__(self) -> "OneStepConfig":
-        same = object.__new__(type(self))
-        same.__dict__.update(self.__dict__)
-        return same
+        return _made(type(self), values_of(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OneStepConfig":
-        same = object.__new__(type(self))
-        same.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return same
+        return _made(type(self), copy.deepcopy(values_of(self), memo))
 
 
 class _Upgraded:
@@ -737,7 +731,15 @@ class _Upgraded:
     _classes: tuple[type[SeeUPOConfig], type[GRPOConfig]]
 
     def __reduce__(self) -> tuple:
-        return _new_upgraded, self._classes, self.__dict__
+        return _new_upgraded, self._classes, (None, values_of(self))
+
+
+def _made(config_class: type[SeeUPOConfig], values: dict[str, Any]) -> Any:
+    """A configuration that holds some values, on which `__post_init__` must not run a second time."""
+    config = object.__new__(config_class)
+    for name, value in values.items():
+        setattr(config, name, value)
+    return config
 
 
 @cache
@@ -762,9 +764,7 @@ def _new_upgraded(seeupo: type[SeeUPOConfig], given: type[GRPOConfig]) -> SeeUPO
 
 
 def _upgraded(seeupo: type[SeeUPOConfig], config: GRPOConfig) -> SeeUPOConfig:
-    # `__post_init__` must not run twice on the same values, so the fields are copied one by one
-    upgraded = _new_upgraded(seeupo, type(config))
-    upgraded.__dict__.update(config.__dict__)
+    upgraded = _made(_upgraded_class(seeupo, type(config)), values_of(config))
     known = {f.name for f in fields(config)}
     grpo_defaults = {f.name: f.default for f in fields(GRPOConfig)}
     for f in fields(seeupo):

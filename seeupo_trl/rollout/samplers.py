@@ -4,7 +4,7 @@ from trl import GRPOTrainer
 
 from .cached_generation import log_once
 from .sampler import Sampler
-from .settings import RolloutSettings
+from .settings import RolloutSettings, values_of
 from .transformers_sampler import TransformersSampler, is_overridden
 from .turn_ends import TurnEnds
 from .vllm_engine import VllmEngineSampler
@@ -36,7 +36,7 @@ def open_sampler(trainer: "GRPOTrainer", ends: TurnEnds, settings: RolloutSettin
     if not settings.lock_step_rollouts:
         own = hasattr(trainer, "rollout_sampler")
         sampler = trainer.rollout_sampler(ends, settings) if own else sampler_of_backend(trainer, ends, settings)
-    if vars(trainer.args).get("rollouts_ahead") and not getattr(sampler, "is_independent", False):
+    if values_of(trainer.args).get("rollouts_ahead") and not getattr(sampler, "is_independent", False):
         found = "episodes play in lock step"
         if sampler is not None:
             sampler.close()

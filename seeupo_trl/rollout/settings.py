@@ -14,6 +14,13 @@ from typing import Any
 from .contexts import History, check_history
 
 
+def values_of(arguments: Any) -> dict[str, Any]:
+    """A trainer's arguments by name, also where their class has slots (`@dataclass(slots=True)`)."""
+    state = object.__getstate__(arguments)
+    held, slots = state if isinstance(state, tuple) else (state, {})
+    return held | slots
+
+
 @dataclass(frozen=True)
 class RolloutSettings:
     """

@@ -47,7 +47,19 @@ class OfGRPO(GRPOConfig):
         return super().to_dict() | {"note": "mine"}
 
 
-OWN_CLASSES = pytest.mark.parametrize("own_class", [OfSeeUPO, OfGRPO])
+@dataclass(slots=True)
+class WithSlots(OfSeeUPO):
+    """One whose fields, inherited ones too, are not in its `__dict__`."""
+
+    phase: int = 0
+
+
+@dataclass(slots=True)
+class OfGRPOWithSlots(OfGRPO):
+    phase: int = 0
+
+
+OWN_CLASSES = pytest.mark.parametrize("own_class", [OfSeeUPO, OfGRPO, WithSlots, OfGRPOWithSlots])
 
 
 class OnFirstStep(TrainerCallback):
@@ -108,6 +120,21 @@ def test_saved_arguments_are_of_the_class_that_was_given(make, tmp_path, own_cla
     assert isinstance(saved, own_class) and type(saved) is type(trainer.config)
     assert {name: getattr(saved, name) for name in given} == given
     assert pickle.loads(pickle.dumps(saved)).to_dict() == saved.to_dict() == trainer.args.to_dict()
+
+
+@pytest.mark.parametrize("own_class", [WithSlots, OfGRPOWithSlots])
+def test_a_change_of_a_configuration_with_slots_is_seen_as_well(make, tmp_path, own_class):
+    args = own_class(**settings(tmp_path))
+    trainer = make(args)
+    args.max_steps = 4
+    with pytest.raises(ValueError, match=r"`args\.max_steps` was changed from 2 to 4"):
+        trainer.train()
+
+
+def test_rollouts_have_the_options_of_a_configuration_with_slots(make, tmp_path):
+    trainer = make(WithSlots(**settings(tmp_path, stop_token_ids=list(range(96)))))
+    trainer.train()
+    assert logged(trainer, "completions/mean_length") == [1.0, 1.0]
 
 
 def test_a_field_of_the_users_with_the_name_of_one_of_ours_is_said():
