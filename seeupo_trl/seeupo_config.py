@@ -457,7 +457,10 @@ class SeeUPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Unset: the update computes logits in float32 from the head's weights as they are. True: the "
-            "head's weights are float32, for generation as well. False: logits are computed in 16 bits."
+            "head's weights are float32, for generation as well. False: logits are computed in 16 bits.",
+            # without a value it is True, as on GRPO's command line
+            "nargs": "?",
+            "const": True,
         },
     )
     use_bias_correction_kl: bool = field(

@@ -146,6 +146,22 @@ def test_fields_can_be_given_on_the_command_line():
     assert (parsed.turn_weight_clip, parsed.advantage_clip) == (0.1, 3.0)
 
 
+@pytest.mark.parametrize("parser", [HfArgumentParser, TrlParser])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("", None),
+        ("--cast_lm_head_to_fp32", True),
+        ("--cast_lm_head_to_fp32 true", True),
+        ("--cast_lm_head_to_fp32 false", False),
+    ],
+)
+def test_a_flag_that_may_be_unset_is_given_as_in_grpo(parser, option, value):
+    given = f"--output_dir unused {option} --use_cpu true --bf16 false".split()
+    (parsed,) = parser(SeeUPOConfig).parse_args_into_dataclasses(given)
+    assert parsed.cast_lm_head_to_fp32 is value
+
+
 def test_command_line_names_the_allowed_values(capsys):
     with pytest.raises(SystemExit):
         HfArgumentParser(SeeUPOConfig).parse_args_into_dataclasses("--output_dir x --update_order sideways".split())
