@@ -75,6 +75,7 @@ from .scoring.turn_buffer import Block, TurnBuffer
 from .seeupo_config import SeeUPOConfig
 from .trainer_inputs import (
     arguments_for_trl,
+    check_best_metric,
     check_columns,
     check_dataset,
     check_limits,
@@ -205,6 +206,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
             train_dataset = placeholder_dataset(args) if train_dataset is None else train_dataset
         check_rollouts_ahead(args, rollout, train_dataset)
         check_optimizer(optimizers[0])
+        check_best_metric(args, eval_dataset)
         check_noise(args)
         check_deepspeed(args)
 

@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.optim import Optimizer
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+from transformers.trainer_utils import SchedulerType
 from trl.data_utils import is_conversational
 
 from .envs.tools import content_of
@@ -290,6 +291,21 @@ def check_optimizer(optimizer: Optimizer | None) -> None:
     name = type(optimizer).__name__
     if isinstance(optimizer, LayerWiseDummyOptimizer) or type(optimizer).__module__.startswith("lomo_optim"):
         raise ValueError(steps_in_backward(f"The optimizer `{name}`"))
+
+
+def check_best_metric(args: SeeUPOConfig, eval_dataset: Any) -> None:
+    """Refuse to judge models by a loss that is the same whatever they do: the first one would be the best of all."""
+    names = eval_dataset if isinstance(eval_dataset, dict) else ()
+    if str(args.metric_for_best_model).removeprefix("eval_") not in ("loss", *(f"{name}_loss" for name in names)):
+        return
+    follows = args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+    raise ValueError(
+        f"`metric_for_best_model` is {args.metric_for_best_model!r}, which is the default of `load_best_model_at_end` "
+        "and of learning-rate schedules that follow a metric. The loss of an evaluation says nothing here: it is 0 "
+        "whatever the policy does, or `beta` times the KL. Give another metric when the configuration is made: "
+        '`metric_for_best_model="eval_reward"`'
+        + (', with `lr_scheduler_kwargs={"mode": "max"}` because more of it is better.' if follows else ".")
+    )
 
 
 def check_noise(args: SeeUPOConfig) -> None:

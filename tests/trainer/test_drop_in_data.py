@@ -74,6 +74,30 @@ class TestEvaluation:
         trainer.train()
         assert trainer.state.best_metric == pytest.approx(max(logged(trainer, "eval_reward")))
 
+    @pytest.mark.parametrize(
+        ("args", "eval_dataset"),
+        [
+            ({"load_best_model_at_end": True}, text_dataset()),
+            ({"save_strategy": "best", "metric_for_best_model": "loss"}, text_dataset()),
+            ({"metric_for_best_model": "eval_loss"}, text_dataset()),  # as for early stopping
+            ({"lr_scheduler_type": "reduce_lr_on_plateau"}, text_dataset()),
+            ({"lr_scheduler_type": "greedy"}, text_dataset()),
+            ({"metric_for_best_model": "easy_loss"}, {"easy": text_dataset(), "hard": text_dataset()}),
+        ],
+    )
+    def test_a_loss_that_is_the_same_for_all_models_chooses_none(self, args, eval_dataset, make):
+        steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+        with pytest.raises(ValueError, match="metric_for_best_model.*eval_reward"):
+            make(steps | args, eval_dataset=eval_dataset)
+
+    def test_a_schedule_follows_the_reward_as_the_error_says(self, make):
+        args = {"eval_strategy": "steps", "eval_steps": 1, "lr_scheduler_type": "reduce_lr_on_plateau", "max_steps": 3}
+        args |= {"metric_for_best_model": "eval_reward", "lr_scheduler_kwargs": {"mode": "max", "patience": 0}}
+        trainer = make(args, eval_dataset=text_dataset())
+        trainer.train()
+        rewards, rates = logged(trainer, "eval_reward"), logged(trainer, "learning_rate")
+        assert (rates[2] < rates[1]) == (rewards[1] <= rewards[0])
+
 
 class TestDatasets:
     @pytest.mark.parametrize("split", ["train", "eval"])
