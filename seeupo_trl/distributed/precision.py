@@ -4,8 +4,8 @@ import warnings
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, is_peft_model
-from transformers import TrainingArguments
 
 
 if TYPE_CHECKING:
@@ -13,14 +13,19 @@ if TYPE_CHECKING:
 
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+# "fp8": what stays out of it
+_MIXED_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 # Turns longer than this get other weights than they should from a correction of whole sequences: at a mismatch of 0.02
 # a token the logs of their weights have a standard deviation of 0.63.
 LONG_TURN = 1000
 
 
-def compute_dtype(args: TrainingArguments, dtype: torch.dtype) -> torch.dtype:
-    """Dtype of the matrix products of a run whose weights have some dtype."""
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else dtype
+def compute_dtype(accelerator: Accelerator, dtype: torch.dtype) -> torch.dtype:
+    """
+    Dtype of the matrix products of a run whose weights have some dtype. Mixed precision comes from the arguments or
+    from the launcher.
+    """
+    return _MIXED_PRECISION.get(accelerator.mixed_precision, dtype)
 
 
 def keeps_master_weights(trainer: "GRPOTrainer") -> bool:
@@ -56,7 +61,7 @@ def _promises_not_kept(trainer: "GRPOTrainer") -> list[str]:
             'steps). Load the model in float32 (`model_init_kwargs={"dtype": "float32"}`, in the examples `dtype: '
             "float32`) with `bf16=True`, train LoRA adapters, or use DeepSpeed or FSDP2 with `bf16=True`."
         )
-    is_low = compute_dtype(args, model.dtype) in LOW_PRECISION
+    is_low = compute_dtype(trainer.accelerator, model.dtype) in LOW_PRECISION
     products = {
         "loss_type='vespo'": args.loss_type == "vespo",
         "turn_ratio='product'": args.turn_ratio == "product",

@@ -82,5 +82,5 @@ def _compute_logits_in_float32(trainer: GRPOTrainer, model: nn.Module, outputs: 
     they are: logits rounded to bfloat16 put an error of about 0.03 on the log-probability of a token.
     """
     causal_lm = causal_lm_of(model)
-    if compute_dtype(trainer.args, causal_lm.dtype) in LOW_PRECISION:
+    if compute_dtype(trainer.accelerator, causal_lm.dtype) in LOW_PRECISION:
         add_fused_lm_head(causal_lm, trainer.temperature, cast_lm_head_to_fp32=True, outputs=outputs)

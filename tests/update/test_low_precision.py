@@ -89,6 +89,17 @@ def test_logits_in_16_bits_put_an_error_on_log_probabilities(tiny_dir, tmp_path)
     assert errors[None] < 1e-5 < 1e-3 < errors[False]
 
 
+def test_mixed_precision_of_the_launcher_is_that_of_the_arguments(tiny_dir, tmp_path, monkeypatch):
+    """`accelerate launch --mixed_precision bf16` sets the variable."""
+    ends = []
+    for launched, given in (("no", True), ("bf16", False)):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+        options = {"bf16": given, "turn_ratio": "product"}
+        with pytest.warns(UserWarning, match="`turn_ratio='product'` multiplies"):
+            ends += train(load_tiny_model(tiny_dir), ragged_rollouts()[:1], tmp_path / launched, **options)
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
 # --- Where things are computed ---------------------------------------------------------------------------------------
 
 
