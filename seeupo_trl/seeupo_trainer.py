@@ -35,7 +35,7 @@ from .distributed.checkpoints import (
     save_between_iterations,
 )
 from .distributed.lock_step import IdleStep, LockStep
-from .distributed.precision import check_precision
+from .distributed.precision import check_precision, weights_given_back
 from .envs.tools import EMPTY_PROMPT
 from .episode_batch import (
     EpisodeBatch,
@@ -606,7 +606,8 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         )
         self._trajectory_log.clear()
         try:
-            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+            with weights_given_back(self):
+                output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         finally:
             self._evaluation = None
         self.last_evaluation = evaluation.outcomes()

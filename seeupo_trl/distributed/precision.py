@@ -1,6 +1,8 @@
 """What a run cannot do in its precision, said before it starts."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +37,29 @@ def keeps_master_weights(trainer: "GRPOTrainer") -> bool:
         return True  # it keeps master weights itself
     # accelerate casts what FSDP trains to float32 where there is mixed precision
     return accelerator.distributed_type == DistributedType.FSDP and accelerator.mixed_precision != "no"
+
+
+@contextmanager
+def weights_given_back(trainer: "GRPOTrainer") -> Iterator[None]:
+    """
+    Around an evaluation: where the Trainer casts the model to 16 bits for it (`bf16_full_eval`, outside training), the
+    model gets its parameters and buffers back as they were. Meanwhile they are in the memory of the host.
+
+    DeepSpeed and FSDP have the parameters in shards of their own, and are left alone.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    casts = (args.bf16_full_eval or args.fp16_full_eval) and not trainer.is_in_train
+    is_sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+    modules = list(trainer.model.modules()) if casts and not is_sharded else []
+    parameters = {p: p.data.cpu() for m in modules for p in m.parameters(recurse=False) if p.is_floating_point()}
+    buffers = [(m, name, buffer.cpu()) for m in modules for name, buffer in m.named_buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for parameter, value in parameters.items():
+            parameter.data = value.to(parameter.device)
+        for module, name, value in buffers:
+            setattr(module, name, value.to(getattr(module, name).device))
 
 
 def check_precision(trainer: "GRPOTrainer") -> None:

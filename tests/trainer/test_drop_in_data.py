@@ -1,6 +1,10 @@
 """Datasets and evaluation of a script for TRL's `GRPOTrainer` go on working."""
 
+import math
+from contextlib import nullcontext
+
 import pytest
+import torch
 from datasets import IterableDataset
 from grpo_script import PROMPTS, logged, moved, parameters_of, small_tokens, text_dataset
 
@@ -13,6 +17,26 @@ class TestEvaluation:
         assert {"eval_loss", "eval_reward", "eval_rewards/small_tokens/mean", "eval_entropy"} <= metrics.keys()
         assert metrics["eval_reward"] < 0
         assert not moved(trainer, before)
+
+    @pytest.mark.parametrize("end", [nullcontext(), pytest.raises(ValueError)], ids=["whole", "failed"])
+    def test_an_evaluation_in_16_bits_gives_the_weights_back(self, end, make):
+        dtypes = set()
+
+        def reward(completion_ids, **kwargs):
+            dtypes.update(p.dtype for p in trainer.model.parameters())
+            return small_tokens(completion_ids) if isinstance(end, nullcontext) else [math.inf] * len(completion_ids)
+
+        def weights():
+            buffers = dict(trainer.model.named_buffers())
+            return {name: value.clone() for name, value in {**trainer.model.state_dict(), **buffers}.items()}
+
+        trainer = make({"bf16_full_eval": True}, reward_funcs=reward, eval_dataset=text_dataset())
+        before = weights()
+        with end:
+            trainer.evaluate()
+        assert dtypes == {torch.bfloat16}
+        after = weights()
+        assert all(after[name].dtype == torch.float32 and torch.equal(after[name], before[name]) for name in before)
 
     def test_evaluation_during_training_happens_when_asked(self, make):
         args = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "per_device_eval_batch_size": 4}
