@@ -1,6 +1,7 @@
 """What a run that was killed needs to go on exactly where its last whole checkpoint left it."""
 
 import json
+import math
 import os
 import re
 import warnings
@@ -17,7 +18,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerCallback, TrainerState
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import logging
 from trl.trainer.utils import RepeatSampler
 
@@ -175,6 +176,16 @@ def check_checkpoint(checkpoint: str, accelerator: Accelerator) -> None:
         )
 
 
+def place_in_stream(checkpoint: str) -> tuple[int, int]:
+    """
+    How often a run had read a stream of unknown length to its end when it wrote a checkpoint, and how many batches it
+    had taken since: at least one. `TrainerState.epoch` counts `max_steps` batches as a whole one then.
+    """
+    state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_FILE))
+    passes = math.ceil(state.epoch) - 1
+    return passes, round((state.epoch - passes) * state.max_steps)
+
+
 def save_entropy_state(checkpoint: str, coefficient: float, last_entropy: float | None) -> None:
     """
     Write the state of the adaptive entropy bonus as TRL (1.15 and 1.16) does, which writes it when the checkpoint
@@ -322,6 +333,16 @@ class ExactResume:
         elif self.accelerator.is_main_process:
             warn_of_older_run(self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _init_training_state(
+        self, max_steps: int, steps_in_epoch: int, num_epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        epoch, step = super()._init_training_state(max_steps, steps_in_epoch, num_epochs, checkpoint, trial)
+        if checkpoint is None or has_length(self.train_dataset):
+            return epoch, step
+        # the Trainer would skip as many batches of the first pass as the run has taken in all
+        passes, batches = place_in_stream(checkpoint)
+        return passes, 0 if self.args.ignore_data_skip else batches
 
     def get_batch_samples(self, *args, **kwargs) -> tuple[list, Any]:
         if self.state.global_step >= self.state.max_steps:

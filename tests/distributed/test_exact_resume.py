@@ -13,6 +13,7 @@ from seeupo_trl.distributed.checkpoints import REFERENCE_FILE
 from seeupo_trl.trajectory_log import read_trajectories
 
 
+PROMPTS = Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(6)]})
 LORA = {"r": 4, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 SYNC = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5, "beta": 0.5}
 
@@ -43,7 +44,14 @@ def adapter_of_the_script(directory: str) -> dict:
     return {"model": model}
 
 
-def make_trainer(directory: str, output, make_model: Callable[[str], dict] = plain, **options) -> SeeUPOTrainer:
+def make_trainer(
+    directory: str,
+    output,
+    make_model: Callable[[str], dict] = plain,
+    reward_funcs=small_tokens,
+    train_dataset=None,
+    **options,
+) -> SeeUPOTrainer:
     settings = {
         "output_dir": str(output),
         "per_device_train_batch_size": 2,
@@ -59,8 +67,8 @@ def make_trainer(directory: str, output, make_model: Callable[[str], dict] = pla
     }
     return SeeUPOTrainer(
         args=SeeUPOConfig(**{**ON_CPU, **settings, **options}),
-        reward_funcs=small_tokens,
-        train_dataset=Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(6)]}),
+        reward_funcs=reward_funcs,
+        train_dataset=PROMPTS if train_dataset is None else train_dataset,
         processing_class=tiny_tokenizer(),
         **make_model(directory),
     )
@@ -95,6 +103,30 @@ def test_resumed_run_ends_where_the_uninterrupted_one_does(options, tiny_dir, tm
     )
     for name in {"loss", "reward", "kl", "entropy", "entropy_coef"} & reference.keys():
         assert last[name] == reference[name], name
+
+
+@pytest.mark.parametrize(("rows", "step"), [(6, 2), (6, 3), (6, 5), (5, 5)])
+def test_a_stream_goes_on_where_it_was_also_in_a_later_pass(rows, step, tiny_dir, tmp_path):
+    seen = []
+
+    def reward(prompts, completion_ids, **columns):
+        seen.append(prompts)
+        return small_tokens(completion_ids)
+
+    def trainer(output, max_steps):
+        stream = PROMPTS.select(range(rows)).to_iterable_dataset()
+        options = {"max_steps": max_steps, "save_steps": step, "lr_scheduler_type": "constant"}
+        return make_trainer(tiny_dir, output, reward_funcs=reward, train_dataset=stream, **options)
+
+    whole = trainer(tmp_path / "whole", 8)
+    whole.train()
+    trainer(tmp_path / "begun", step).train()
+    resumed = trainer(tmp_path / "begun", 8)
+    resumed.train(resume_from_checkpoint=True)
+    assert seen[:8] == seen[8:]
+    expected, actual = parameters(whole), parameters(resumed)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert resumed.state.epoch == whole.state.epoch
 
 
 def test_resuming_in_the_same_process_leaves_one_file_for_an_iteration(tiny_dir, tmp_path):

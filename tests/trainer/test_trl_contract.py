@@ -56,6 +56,11 @@ def parameters(function) -> list[str]:
 # (what is called, its arguments in order, who relies on it)
 SIGNATURES = [
     (Trainer.create_accelerator_and_postprocess, "self", "seeupo_trainer.py: FSDP2 must not round log-probabilities"),
+    (
+        Trainer._init_training_state,
+        "self max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint trial",
+        "checkpoints.py overrides it to find the place in a stream",
+    ),
     (GRPOTrainer._get_train_sampler, "self dataset", "seeupo_trainer.py overrides it to make the order resumable"),
     (GRPOTrainer.training_step, "self model inputs num_items_in_batch", "seeupo_trainer.py: one iteration"),
     (GRPOTrainer._prepare_inputs, "self generation_batch", "seeupo_trainer.py: no splitting, no reuse of batches"),
