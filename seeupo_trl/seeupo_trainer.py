@@ -78,6 +78,7 @@ from .trainer_inputs import (
     check_best_metric,
     check_columns,
     check_dataset,
+    check_dropout,
     check_limits,
     check_noise,
     check_optimizer,
@@ -232,6 +233,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         check_moving_reference(args, self.accelerator)
         check_resampling(args, self._is_vlm, train_dataset)
         check_precision(self)
+        check_dropout(self.model)
         sync_without_merging(self)
         if rollout.tool_rollout is not None:
             self._play_by(rollout.tool_rollout)

@@ -22,6 +22,7 @@ from .rollout.checks import checked_rollout
 from .rollout.observations import mended, plain_message
 from .rollout.output import REPORTED
 from .rollout.trl_environments import ToolRollout, tool_rollout_for
+from .scoring.deterministic import noise_rates
 from .seeupo_config import DefaultTurns, SeeUPOConfig, steps_in_backward
 
 
@@ -316,6 +317,20 @@ def check_noise(args: SeeUPOConfig) -> None:
             "differ from 1 before anything is updated, and many leave the clipping range. Leave it unset.",
             stacklevel=3,
         )
+
+
+def check_dropout(model: nn.Module) -> None:
+    """Warn where a model leaves out other activations in every forward pass of the update."""
+    for path, module in model.named_modules():
+        for name, rate in noise_rates(module).items():
+            warnings.warn(
+                f"The model has dropout in training (`{path}.{name}` is {rate}, perhaps others), drawn anew in every "
+                "forward pass: ratios of all turns but the first one updated, and turn weights, differ from 1 by "
+                "chance, and many leave the clipping range. Set the rates to 0: `lora_dropout=0.0` for an adapter, "
+                "`disable_dropout=True` for layers, fields such as `attention_dropout` in the model's configuration.",
+                stacklevel=3,
+            )
+            return
 
 
 def check_resampling(args: SeeUPOConfig, is_vlm: bool, dataset: Any) -> None:

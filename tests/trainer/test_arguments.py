@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 import warnings
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
@@ -10,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from grpo_script import config, logged, moved, parameters_of, settings, text_dataset
-from transformers import AutoTokenizer, TrainerCallback
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from trl import GRPOConfig
 
@@ -303,6 +305,26 @@ def test_accumulation_over_iterations_is_refused(tmp_path):
 def test_noise_on_embeddings_is_said(make):
     with pytest.warns(UserWarning, match="`neftune_noise_alpha=5.0` draws new noise"):
         make({"neftune_noise_alpha": 5.0})
+
+
+@pytest.mark.parametrize(
+    ("lora_dropout", "attention_dropout", "options", "said"),
+    [
+        (0.05, 0.0, {}, r"lora_dropout\.default\.p` is 0\.05"),
+        (0.0, 0.1, {}, r"self_attn\.attention_dropout` is 0\.1"),
+        (0.05, 0.0, {"disable_dropout": True}, None),
+        (0.0, 0.0, {}, None),
+    ],
+)
+def test_dropout_is_said_once(lora_dropout, attention_dropout, options, said, make, tiny_dir):
+    model = AutoModelForCausalLM.from_pretrained(tiny_dir, attention_dropout=attention_dropout)
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=lora_dropout)
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        make(options, model=model, processing_class=AutoTokenizer.from_pretrained(tiny_dir), peft_config=adapter)
+    messages = [str(warning.message) for warning in record if "dropout" in str(warning.message)]
+    assert len(messages) == (said is not None)
+    assert said is None or re.search(said, messages[0])
 
 
 def test_a_checkpoint_that_is_asked_for_within_an_iteration_is_made_after_it(make, two_turns, tmp_path):
