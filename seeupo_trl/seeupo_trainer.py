@@ -606,6 +606,9 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
             self.accelerator.num_processes,
             self.args.seed,
         )
+        # what `predict` has left, which logs nothing, or an evaluation that failed
+        for left in (self._metrics["eval"], self._pending_metrics, self._pending_extra_logs):
+            left.clear()
         self._trajectory_log.clear()
         try:
             with weights_given_back(self):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from datetime import date
 from itertools import combinations
 from pathlib import Path
@@ -321,6 +322,23 @@ def test_each_dataset_has_its_own_names(tiny_dir, tmp_path):
     assert (metrics["eval_a_episodes/tasks"], metrics["eval_b_episodes/tasks"]) == (2, 4)
     assert "eval_b_success/odd/pass@2_low" in metrics
     assert "eval_success/avg@2" not in metrics
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["predict", "failed"])
+def test_an_evaluation_reports_nothing_of_what_was_played_before(fails, tiny_dir, tmp_path):
+    batches = []
+
+    def reward(completions, log_metric, **columns):
+        batches.append(None)
+        log_metric("number", float(len(batches)))
+        return [math.inf if fails and len(batches) == 2 else 0.0] * len(completions)
+
+    trainer = make_trainer(tiny_dir, tmp_path, {}, reward_funcs=reward, eval_dataset={"a": tasks(2), "b": tasks(2)})
+    with pytest.raises(ValueError, match="infinite") if fails else nullcontext():
+        trainer.predict(tasks(4))
+    assert len(batches) == 2
+    trainer.evaluate()
+    assert [log["eval_number"] for log in trainer.state.log_history if "eval_number" in log] == [3.0, 4.0]
 
 
 def test_the_best_model_may_be_chosen_by_success(tiny_dir, tmp_path):

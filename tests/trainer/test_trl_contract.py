@@ -169,6 +169,7 @@ def one_point_each(completions, **kwargs):
         *("vllm_importance_sampling_correction", "pad_to_multiple_of", "eos_token_ids", "chat_template_kwargs"),
         *("max_tool_calling_iterations", "callback_handler", "control", "state", "optimizer"),
         *("tools", "environment_factories", "chat_template", "max_completion_length", "_has_async_funcs"),
+        *("_pending_metrics", "_pending_extra_logs", "is_in_train"),
     ],
 )
 def test_a_trainer_has_the_attribute(trainer, name):
