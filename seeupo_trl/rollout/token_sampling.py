@@ -52,6 +52,7 @@ OF_LOGITS = (
 )
 
 BLOCK = 256  # tokens whose probabilities are added up first, so that few sums stand one after the other
+PARTS = 2**60  # of which a distribution is made: more than float64 can tell apart, and int64 holds their sum
 
 
 @dataclass
@@ -185,19 +186,24 @@ def invert(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 
     Returns:
         `torch.Tensor` of shape `(B,)`
+
+    Raises:
+        `ValueError`:
+            When logits are NaN.
     """
     probabilities = scores.softmax(-1)
-    probabilities = nn.functional.pad(probabilities, (0, -probabilities.shape[1] % BLOCK))
-    blocks = probabilities.unflatten(1, (-1, BLOCK))  # (B, blocks, BLOCK)
-    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
-    places = uniforms[:, None] * ends[:, -1:]
-    block = _first_beyond(ends, places)
-    places -= torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
-    within = blocks[torch.arange(len(block), device=block.device), block[:, 0]].cumsum(-1, dtype=torch.float64)
-    return (block * BLOCK + _first_beyond(within, places))[:, 0]
-
-
-def _first_beyond(cumulative: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Where cumulative sums exceed a number for the first time. Rounding may put the number past all of them."""
-    last = torch.nextafter(cumulative[:, -1:], torch.zeros_like(places))
-    return torch.searchsorted(cumulative, torch.minimum(places, last), right=True)
+    if probabilities[:, 0].isnan().any():
+        raise ValueError(
+            "The policy's logits are NaN, or infinite for all tokens: nothing can be sampled. Its parameters may be "
+            "NaN after an update (lower `learning_rate`), or it overflows in float16 (use bfloat16)."
+        )
+    # whole numbers add up exactly, and PyTorch adds them up under `full_determinism` on a GPU, where it refuses others
+    parts = probabilities.mul_(PARTS).long()
+    parts = nn.functional.pad(parts, (0, -parts.shape[1] % BLOCK))
+    blocks = parts.unflatten(1, (-1, BLOCK))  # (B, blocks, BLOCK)
+    ends = blocks.sum(-1).cumsum(-1)
+    places = torch.minimum((uniforms[:, None] * ends[:, -1:]).long(), ends[:, -1:] - 1)
+    block = torch.searchsorted(ends, places, right=True)
+    places -= torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0)
+    within = blocks[torch.arange(len(block), device=block.device), block[:, 0]].cumsum(-1)
+    return (block * BLOCK + torch.searchsorted(within, places, right=True))[:, 0]
