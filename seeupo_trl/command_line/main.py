@@ -11,7 +11,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import __version__
-from ..recipes.mistakes import TRACEBACK_VARIABLE, UsageError, call_program, nearest, reported
+from ..recipes.mistakes import (
+    TRACEBACK_VARIABLE,
+    UsageError,
+    call_program,
+    nearest,
+    replace_what_cannot_be_printed,
+    reported,
+)
 from .parser import Parser
 
 
@@ -56,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments.remove("--traceback")
         os.environ[TRACEBACK_VARIABLE] = "1"
     call_program("seeupo-trl")
+    replace_what_cannot_be_printed()
     try:
         with reported():
             _dispatch(arguments)

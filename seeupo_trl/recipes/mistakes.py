@@ -6,6 +6,7 @@ package, against what Python or a library runs into.
 """
 
 import difflib
+import io
 import os
 import sys
 import time
@@ -28,6 +29,16 @@ _program: str | None = None
 
 class UsageError(ValueError):
     """What was asked for cannot be done; the message says what can."""
+
+
+def replace_what_cannot_be_printed() -> None:
+    """
+    Have the standard output print `?` for what its encoding has not, as the blocks of a curve or an emoji of the
+    policy's, in place of ending the run. (The standard error escapes it as Python starts.)
+    """
+    # a notebook's has no encoding
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def call_program(name: str) -> None:

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from trl import TrlParser
 
 from ..plan.settings_file import read_settings
-from .mistakes import UsageError, nearest, program, reported
+from .mistakes import UsageError, nearest, program, replace_what_cannot_be_printed, reported
 
 
 class ScriptParser(TrlParser):
@@ -44,6 +44,7 @@ def run(
             Arguments. Defaults to those of the process.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    replace_what_cannot_be_printed()
     with reported():
         parsed = parse(dataclasses, configs, demonstration, arguments)
         for options in parsed:

@@ -199,7 +199,7 @@ def train_and_report(
     trainer: SeeUPOTrainer, rollout: ReportingRollout, held_out: dict[str, Dataset], dataset_name: str
 ) -> None:
     """
-    Train, evaluate before and after, show an episode of each time, and save the model. What was found before stays in
+    Train, save the model, evaluate before and after, and show an episode of each time. What was found before stays in
     `output_dir/before_training.json`, where a resumed run reads it.
 
     Args:
@@ -234,6 +234,8 @@ def train_and_report(
     sizes = {name: len(tasks) for name, tasks in held_out.items()}
     say(f"\n{len(trainer.train_dataset)} training tasks; evaluated: {sizes}")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    # before what may fail or take long: the evaluation and the report
+    trainer.save_model(args.output_dir)
     if rollout.last_episodes:
         say("\nAn episode of the last iteration\n" + readable(*rollout.last_episodes[0]))
     if not before and kept.exists():
@@ -254,7 +256,6 @@ def train_and_report(
                 f"success on {len(held_out[name])} {name} tasks: {evaluated.text} after; what it was before training "
                 f"is not known, {kept} does not say so"
             )
-    trainer.save_model(args.output_dir)
     say(f"Model saved to {args.output_dir}")
     if args.save_trajectories and trainer.is_world_process_zero():
         print("The page of this run, with every episode:", end=" ")

@@ -1,5 +1,7 @@
 """A user's mistake is a line with exit code 2; a bug keeps its traceback."""
 
+import io
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -7,6 +9,8 @@ import pytest
 from command import ROOT, seeupo_trl
 
 from seeupo_trl import SeeUPOConfig
+from seeupo_trl.command_line.main import main as command
+from seeupo_trl.recipes.learning_curve import print_learning_curve
 from seeupo_trl.recipes.mistakes import UsageError, is_mistake, nearest, reported
 from seeupo_trl.recipes.parsing import parse, run
 
@@ -103,6 +107,37 @@ def test_a_value_that_the_package_refuses_is_a_mistake(configs, tmp_path, capsys
         run(main, [Options], configs, arguments=[])
     assert end.value.code == 2
     assert "error: `max_turns` must be at least 1" in capsys.readouterr().err
+
+
+@pytest.fixture
+def print_in(monkeypatch):
+    """Gives the process a standard output in an encoding that cannot hold all text."""
+
+    def print_in(encoding: str) -> io.BytesIO:
+        output = io.TextIOWrapper(io.BytesIO(), encoding, write_through=True)
+        monkeypatch.setattr(sys, "stdout", output)
+        return output.buffer
+
+    return print_in
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_what_the_terminal_cannot_show_does_not_end_a_run(encoding, print_in, configs):
+    def main(options):
+        print_learning_curve([{"step": 1, "rewards/success/mean": 0.5, "reward": 0.5}], {})
+        print("\N{SNOWMAN} of the policy, half of \ud83d")
+
+    printed = print_in(encoding)
+    run(main, [Options], configs, arguments=[])
+    assert b"iteration 1" in printed.getvalue()
+    assert printed.getvalue().endswith(b"of the policy, half of ?\n")
+
+
+def test_what_the_terminal_cannot_show_does_not_end_a_command(print_in):
+    printed = print_in("ascii")
+    command(["--version"])
+    print("\N{SNOWMAN} in a path")
+    assert printed.getvalue().endswith(b"? in a path\n")
 
 
 @pytest.mark.parametrize(
