@@ -71,10 +71,15 @@ def steps_in_backward(optimizer: str) -> str:
 def _warn_of_shared_names(owner: type) -> None:
     """Warn where a class of the user's has a field that SeeUPO has added to GRPO's, perhaps for something else."""
     added = {f.name for f in fields(SeeUPOConfig)} - {f.name for f in fields(GRPOConfig)}
-    for name in sorted(added & inspect.get_annotations(owner).keys()):
+    theirs, ours = inspect.get_annotations(owner), inspect.get_annotations(SeeUPOConfig)
+    for name in sorted(added & theirs.keys()):
+        as_text = inspect.formatannotation(ours[name])
+        if issubclass(owner, SeeUPOConfig) and theirs[name] in (ours[name], as_text):
+            continue  # ours with another default
         warnings.warn(
             f"{owner.__name__} has a field `{name}`, and so has SeeUPOConfig: its value is read as SeeUPOConfig's "
-            "option of that name. Give yours another name if it means something else.",
+            "option of that name. Give yours another name if it means something else; in a subclass of SeeUPOConfig, "
+            f"the type `{as_text}` says that it does not.",
             stacklevel=3,
         )
 

@@ -147,6 +147,19 @@ def test_a_field_of_the_users_with_the_name_of_one_of_ours_is_said():
             max_turns: int = 2
 
 
+def test_a_default_that_is_changed_in_a_subclass_is_no_other_field():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+
+        @dataclass
+        class Saving(SeeUPOConfig):
+            save_trajectories: bool = True
+            max_turns: int | None = 2
+            max_context_length: "int | None" = 4096  # as text, where `from __future__ import annotations` is
+
+    assert Saving.max_turns == 2
+
+
 def test_a_field_of_a_grpo_configuration_with_the_name_of_one_of_ours_is_said_and_kept(make, tmp_path):
     @dataclass
     class WithTurns(GRPOConfig):
