@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import warnings
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
@@ -12,7 +13,7 @@ from transformers.training_args import OptimizerNames
 from trl import GRPOConfig
 
 from .rollout.contexts import HISTORIES
-from .rollout.settings import RolloutSettings, values_of
+from .rollout.settings import RolloutSettings, is_limit, is_whole, values_of
 
 
 UPDATE_ORDERS = ("reverse", "forward", "random", "simultaneous")
@@ -544,7 +545,7 @@ class SeeUPOConfig(GRPOConfig):
         """The fields as plain values, see [`~transformers.TrainingArguments.to_dict`]."""
         values = super().to_dict()
         # a plain number, which every log and file format knows
-        return values | {"max_turns": None if self.max_turns is None else int(self.max_turns)}
+        return values | {"max_turns": None if self.max_turns in (None, math.inf) else int(self.max_turns)}
 
     def for_one_step_per_iteration(self) -> "SeeUPOConfig":
         """
@@ -583,15 +584,20 @@ class SeeUPOConfig(GRPOConfig):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is not one of {', '.join(map(repr, allowed))}.")
 
+        for f in fields(SeeUPOConfig):
+            value = getattr(self, f.name)
+            if isinstance(value, float) and math.isnan(value):
+                raise ValueError(f"`{f.name}` is {value}, which is not a number; give one.")
         limits = ("max_turn_updates", "max_turns", "max_context_length", "max_tokens_per_microbatch")
         for name in (*limits, "max_episode_tokens", "max_concurrent_envs", "max_observation_tokens"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, or `None` for no limit; got {value}.")
+            if value is not None and not is_limit(value):
+                raise ValueError(f"`{name}` must be at least 1 and whole, or `None` for no limit; got {value!r}.")
         RolloutSettings.from_arguments(values_of(self))
-        if self.max_resampling_rounds < 1:
+        rounds = self.max_resampling_rounds
+        if not is_whole(rounds) or rounds < 1:
             raise ValueError(
-                f"`max_resampling_rounds` is {self.max_resampling_rounds}; give at least 1, or `zero_variance='keep'`."
+                f"`max_resampling_rounds` is {rounds!r}; give a whole number, at least 1, or `zero_variance='keep'`."
             )
         if self.rollouts_ahead:
             self._check_rollouts_ahead()

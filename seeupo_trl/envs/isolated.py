@@ -83,7 +83,7 @@ class IsolatedEnvironment(MultiTurnEnvironment):
                 f"environment_factory is a {type(environment_factory).__name__}; give a MultiTurnEnvironment class or "
                 "a function without arguments that returns an instance."
             )
-        if timeout <= 0:
+        if not timeout > 0:
             raise ValueError(f"timeout is {timeout}; give a positive number of seconds.")
         if max_episodes is not None and max_episodes < 1:
             raise ValueError(f"max_episodes is {max_episodes}; give at least 1, or None to keep the process.")

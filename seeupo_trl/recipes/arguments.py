@@ -6,15 +6,31 @@ Nothing here needs torch: `seeupo-trl train bfcl --help` comes at once.
 
 import json
 import math
+import numbers
 from dataclasses import dataclass, field
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+
+def is_number(value: Any, kind: type[int] | type[float]) -> bool:
+    """Whether a value is a whole number, or any number; `True` is none."""
+    wanted = numbers.Integral if kind is int else numbers.Real
+    return isinstance(value, wanted) and not isinstance(value, bool)
 
 
 def _require(arguments: Any, least: float, *names: str) -> None:
-    """Raise a `ValueError` for an argument that is smaller, or no finite number; `None` is one that is not given."""
+    """
+    Raise a `ValueError` for an argument that is smaller, not finite, or no number of its field's type; `None` is one
+    that is not given.
+    """
+    hints = get_type_hints(type(arguments))
     for name in names:
-        value = getattr(arguments, name)
-        if value is not None and not (least <= value and math.isfinite(value)):
+        value, kind = getattr(arguments, name), float if hints[name] is float else int
+        if value is None and NoneType in get_args(hints[name]):
+            continue
+        if not is_number(value, kind):
+            raise ValueError(f"--{name} must be a {'whole ' if kind is int else ''}number; got {value!r}.")
+        if not (least <= value and math.isfinite(value)):
             needed = "a finite number" if least == -math.inf else f"at least {least}"
             raise ValueError(f"--{name} must be {needed}; got {value}.")
 
@@ -203,6 +219,10 @@ class OpenEnvArguments:
     )
     serve: int | None = field(default=None, metadata={"help": "Only serve the game, on this port."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where the demonstration's model is kept."})
+
+    def __post_init__(self):
+        if self.interface not in ("messages", "tools"):
+            raise ValueError(f"--interface must be 'messages' or 'tools'; got {self.interface!r}.")
 
 
 @dataclass

@@ -1,16 +1,20 @@
 """How a script reads its command line and its YAML file, as TRL's scripts do, and says what is wrong with them."""
 
+import json
+import math
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType, UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 from trl import TrlParser
 
 from ..plan.settings_file import read_settings
+from .arguments import is_number
 from .mistakes import UsageError, nearest, program, replace_what_cannot_be_printed, reported
 
 
@@ -66,10 +70,12 @@ def parse(
     arguments = _named_config(list(arguments), configs, demonstration)
     parser = ScriptParser(dataclasses, prog=program())
     if "--config" in arguments:
+        path = arguments[arguments.index("--config") + 1]
         try:
-            read_settings(arguments[arguments.index("--config") + 1])
+            settings = read_settings(path)
         except ValueError as error:
             raise UsageError(str(error)) from error
+        _check_types(dataclasses, settings, path)
     try:
         *parsed, from_file, from_command_line = parser.parse_args_and_config(
             arguments, return_remaining_strings=True, separate_remaining_strings=True
@@ -88,6 +94,63 @@ def parse(
         keys = {action.dest for action in parser._actions}
         raise UsageError(f"unknown key in {arguments[arguments.index('--config') + 1]}: {key}.{nearest(key, keys)}")
     return tuple(parsed)
+
+
+def _check_types(dataclasses: Sequence[type], settings: dict[str, Any], path: str) -> None:
+    """
+    What argparse does with the words of a command line, and not with the values of a file.
+
+    Raises:
+        [`UsageError`]:
+            When a value is of another type than its field. Text is not looked at: argparse makes of it what it makes
+            of a word.
+    """
+    for dataclass in dataclasses:
+        for name, kind in get_type_hints(dataclass).items():
+            value = settings.get(name)
+            if name in settings and name not in _WIDER and not isinstance(value, str) and not _fits(value, kind):
+                shown = json.dumps(value, default=str, skipkeys=True)
+                raise UsageError(f"--{name} is {shown} in {path}; give {_described(kind)}.")
+
+
+# transformers takes lists or mappings for these, too
+_WIDER = ("fsdp", "attn_implementation", "dtype")
+
+_DESCRIBED = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text (in quotes)",
+    dict: "a mapping",
+    NoneType: "null",
+}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value that YAML has read is of a field's type."""
+    origin, arguments = get_origin(kind) or kind, get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, *arguments) for item in value)
+    if origin in (int, float):
+        # without a limit; NaN is equal to nothing
+        return (is_number(value, origin) and value == value) or value == math.inf
+    if origin is bool:
+        return value is None or value in (False, True)
+    if origin is str:
+        # `no` and an empty value are no text to YAML; whether they can be, the option says
+        return value is None or isinstance(value, (str, bool))
+    return isinstance(value, origin) if origin in _DESCRIBED else True
+
+
+def _described(kind: Any) -> str:
+    origin, arguments = get_origin(kind) or kind, get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(map(_described, arguments)))
+    if origin is list:
+        return f"a list, each of it {_described(*arguments)}"
+    return _DESCRIBED.get(origin, "one of its names")
 
 
 def check_output_dir(output_dir: str) -> None:

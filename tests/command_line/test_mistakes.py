@@ -82,6 +82,77 @@ def test_what_is_wrong_with_a_command_line_is_said(arguments, content, message, 
         parsed(*arguments, configs=tmp_path)
 
 
+@dataclass
+class Typed:
+    count: int = field(default=1, metadata={"help": "A whole number."})
+    limit: int | None = field(default=None, metadata={"help": "A whole number, or none."})
+    rate: float = field(default=1.0, metadata={"help": "A number."})
+    flag: bool = field(default=False, metadata={"help": "A flag."})
+    name: str = field(default="x", metadata={"help": "Text."})
+    names: list[str] | None = field(default=None, metadata={"help": "Texts."})
+    numbers: list[int] | None = field(default=None, metadata={"help": "Numbers."})
+    keywords: dict | str | None = field(default=None, metadata={"help": "A mapping, or one as JSON."})
+    fsdp: str | None = field(default=None, metadata={"help": "What transformers takes in more forms than it says."})
+
+
+def read(content: str, tmp_path: Path) -> Typed:
+    (tmp_path / "typed.yaml").write_text(content)
+    (options,) = parse([Typed], tmp_path, None, ["--config", "typed"])
+    return options
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("count:", "--count is null in .*typed.yaml; give a whole number.$"),
+        ("count: 2.5", "--count is 2.5 in .*typed.yaml; give a whole number.$"),
+        ("count: true", "--count is true in"),
+        ("count: [1]", r"--count is \[1\] in"),
+        ("limit: true", "--limit is true in .*typed.yaml; give a whole number or null.$"),
+        ("rate:", "--rate is null in .*typed.yaml; give a number.$"),
+        ("rate: .nan", "--rate is NaN in"),
+        ("rate: false", "--rate is false in"),
+        ("flag: 2", "--flag is 2 in .*typed.yaml; give true or false.$"),
+        ("name: 5", r"--name is 5 in .*typed.yaml; give text \(in quotes\).$"),
+        ("name: 2026-01-01", '--name is "2026-01-01" in'),
+        ("name: [a]", r'--name is \["a"\] in'),
+        ("names: 5", "--names is 5 in .*typed.yaml; give a list, each of it text"),
+        ("numbers: [1, 2.5]", r"--numbers is \[1, 2.5\] in"),
+        ("keywords: [a]", r'--keywords is \["a"\] in .*typed.yaml; give a mapping or text \(in quotes\) or null.$'),
+    ],
+)
+def test_a_value_of_a_file_has_the_type_of_its_field(content, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        read(content, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "value"),
+    [
+        ("count: 3", 3),
+        ("count: '3'", 3),
+        ("limit:", None),
+        ("limit: .inf", float("inf")),
+        ("rate: 2", 2),
+        ("rate: 1e-6", 1e-6),
+        ("flag: 1", 1),
+        ("flag: 'no'", False),
+        ("flag: no", False),
+        ("name: no", False),
+        ("names: [a, b]", ["a", "b"]),
+        ("names: a", "a"),
+        ("numbers: []", []),
+        ("numbers:", None),
+        ("keywords: {a: 1}", {"a": 1}),
+        ("keywords: '{\"a\": 1}'", '{"a": 1}'),
+        ("fsdp: [full_shard]", ["full_shard"]),
+    ],
+)
+def test_what_the_parser_makes_of_a_file_is_taken(content, value, tmp_path):
+    given = getattr(read(content, tmp_path), content.split(":")[0])
+    assert (given, type(given)) == (value, type(value))
+
+
 def test_names_that_resemble_nothing_are_not_guessed():
     assert nearest("zzz", ["max_turns"]) == ""
 

@@ -452,6 +452,8 @@ def test_options_that_cannot_work_are_refused():
         AppWorldServers(0)
     with pytest.raises(ValueError, match="request_timeout is 30, execution_timeout 60; it must be more"):
         AppWorldServers(request_timeout=30.0)
+    with pytest.raises(ValueError, match="request_timeout is nan"):
+        AppWorldServers(request_timeout=float("nan"))
     with pytest.raises(TypeError, match="servers is a int; give an AppWorldServers"):
         AppWorldEnvironment(8)
 

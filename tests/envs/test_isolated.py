@@ -203,6 +203,8 @@ def test_wrong_arguments_are_refused():
         IsolatedEnvironment(Deeds())
     with pytest.raises(ValueError, match="timeout is 0"):
         IsolatedEnvironment(Deeds, timeout=0)
+    with pytest.raises(ValueError, match="timeout is nan"):
+        IsolatedEnvironment(Deeds, timeout=float("nan"))
     with pytest.raises(ValueError, match="max_episodes is 0"):
         IsolatedEnvironment(Deeds, max_episodes=0)
 

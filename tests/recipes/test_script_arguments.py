@@ -2,7 +2,13 @@
 
 import pytest
 
-from seeupo_trl.recipes.arguments import AppWorldArguments, BfclArguments, EvaluationArguments, TextArenaArguments
+from seeupo_trl.recipes.arguments import (
+    AppWorldArguments,
+    BfclArguments,
+    EvaluationArguments,
+    OpenEnvArguments,
+    TextArenaArguments,
+)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +35,32 @@ from seeupo_trl.recipes.arguments import AppWorldArguments, BfclArguments, Evalu
 def test_a_number_that_cannot_be_is_named(arguments, name, value, needed):
     with pytest.raises(ValueError, match=f"^--{name} must be {needed}; got {value}.$"):
         arguments(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "value", "needed"),
+    [
+        (BfclArguments, "distractors", 2.7, "a whole number"),
+        (BfclArguments, "trained_layers", True, "a whole number"),
+        (BfclArguments, "held_out_tasks", None, "a whole number"),
+        (BfclArguments, "success_reward", "high", "a number"),
+        (BfclArguments, "warmup_learning_rate", None, "a number"),
+        (EvaluationArguments, "num_tasks", float("nan"), "a whole number"),
+        (AppWorldArguments, "num_servers", float("inf"), "a whole number"),
+    ],
+)
+def test_a_number_of_the_wrong_kind_is_named(arguments, name, value, needed):
+    with pytest.raises(ValueError, match=f"^--{name} must be {needed}; got {value!r}.$"):
+        arguments(**{name: value})
+
+
+def test_numbers_of_the_right_kind_are_taken():
+    BfclArguments(success_reward=1, trained_layers=None, max_user_turns=2, test_tasks=0)
+
+
+def test_an_interface_that_there_is_not_is_named():
+    with pytest.raises(ValueError, match="^--interface must be 'messages' or 'tools'; got 'words'.$"):
+        OpenEnvArguments(interface="words")
 
 
 @pytest.mark.parametrize(("options", "message"), [("{bad", "is not JSON"), ("[1]", "must be a JSON object")])

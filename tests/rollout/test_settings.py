@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import MISSING, fields, replace
 
+import numpy
 import pytest
 from talk import Talk
 
@@ -12,10 +13,8 @@ from seeupo_trl.rollout.settings import RolloutSettings
 
 
 SETTINGS = [field.name for field in fields(RolloutSettings)]
-LIMITS = [
-    *("max_turns", "max_context_length", "max_episode_tokens", "max_concurrent_envs"),
-    *("env_timeout", "max_observation_tokens", "request_timeout"),
-]
+COUNTED = ["max_turns", "max_context_length", "max_episode_tokens", "max_concurrent_envs", "max_observation_tokens"]
+LIMITS = [*COUNTED, "env_timeout", "request_timeout"]
 
 
 def documented(owner, name):
@@ -90,6 +89,33 @@ def test_options_out_of_range_are_refused(options):
         MultiTurnRollout(Talk, **options)
     with pytest.raises(ValueError, match=name):
         SeeUPOConfig("x", use_cpu=True, bf16=False, **options)
+
+
+@pytest.mark.parametrize("value", [math.nan, True, 2.5, "3"], ids=str)
+@pytest.mark.parametrize("name", [*COUNTED, "env_reset_retries"])
+def test_what_is_counted_is_a_whole_number(name, value):
+    with pytest.raises(ValueError, match=f"{name}.* {value!r}"):
+        MultiTurnRollout(Talk, **{name: value})
+    with pytest.raises(ValueError, match=name):
+        SeeUPOConfig("x", use_cpu=True, bf16=False, **{name: value})
+
+
+@pytest.mark.parametrize("value", [math.nan, True, "3"], ids=str)
+@pytest.mark.parametrize("name", ["env_timeout", "request_timeout", "max_env_failure_rate"])
+def test_what_is_measured_is_a_number(name, value):
+    with pytest.raises(ValueError, match=name):
+        RolloutSettings(**{name: value})
+    with pytest.raises(ValueError, match=name):
+        SeeUPOConfig("x", use_cpu=True, bf16=False, **{name: value})
+
+
+@pytest.mark.parametrize("value", [numpy.int64(3), math.inf], ids=str)
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_limit_may_be_a_number_of_numpy_or_none_at_all(name, value):
+    assert getattr(RolloutSettings(**{name: value}), name) == value
+    config = SeeUPOConfig("x", use_cpu=True, bf16=False, **{name: value})
+    assert getattr(RolloutSettings.from_arguments(vars(config)), name) == value
+    config.to_dict()
 
 
 @pytest.mark.parametrize("name", ["env_reset_retries", "max_env_failure_rate"])

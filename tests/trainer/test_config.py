@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import pickle
 import re
 import subprocess
@@ -54,6 +55,11 @@ def test_defaults_warn_about_nothing():
         ({"importance_sampling_level": "word"}, "`importance_sampling_level='word'` is not one of 'sequence'"),
         ({"vllm_importance_sampling_mode": "token"}, "`vllm_importance_sampling_mode='token'` is not one of"),
         ({"max_turns": 0}, "`max_turns` must be at least 1"),
+        ({"max_turns": 2.5}, "`max_turns` must be at least 1 and whole, or `None` for no limit; got 2.5."),
+        ({"max_turn_updates": True}, "`max_turn_updates` must be at least 1 and whole"),
+        ({"max_resampling_rounds": 1.5}, "`max_resampling_rounds` is 1.5; give a whole number"),
+        ({"advantage_clip": math.nan}, "`advantage_clip` is nan, which is not a number"),
+        ({"temperature": math.nan}, "`temperature` is nan, which is not a number"),
         ({"max_turn_updates": 0}, "`max_turn_updates` must be at least 1"),
         ({"max_context_length": -5}, "`max_context_length` must be at least 1"),
         ({"turn_weight_clip": 0.0}, "`turn_weight_clip` must lie between 0 and 1"),

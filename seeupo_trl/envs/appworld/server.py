@@ -259,7 +259,7 @@ class AppWorldServers:
         for name, value in (("num_servers", num_servers), ("execution_timeout", execution_timeout)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; give at least 1.")
-        if request_timeout <= execution_timeout:
+        if not request_timeout > execution_timeout:
             raise ValueError(
                 f"request_timeout is {request_timeout:g}, execution_timeout {execution_timeout}; it must be more, or "
                 "servers are killed before AppWorld interrupts the code."
