@@ -64,6 +64,8 @@ def main(script_args: EvaluationArguments, args: Config, model_args: ModelConfig
     """Evaluate, print the table, and return the metrics."""
     # an episode that ends before the environment can report success has reward 0
     training.set_by_script(args, "success_threshold", 1.0, "BFCL reports success itself")
+    tasks = evaluation_tasks(script_args)
+    training.check_evaluation(args, {script_args.split: tasks})
     state = PartialState()
     model = model_args.model_name_or_path
     if model is None:
@@ -86,7 +88,7 @@ def main(script_args: EvaluationArguments, args: Config, model_args: ModelConfig
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    metrics = trainer.evaluate(evaluation_tasks(script_args))
+    metrics = trainer.evaluate(tasks)
     trainer.save_metrics("eval", metrics, combined=False)
     k = trainer.num_generations_eval
     state.print(f"\n{model} on the {script_args.split} split, {k} attempts at each task\n")

@@ -39,6 +39,7 @@ from seeupo_trl.recipes.parsing import run
 from seeupo_trl.recipes.training import (
     Config,
     ReportingRollout,
+    check_evaluation,
     model_init_kwargs,
     prepare_cpu,
     report_success,
@@ -74,6 +75,7 @@ def main(script_args: AppWorldArguments, training_args: Config, model_args: Mode
     if script_args.held_out_tasks:
         tasks = load_appworld(script_args.held_out_split, root=servers.root)
         held_out[script_args.held_out_split] = tasks.select(range(min(script_args.held_out_tasks, len(tasks))))
+    check_evaluation(training_args, held_out)
     make_environment = partial(
         AppWorldEnvironment,
         servers,

@@ -40,6 +40,7 @@ from seeupo_trl.recipes.smollm2 import smollm2
 from seeupo_trl.recipes.training import (
     Config,
     ReportingRollout,
+    check_evaluation,
     model_init_kwargs,
     prepare_cpu,
     report_success,
@@ -62,6 +63,7 @@ def main(script_args: TextArenaArguments, training_args: Config, model_args: Mod
     if script_args.held_out_tasks:
         first = script_args.train_games
         held_out["held-out"] = games(range(first, first + script_args.held_out_tasks))
+    check_evaluation(training_args, held_out)
 
     # the model
     with PartialState().local_main_process_first():

@@ -178,7 +178,7 @@ def set_by_script(args: TrainingArguments, name: str, value: Any, because: str) 
 
 def check_evaluation(training_args: Config, held_out: dict[str, Dataset]) -> None:
     """
-    What an evaluation would refuse, refused before a warm-up takes its minutes.
+    What an evaluation would refuse, refused before a model is loaded and a warm-up takes its minutes.
 
     Args:
         training_args ([`Config`]):
@@ -192,7 +192,8 @@ def check_evaluation(training_args: Config, held_out: dict[str, Dataset]) -> Non
     """
     args, processes = training_args, PartialState().num_processes
     for tasks in held_out.values():
-        Evaluation(tasks, args.num_generations_eval, args.eval_batch_size, processes, args.seed)
+        k = args.num_generations_eval or args.num_generations
+        Evaluation(tasks, k, args.eval_batch_size, processes, args.seed)
 
 
 def train_and_report(

@@ -118,6 +118,31 @@ def test_a_field_that_a_script_sets_itself_is_refused_when_it_is_given(script, o
         module.main(*parsed)
 
 
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        ("evaluate_bfcl", {"split": "nope"}, "split is 'nope'"),
+        ("evaluate_bfcl", {"categories": "nope"}, "category is 'nope'"),
+        ("evaluate_bfcl", {"protocol": "nope"}, "protocol is 'nope'"),
+        ("evaluate_bfcl", {"per_device_eval_batch_size": "6"}, "does not hold whole groups of 4"),
+        (
+            "train_textarena",
+            {"held_out_tasks": "2", "num_generations": "4", "per_device_eval_batch_size": "6"},
+            "does not hold whole groups of 4",
+        ),
+    ],
+)
+def test_what_cannot_be_played_is_refused_before_the_model_is_loaded(script, options, message, tmp_path):
+    if script == "train_textarena":
+        pytest.importorskip("textarena", reason="pip install textarena")
+    module = importlib.import_module(script)
+    dataclasses = list(typing.get_type_hints(module.main).values())[:3]
+    given = {"output_dir": str(tmp_path), "model_name_or_path": "no/model", "bf16": "false", "use_cpu": "true"}
+    words = [word for name, value in (given | options).items() for word in (f"--{name}", value)]
+    with pytest.raises(ValueError, match=message):
+        module.main(*TrlParser(dataclasses).parse_args_and_config(words))
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("accelerate_configs/*.yaml")), ids=lambda path: path.stem)
 def test_launcher_configuration_names_its_strategy(path):
     # what accelerate itself makes of the file, which refuses keys that it does not know
