@@ -9,8 +9,10 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from itertools import chain
 from typing import Any
 
+from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 
 from .rollout.episode import shorten
@@ -40,6 +42,12 @@ TOOL_LOOP_METHODS = dict.fromkeys(
     "The environments of `environment_factory` are played by SeeUPO's own rollout. Pass `tools=` without an "
     "`environment_factory`, or a `rollout_func`, to play episodes in another way.",
 )
+
+# Methods that SeeUPOTrainer has in place of these classes' own, which are not called.
+REPLACED_METHODS = {
+    GRPOTrainer: ("training_step", "_prepare_inputs", "_get_train_sampler"),
+    Trainer: ("training_step",),
+}
 
 # Methods that are called as in GRPO.
 CALLED_METHODS = {
@@ -159,7 +167,7 @@ def own_methods(base: type) -> OwnMethods:
     The methods that [`check_overrides`] may refuse, of a class and each of its bases as they are now. Those of another
     module than their class were put into it, and are left out.
     """
-    names = REFUSED_METHODS | TOOL_LOOP_METHODS
+    names = {*REFUSED_METHODS, *TOOL_LOOP_METHODS, *chain(*REPLACED_METHODS.values())}
     return {
         owner: {
             name: method
@@ -173,7 +181,7 @@ def own_methods(base: type) -> OwnMethods:
 def check_overrides(trainer: GRPOTrainer, own: OwnMethods, plays_tools: bool) -> None:
     """
     Refuse methods that would never be called: those that a subclass overrides, and those that were put into a trainer
-    or into one of its classes.
+    or into one of its classes. Wrappers that only time a call are among them.
 
     Args:
         trainer ([`~trl.GRPOTrainer`]):
@@ -192,6 +200,13 @@ def check_overrides(trainer: GRPOTrainer, own: OwnMethods, plays_tools: bool) ->
         change = _change_of(name, trainer, own)
         if change is not None:
             raise TypeError(f"{change}, which SeeUPOTrainer does not call in training. {advice}")
+    for owner, names in REPLACED_METHODS.items():
+        for name in names:
+            if vars(owner).get(name) is not own[owner].get(name):
+                raise TypeError(
+                    f"`{name}` of {owner.__name__} was replaced, which SeeUPOTrainer does not call: it has its own. "
+                    f"Put yours into SeeUPOTrainer, or override `{name}` in a subclass of it."
+                )
 
 
 def _change_of(name: str, trainer: GRPOTrainer, own: OwnMethods) -> str | None:

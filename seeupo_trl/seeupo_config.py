@@ -12,8 +12,9 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 from trl import GRPOConfig
 
+from .envs.plain import is_whole
 from .rollout.contexts import HISTORIES
-from .rollout.settings import RolloutSettings, is_limit, is_whole, values_of
+from .rollout.settings import RolloutSettings, is_limit, values_of
 
 
 UPDATE_ORDERS = ("reverse", "forward", "random", "simultaneous")

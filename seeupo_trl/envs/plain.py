@@ -2,6 +2,7 @@
 
 import json
 import math
+import numbers
 import re
 from typing import Any
 
@@ -35,6 +36,16 @@ def real_number(value: Any) -> float:
     if not math.isfinite(number):
         raise ValueError("not a finite real number")
     return number
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, which `True` is not."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, which `True` is not."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def flag(value: Any) -> bool:

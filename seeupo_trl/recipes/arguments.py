@@ -6,16 +6,11 @@ Nothing here needs torch: `seeupo-trl train bfcl --help` comes at once.
 
 import json
 import math
-import numbers
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-
-def is_number(value: Any, kind: type[int] | type[float]) -> bool:
-    """Whether a value is a whole number, or any number; `True` is none."""
-    wanted = numbers.Integral if kind is int else numbers.Real
-    return isinstance(value, wanted) and not isinstance(value, bool)
+from ..envs.plain import is_number, is_whole
 
 
 def _require(arguments: Any, least: float, *names: str) -> None:
@@ -25,11 +20,11 @@ def _require(arguments: Any, least: float, *names: str) -> None:
     """
     hints = get_type_hints(type(arguments))
     for name in names:
-        value, kind = getattr(arguments, name), float if hints[name] is float else int
+        value, counts = getattr(arguments, name), hints[name] is not float
         if value is None and NoneType in get_args(hints[name]):
             continue
-        if not is_number(value, kind):
-            raise ValueError(f"--{name} must be a {'whole ' if kind is int else ''}number; got {value!r}.")
+        if not (is_whole if counts else is_number)(value):
+            raise ValueError(f"--{name} must be a {'whole ' if counts else ''}number; got {value!r}.")
         if not (least <= value and math.isfinite(value)):
             needed = "a finite number" if least == -math.inf else f"at least {least}"
             raise ValueError(f"--{name} must be {needed}; got {value}.")

@@ -13,8 +13,8 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 from transformers import TrainingArguments
 from trl import TrlParser
 
+from ..envs.plain import is_number, is_whole
 from ..plan.settings_file import read_settings
-from .arguments import is_number
 from .mistakes import UsageError, nearest, program, replace_what_cannot_be_printed, reported
 
 
@@ -135,7 +135,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, list) and all(_fits(item, *arguments) for item in value)
     if origin in (int, float):
         # without a limit; NaN is equal to nothing
-        return (is_number(value, origin) and value == value) or value == math.inf
+        is_one = is_whole(value) if origin is int else is_number(value)
+        return (is_one and value == value) or value == math.inf
     if origin is bool:
         return value is None or value in (False, True)
     if origin is str:

@@ -7,11 +7,11 @@ way: in a [`~seeupo_trl.SeeUPOConfig`], which is written and read as JSON, `None
 """
 
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..envs.plain import is_number, is_whole
 from .contexts import History, check_history
 
 
@@ -80,11 +80,11 @@ class RolloutSettings:
                     f"{name} is {getattr(self, name)!r}; give a whole number, at least 1, or math.inf for no limit."
                 )
         for name in ("env_timeout", "request_timeout"):
-            if not _is_number(getattr(self, name)) or not getattr(self, name) > 0:
+            if not is_number(getattr(self, name)) or not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give a positive number of seconds.")
         if not is_whole(self.env_reset_retries) or self.env_reset_retries < 0:
             raise ValueError(f"env_reset_retries is {self.env_reset_retries!r}; give a number of retries, 0 or more.")
-        if not _is_number(self.max_env_failure_rate) or not 0 <= self.max_env_failure_rate <= 1:
+        if not is_number(self.max_env_failure_rate) or not 0 <= self.max_env_failure_rate <= 1:
             raise ValueError(f"max_env_failure_rate is {self.max_env_failure_rate!r}; give a fraction from 0 to 1.")
         _check_list("stop_strings", self.stop_strings, lambda text: isinstance(text, str) and text, "non-empty texts")
         _check_list("stop_token_ids", self.stop_token_ids, lambda token_id: type(token_id) is int, "token ids")
@@ -118,18 +118,9 @@ class RolloutSettings:
         return replace(cls.from_arguments(arguments), **given)
 
 
-def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number, which `True` is not."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
 def is_limit(value: Any) -> bool:
     """Whether a value is the most of what can be counted, or `math.inf` for no limit."""
-    return (is_whole(value) and value >= 1) or (_is_number(value) and value == math.inf)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return (is_whole(value) and value >= 1) or (is_number(value) and value == math.inf)
 
 
 def _check_list(name: str, values: Any, is_allowed: Callable[[Any], Any], what: str) -> None:

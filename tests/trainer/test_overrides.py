@@ -184,6 +184,22 @@ def test_a_loss_that_is_wrapped_is_refused_though_it_names_the_module_of_the_ori
         trainer.train()
 
 
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (GRPOTrainer, "training_step"),
+        (GRPOTrainer, "_prepare_inputs"),
+        (GRPOTrainer, "_get_train_sampler"),
+        (Trainer, "training_step"),
+    ],
+)
+def test_what_is_put_into_a_class_behind_a_method_of_seeupos_own_is_refused(make_of, owner, name, monkeypatch):
+    original = getattr(owner, name)
+    monkeypatch.setattr(owner, name, functools.wraps(original)(lambda *args: original(*args)))
+    with pytest.raises(TypeError, match=f"`{name}` of {owner.__name__} was replaced.*Put yours into SeeUPOTrainer"):
+        make_of(SeeUPOTrainer)
+
+
 def test_a_loss_that_grpo_hides_as_well_is_left_alone(make_of, monkeypatch):
     class LossMixin:
         compute_loss = _compute_loss = other_loss
