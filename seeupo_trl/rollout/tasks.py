@@ -1,15 +1,20 @@
 """The dataset rows and seeds that environments are reset with."""
 
 import json
+import logging
 import random
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from .episode import shorten
+from .observations import without_none
 
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
+
+
+logger = logging.getLogger(__name__)
 
 
 class Tasks:
@@ -23,13 +28,22 @@ class Tasks:
 
     Raises:
         `ValueError`:
-            When different rows have the same prompt.
+            When a row has no prompt, or different rows have the same one.
     """
 
     def __init__(self, rows: Iterable[dict[str, Any]] | None):
         self._by_prompt: dict[str, dict[str, Any]] | None = None if rows is None else {}
+        self._columns: set[str] = set()
+        self._has_warned = False
         for row in rows or ():
-            if self._by_prompt.setdefault(_as_key(row["prompt"]), row) != row:
+            if "prompt" not in row:
+                raise ValueError(
+                    f"A row of `tasks` has no `prompt`, by which it would be found: {shorten(row)}. Give `tasks` the "
+                    "rows of the trainer's dataset with their prompts."
+                )
+            self._columns |= row.keys()
+            first = self._by_prompt.setdefault(_as_key(row["prompt"]), row)
+            if {**first, "prompt": None} != {**row, "prompt": None}:
                 raise ValueError(
                     f"Different rows of `tasks` have the same prompt, so it does not tell them apart: "
                     f"{shorten(row['prompt'])}. Make the prompts different (an extra key in a message is enough)."
@@ -70,7 +84,17 @@ class Tasks:
         """
         if self._by_prompt is None:
             return rows
-        return [{**self._by_prompt.get(_as_key(row.get("prompt")), {}), **row} for row in rows]
+        tasks = [self._by_prompt.get(_as_key(row.get("prompt"))) for row in rows]
+        for row, task in zip(rows, tasks, strict=True):
+            if task is None and self._columns - row.keys() and not self._has_warned:
+                self._has_warned = True
+                logger.warning(
+                    "No row of `tasks` has this prompt: %s. Its environment gets the row of the trainer's dataset, "
+                    "without the columns %s. Said once.",
+                    shorten(row.get("prompt")),
+                    ", ".join(sorted(self._columns - row.keys())),
+                )
+        return [{**(task or {}), **row} for row, task in zip(rows, tasks, strict=True)]
 
 
 def first_episode(trainer: "GRPOTrainer", num_episodes: int) -> int:
@@ -125,7 +149,4 @@ def occasion(trainer: "GRPOTrainer", steps_ahead: int = 0) -> str:
 
 
 def _as_key(prompt: Any) -> str:
-    # Arrow fills keys that only some messages have with None.
-    if isinstance(prompt, list):
-        prompt = [{key: value for key, value in message.items() if value is not None} for message in prompt]
-    return json.dumps(prompt, sort_keys=True)
+    return json.dumps(without_none(prompt), sort_keys=True)

@@ -6,6 +6,7 @@ from datasets import Dataset
 from talk import Talk, row, user
 
 from seeupo_trl.rollout import MultiTurnRollout
+from seeupo_trl.rollout.tasks import Tasks
 
 
 def test_reset_receives_every_column(make_trainer):
@@ -48,6 +49,30 @@ def test_tasks_add_the_columns_that_rows_of_the_trainer_do_not_have(make_trainer
     assert found == {"prompt": prompts[1], "number": 1, "label": "of the trainer"}
 
 
+def test_what_arrow_fills_in_does_not_hide_a_row():
+    def prompt(number):
+        call = {"type": "function", "function": {"name": "f", "arguments": {f"argument {number}": 1}}}
+        return [user(str(number)), {"role": "assistant", "content": "", "tool_calls": [call]}, user("Now?")]
+
+    rows = [{"prompt": prompt(number), "number": number} for number in range(2)]
+    filled = list(Dataset.from_list(rows))
+    assert filled[0]["prompt"] != rows[0]["prompt"]
+    for tasks, asked in ((rows, filled), (filled, rows), (rows + filled, filled)):
+        prompts = [row["prompt"] for row in asked]
+        assert [row["number"] for row in Tasks(tasks).of(prompts)] == [0, 1]
+        assert [row["number"] for row in Tasks(tasks).added_to([{"prompt": p} for p in prompts])] == [0, 1]
+
+
+def test_a_row_of_the_trainer_that_stays_without_the_columns_of_tasks_is_worth_a_warning(caplog):
+    tasks = Tasks([row(number=1)])
+    unheard = {"prompt": [user("unheard")], "replies": []}
+    assert tasks.added_to([{**unheard, "number": 3}]) == [{**unheard, "number": 3}] and not caplog.records
+    for _ in range(2):
+        assert tasks.added_to([unheard]) == [unheard]
+    (record,) = caplog.records
+    assert "unheard" in record.getMessage() and "without the columns number." in record.getMessage()
+
+
 def test_an_environment_cannot_change_the_dataset(make_trainer):
     class Greedy(Talk):
         def reset(self, replies, **task):
@@ -78,6 +103,11 @@ def test_one_prompt_for_different_rows_is_an_error():
     with pytest.raises(ValueError, match="Different rows of `tasks` have the same prompt"):
         MultiTurnRollout(Talk, tasks=rows)
     MultiTurnRollout(Talk, tasks=[rows[0], dict(rows[0])])
+
+
+def test_tasks_without_prompts_are_refused():
+    with pytest.raises(ValueError, match="A row of `tasks` has no `prompt`.*answer"):
+        MultiTurnRollout(Talk, tasks=Dataset.from_list([{"answer": 1}]))
 
 
 @pytest.mark.parametrize("option", ["max_turns", "max_context_length"])
