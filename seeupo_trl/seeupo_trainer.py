@@ -224,7 +224,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
                 optimizers=optimizers,
                 quantization_config=quantization_config,
                 peft_config=peft_config,
-                tools=tools and [readable_tool(tool) for tool in tools],
+                tools=tools and [readable_tool(tool, lambda: self._is_vlm) for tool in tools],
                 rollout_func=rollout.rollout_func,
                 environment_factory=rollout.environment_factory,
             )

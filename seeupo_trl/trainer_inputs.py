@@ -16,7 +16,7 @@ from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from transformers.trainer_utils import SchedulerType
 from trl.data_utils import is_conversational
 
-from .envs.tools import content_of
+from .envs.tools import content_of, text_content_of
 from .rollout import MultiTurnRollout, environment_reward
 from .rollout.checks import checked_rollout
 from .rollout.observations import mended, plain_message
@@ -98,25 +98,31 @@ def choose_rollout(
     return Rollout()
 
 
-def readable_tool(tool: Callable) -> Callable:
+def readable_tool(tool: Callable, reads_images: Callable[[], bool]) -> Callable:
     """
     A tool for TRL's own loop, whose results any policy can read as those of an environment's tools: a list is JSON,
-    all text can be encoded, and a result without text is an error of the call and not the end of the run.
+    one of texts in parts is one text where the policy reads text only, all text can be encoded, and a result without
+    text is an error of the call and not the end of the run.
 
     Args:
         tool (`Callable`):
             A function or a coroutine function. A callable object is left as it is.
+        reads_images (`Callable[[], bool]`):
+            Whether the policy reads images, too, asked when the tool was called.
     """
     if not inspect.isroutine(tool):
         return tool
 
+    def readable(result: Any) -> str | list:
+        return mended(content_of(result) if reads_images() else text_content_of(result))
+
     @wraps(tool)
     def call(*args, **kwargs):
-        return mended(content_of(tool(*args, **kwargs)))
+        return readable(tool(*args, **kwargs))
 
     @wraps(tool)
     async def call_later(*args, **kwargs):
-        return mended(content_of(await tool(*args, **kwargs)))
+        return readable(await tool(*args, **kwargs))
 
     return call_later if inspect.iscoroutinefunction(tool) else call
 

@@ -207,9 +207,44 @@ def content_of(result: Any) -> str | list:
     """
     if not isinstance(result, list):
         return str(result)
-    if result and all(_is_text(part) or _is_image(part) for part in result):
-        return result
-    return json.dumps(result, ensure_ascii=False, default=str)
+    return result if is_in_parts(result) and all(map(_is_filled, result)) else _json_of(result)
+
+
+def text_content_of(result: Any) -> str:
+    """What a tool returned, for a policy that reads text only: parts that are texts as one, images as JSON."""
+    content = content_of(result)
+    if isinstance(content, str):
+        return content
+    if any(map(_is_image, content)):
+        _warn_of_images()
+        return _json_of(content)
+    return "".join(part["text"] for part in content)
+
+
+def _json_of(result: list) -> str:
+    try:
+        return json.dumps(result, ensure_ascii=False, default=_plain)
+    except (TypeError, ValueError):  # keys that are no texts, a list that holds itself
+        return str(result)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and arrays of any library as Python's own, any other object as its text."""
+    as_list = getattr(value, "tolist", None)
+    return as_list() if callable(as_list) else str(value)
+
+
+@cache
+def _warn_of_images() -> None:
+    logger.warning(
+        "A tool returned an image, but the policy reads text only, and gets the result as JSON. With a "
+        "vision-language model, give its processor as `processing_class`."
+    )
+
+
+def is_in_parts(content: list) -> bool:
+    """Whether a list is a content in parts (texts, images), and not data."""
+    return bool(content) and all(_is_text(part) or _is_image(part) for part in content)
 
 
 def _is_text(part: Any) -> bool:
@@ -218,6 +253,11 @@ def _is_text(part: Any) -> bool:
 
 def _is_image(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") in ("image", "image_url") and part["type"] in part
+
+
+def _is_filled(part: dict[str, Any]) -> bool:
+    """Rows of data may have a `type`, too, and a text that is missing or a number."""
+    return isinstance(part["text"], str) if _is_text(part) else part[part["type"]] is not None
 
 
 # What is said where something works in the main thread only, or in the thread that made it; and by which package.

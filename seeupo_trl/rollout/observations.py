@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..envs.base import Observation, StepResult
 from ..envs.plain import flag, real_number
-from ..envs.tools import TEXT_TYPES, content_of
+from ..envs.tools import TEXT_TYPES, content_of, is_in_parts
 
 
 Message = dict[str, Any]
@@ -110,9 +110,7 @@ def _check_messages(messages: Any) -> list[Message]:
         if content is not None and not isinstance(content, (str, list)):
             raise TypeError(f"The content of a message must be a text; got {_brief(content)}.")
         if isinstance(content, list):
-            content = content_of(content)
-        if isinstance(content, list):
-            content = [_text_part(part) for part in content]
+            content = list(map(_text_part, content)) if is_in_parts(content) else content_of(content)
         checked.append(mended(copied(plain_message({**message, "content": content}))))
     return checked
 

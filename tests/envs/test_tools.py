@@ -3,6 +3,7 @@
 import asyncio
 import math
 import sys
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -23,6 +24,12 @@ RESULTS = {
     "typed data": [{"type": "flight", "price": 3}, {"type": "text", "text": None}],
     "parts and data": [{"type": "text", "text": "alpha"}, {"type": "image", "path": "a.png"}],
     "dict": {"a": 1},
+    "data with null text": [{"type": "text", "text": "alpha"}, {"type": "text", "text": None}],
+    "data with numbers as text": [{"type": "text", "text": 5}],
+    "data without images": [{"type": "image", "image": None, "name": "a.png"}],
+    "numbers of numpy": [np.int64(3), np.float32(1.5), np.bool_(True), np.arange(2), {"a": np.int64(4)}],
+    "keys that are no texts": [{(1, 2): "alpha"}],
+    "object in a list": [Fraction(1, 2)],
     "huge": 10**5000,
     "huge in a list": [10**5000],
     "object": Unprintable(),
@@ -77,6 +84,16 @@ def environment():
         ("parts", [{"type": "text", "text": "alpha"}], 0),
         ("typed data", '[{"type": "flight", "price": 3}, {"type": "text", "text": null}]', 0),
         ("parts and data", '[{"type": "text", "text": "alpha"}, {"type": "image", "path": "a.png"}]', 0),
+        (
+            "data with null text",
+            '[{"type": "text", "text": "alpha"}, {"type": "text", "text": null}]',
+            0,
+        ),
+        ("data with numbers as text", '[{"type": "text", "text": 5}]', 0),
+        ("data without images", '[{"type": "image", "image": null, "name": "a.png"}]', 0),
+        ("numbers of numpy", '[3, 1.5, true, [0, 1], {"a": 4}]', 0),
+        ("keys that are no texts", "[{(1, 2): 'alpha'}]", 0),
+        ("object in a list", '["1/2"]', 0),
         ("dict", "{'a': 1}", 0),
         ("huge", "{'error': 'Exceeds the limit (4300 digits) for integer string conversion", 1),
         ("huge in a list", "{'error': 'Exceeds the limit (4300 digits) for integer string conversion", 1),

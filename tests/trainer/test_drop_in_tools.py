@@ -21,6 +21,8 @@ from tool_calls import (
     save_calling_model,
 )
 
+from seeupo_trl.trainer_inputs import readable_tool
+
 
 def look() -> str:
     """Looks around."""
@@ -185,10 +187,13 @@ class TestToolsAndEnvironments:
         [
             (["w1", "w2"], '["w1", "w2"]'),
             ([{"type": "w1"}], '[{"type": "w1"}]'),
+            ([{"type": "text", "text": "w1"}, {"type": "input_text", "text": "w2"}], "w1w2"),
+            ([{"type": "text", "text": None}], '[{"type": "text", "text": null}]'),
+            ([{"type": "image", "image": "w1"}], '[{"type": "image", "image": "w1"}]'),
             ("\ud83d", "?"),
             (10**5000, "{'error"),
         ],
-        ids=["list", "list of dicts", "surrogate", "huge"],
+        ids=["list", "list of dicts", "parts", "data with a type", "image", "surrogate", "huge"],
     )
     def test_whatever_a_plain_tool_returns_is_read(self, make_agent, result, read, is_async):
         def look() -> str:
@@ -211,6 +216,10 @@ class TestToolsAndEnvironments:
         trainer = make_agent(args, tools=tools, reward_funcs=watching)
         trainer.train()
         assert contents and all(content.startswith(read) for content in contents)
+
+    def test_a_policy_that_sees_gets_a_plain_tools_parts(self):
+        parts = [{"type": "text", "text": "w1"}, {"type": "image", "image": "w1"}]
+        assert readable_tool(lambda: parts, lambda: True)() == parts
 
     def test_an_environment_of_tools_owns_data_and_reward(self, make_agent):
         trainer = make_agent(
