@@ -140,10 +140,11 @@ class MultiTurnEnvironment(ABC):
         Args:
             message (`dict`):
                 The assistant message, parsed from the generated tokens: `role` (`"assistant"`), `content` (`str`,
-                maybe empty), and where the model's chat format has them `reasoning_content` (`str`) and `tool_calls`,
-                a list of `{"type": "function", "function": {"name": str, "arguments": dict}}`. Arguments come from
-                the model: they may be of any type and hold anything, nested 256 levels deep at most. A response that
-                could not be parsed has its whole text in `content`, no `tool_calls`, and `"parse_error": True`.
+                maybe empty), and where the model's chat format has them `reasoning_content` (`str`; for gpt-oss and
+                LFM2.5 also under the template's name, `thinking`) and `tool_calls`, a list of
+                `{"type": "function", "function": {"name": str, "arguments": dict}}`. Arguments come from the model:
+                they may be of any type and hold anything, nested 256 levels deep at most. A response that could not be
+                parsed has its whole text in `content`, no `tool_calls`, and `"parse_error": True`.
 
         Returns:
             [`StepResult`]: the reply.

@@ -39,6 +39,8 @@ REMEMBERED_RENDERINGS = 64
 ATTEMPTS = 3  # of comparing two renderings that may have seen different times
 # Tokens that may hold the head of the policy's message: few, which come again, or more than templates write behind it.
 TAIL_LENGTHS = (6, 32)
+# Where a message has its reasoning: under the first name, and under what the template calls it (gpt-oss, LFM2.5).
+REASONING = ("reasoning_content", "thinking")
 
 Message = dict[str, Any]
 
@@ -152,10 +154,14 @@ class ChatFormat:
         if action_ids[-1] in self.eos_token_ids and action_ids[-1] != self.tokenizer.eos_token_id:
             action_ids = action_ids[:-1]  # the parsers know the tokenizer's own end-of-sequence token only
         message = mended(self._parsed(action_ids, context_ids, tools))
-        if "reasoning_content" in message and action_ids[-1:] == [self.tokenizer.eos_token_id]:
+        names = [name for name in REASONING if isinstance(message.get(name), str)]
+        if not names:
+            return message
+        reasoning = message[names[0]]
+        if action_ids[-1:] == [self.tokenizer.eos_token_id]:
             # that of reasoning which does not end is in it
-            message["reasoning_content"] = message["reasoning_content"].removesuffix(self.tokenizer.eos_token)
-        return message
+            reasoning = reasoning.removesuffix(self.tokenizer.eos_token)
+        return {**message, REASONING[0]: reasoning, **dict.fromkeys(names, reasoning)}
 
     def _parsed(self, action_ids: list[int], context_ids: list[int], tools: list[dict] | None) -> Message:
         if self._parser is None or not action_ids:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from .chat_format import REASONING
 from .settings import RolloutSettings
 
 
@@ -125,7 +126,7 @@ class TurnEnds:
 
     def trimmed(self, message: Message) -> Message:
         """A message whose text ends with its stop string: the token that completed it may hold more than that."""
-        for name in ("content", "reasoning_content"):
+        for name in ("content", *REASONING):
             text = message.get(name)
             if isinstance(text, str):
                 ends = [text.index(string) + len(string) for string in self.strings if string in text]

@@ -240,3 +240,23 @@ def test_reasoning_that_does_not_end_is_without_the_end_of_the_message():
     action = chat.tokenizer("<think>\nabc<|im_end|>")["input_ids"]
     message = chat.parse(action, chat.render(Observation([user("Begin.")])), None)
     assert message["reasoning_content"] == "abc" and message["content"] == ""
+
+
+ANALYSIS = "<|channel|>analysis<|message|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "response", "content"),
+    [
+        ("gptoss", f"{ANALYSIS}abc<|end|><|start|>assistant<|channel|>final<|message|>d<|im_end|>", "d"),
+        ("gptoss", f"{ANALYSIS}abc<|im_end|>", ""),
+        ("lfm2_2_5_v2", "<think>abc</think>d<|im_end|>", "d"),
+        ("lfm2_2_5", "<think>abc<|im_end|>", ""),
+    ],
+    ids=["gpt-oss", "gpt-oss, no end", "LFM2.5", "LFM2.5, no end"],
+)
+def test_reasoning_has_one_name_beside_that_of_the_template(template, response, content):
+    chat = make_chat(template)
+    context = chat.render(Observation([user("Begin.")]))
+    message = chat.parse(chat.tokenizer(response)["input_ids"], context, None)
+    assert message["reasoning_content"] == message["thinking"] == "abc" and message["content"] == content

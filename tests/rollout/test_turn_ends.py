@@ -159,6 +159,8 @@ def test_a_message_ends_with_its_stop_string():
     tokenizer = byte_tokenizer("qwen2_5")
     ends = TurnEnds(tokenizer, [tokenizer.eos_token_id], strings=["</search>"])
     assert ends.trimmed({"role": "assistant", "content": "a</search>\n\n"})["content"] == "a</search>"
+    reasoning = {"reasoning_content": "b</search>\n", "thinking": "b</search>\n"}
+    assert set(ends.trimmed(reasoning).values()) == {"b</search>"}
     assert ends.trimmed({"role": "assistant", "content": None}) == {"role": "assistant", "content": None}
 
 
