@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..rollout.observations import mended
+from .as_json import text_of
+
 
 logger = logging.getLogger(__name__)
 
@@ -56,5 +59,5 @@ def numbers_in(info: dict[str, Any]) -> dict[str, float]:
             except (OverflowError, TypeError, RuntimeError):  # too large an integer, a complex tensor
                 continue
             if math.isfinite(number):
-                numbers[str(name)] = number
+                numbers[mended(text_of(name))] = number
     return numbers

@@ -13,7 +13,9 @@ from datasets.fingerprint import Hasher
 
 from ..envs.base import ENVIRONMENT_FAULTS
 from ..envs.plain import real_number
+from ..rollout.observations import mended
 from ..trajectory import Trajectory
+from .as_json import text_of
 from .info_metrics import numbers_in
 
 
@@ -125,7 +127,7 @@ def describe_outcomes(
                 index=first_index + offset,
                 group=(first_index + offset) // group_size,
                 task=task_of(row),
-                category=next((str(category) for category in categories if _is_name(category)), None),
+                category=next((mended(text_of(category)) for category in categories if _is_name(category)), None),
                 turns=len(trajectory.turns),
                 stop_reason=None if trajectory.stop_reason is None else str(trajectory.stop_reason),
                 success=success,

@@ -154,6 +154,7 @@ def test_a_category_is_a_text_or_a_whole_number(value):
 
     assert category({"id": 7, "category": value}) is None
     assert category({"id": 7, "category": 3}) == "3"
+    assert category({"id": 7}, category="a\ud83db") == "a?b"
     assert category({"id": 7, "category": "row"}, category=value) == "row"
 
 

@@ -12,7 +12,7 @@ from tiny import ON_CPU, load_tiny_model, tiny_tokenizer
 
 from seeupo_trl import MultiTurnRollout, SeeUPOConfig, SeeUPOTrainer, StepResult, environment_reward
 from seeupo_trl.envs import StopReason
-from seeupo_trl.evaluation.info_metrics import InfoMetrics
+from seeupo_trl.evaluation.info_metrics import InfoMetrics, numbers_in
 
 
 METRICS_PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -258,6 +258,10 @@ def test_numbers_in_info_are_metrics(make_trainer):
     assert all(log["info/success"] == 1 and log["info/left"] >= 0 for log in logs)
     assert not {"info/words", "info/nan"} & set(logs[0])
     assert trainer.evaluate()["eval_info/success"] == 1
+
+
+def test_the_name_of_a_number_can_be_encoded():
+    assert numbers_in({"a\ud83db": 1, 10**5000: 2}) == {"a?b": 1.0, "int without text": 2.0}
 
 
 def test_no_more_than_32_numbers_are_logged(caplog):
