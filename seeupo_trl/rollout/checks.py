@@ -1,6 +1,7 @@
 """What a rollout function returned is made safe for TRL, or refused with a clear error."""
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from trl import GRPOTrainer
 
 from ..trajectory import Trajectory
+from .episode import shorten
 
 
 _LISTS = ("prompt_ids", "completion_ids", "logprobs", "env_mask")
@@ -47,6 +49,8 @@ def checked_rollout(rollout_func: Callable, prompts: list, trainer: GRPOTrainer)
         if values is not None and name in _LISTS:
             output[name] = [_as_list(row) for row in values]
     _check_tokens(output["prompt_ids"], output["completion_ids"], output.get("env_mask"))
+    for index, logps in enumerate(output["logprobs"] or []):
+        _check_logps(f"`logprobs` of sample {index}", logps, output["completion_ids"][index])
     _check_turns(output.get("trajectories") or [])
     if not all(output["completion_ids"]):
         output = _fill_empty_completions(output, trainer._tokenizer.pad_token_id)
@@ -57,7 +61,7 @@ def _as_list(row: Any) -> list:
     """A row of tokens or log-probabilities, which may be an array, a tensor or a tuple."""
     if isinstance(row, np.ndarray | torch.Tensor):
         return row.tolist()
-    return row if isinstance(row, list) else list(row)
+    return row if row is None or isinstance(row, list) else list(row)
 
 
 def _check_tokens(
@@ -74,6 +78,32 @@ def _check_tokens(
                 f"`rollout_func` returned an `env_mask` of {len(env_mask[index])} values for the {len(completion)} "
                 f"completion tokens of sample {index}; need one value (1 model, 0 environment) for each token."
             )
+        others = [] if env_mask is None else [value for value in env_mask[index] if value not in (0, 1)]
+        if others:
+            raise ValueError(
+                f"`rollout_func` returned an `env_mask` with the value {shorten(others[0])} for sample {index}; a "
+                "token is the model's (1) or the environment's (0)."
+            )
+
+
+def _check_logps(name: str, logps: list[float | None] | None, token_ids: list[int]) -> None:
+    logps = logps or []
+    if len(logps) != len(token_ids):
+        raise ValueError(
+            f"`rollout_func` returned {name} with {len(logps)} values for {len(token_ids)} tokens; need one for each "
+            "(anything for tokens of the environment), or None in place of all."
+        )
+    others = [logp for logp in logps if not _is_number(logp)]
+    if others:
+        raise ValueError(
+            f"`rollout_func` returned {name} with the value {shorten(others[0])}; need a number for each token, that "
+            "of the token which was sampled."
+        )
+
+
+def _is_number(logp: Any) -> bool:
+    # vLLM gives None for NaN
+    return logp is None or isinstance(logp, Real) or (isinstance(logp, torch.Tensor) and logp.ndim == 0)
 
 
 def _check_turns(trajectories: list[Trajectory]) -> None:
@@ -88,6 +118,9 @@ def _check_turns(trajectories: list[Trajectory]) -> None:
             turn.context_ids, turn.action_ids = _as_list(turn.context_ids), _as_list(turn.action_ids)
             if turn.sampling_logps is not None:
                 turn.sampling_logps = _as_list(turn.sampling_logps)
+                _check_logps(
+                    f"`sampling_logps` of turn {number} of trajectory {index}", turn.sampling_logps, turn.action_ids
+                )
             for name, tokens in (("action", turn.action_ids), ("context", turn.context_ids)):
                 if not tokens:
                     raise ValueError(
