@@ -130,7 +130,11 @@ class ChatFormat:
 
     def _difference(self, messages: list[Message], chat_template: str | None, ends_message: bool = False) -> list[int]:
         dialogue = [DUMMY_QUESTION, _answer_before(messages)]
-        before = self._tokenize_once(dialogue, chat_template)
+        try:
+            before = self._tokenize_once(dialogue, chat_template)
+        except TemplateError:  # Llama 3.1 takes one call in a message, and any number of results
+            dialogue = [DUMMY_QUESTION, _answer_before(messages[:1])]
+            before = self._tokenize_once(dialogue, chat_template)
         for _ in range(ATTEMPTS):
             after = self._tokenize([*dialogue, *messages], chat_template, add_generation_prompt=True)
             shared = shared_length(before, after)

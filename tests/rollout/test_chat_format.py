@@ -170,6 +170,14 @@ def test_calls_have_the_ids_that_the_environment_gave():
     )
 
 
+@pytest.mark.parametrize("template", ["llama3_1", "llama3_2"])
+def test_results_with_ids_may_follow_where_the_template_takes_one_call_in_a_message(template):
+    chat = make_chat(template)
+    results = [{**result(text), "tool_call_id": text} for text in ("first", "second")]
+    suffix, alone = (chat.tokenizer.decode(chat.render_suffix(some, 0)) for some in (results, results[1:]))
+    assert "first" in suffix and suffix.endswith(alone)
+
+
 def test_what_the_policy_writes_can_be_encoded():
     chat = make_chat("qwen2_5")
     call = '<tool_call>\n{"name": "look", "arguments": {"thing": "\\ud83d"}}\n</tool_call><|im_end|>'
