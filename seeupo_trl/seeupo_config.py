@@ -594,7 +594,7 @@ class SeeUPOConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and not is_limit(value):
                 raise ValueError(f"`{name}` must be at least 1 and whole, or `None` for no limit; got {value!r}.")
-        RolloutSettings.from_arguments(values_of(self))
+        RolloutSettings.from_arguments(self)
         rounds = self.max_resampling_rounds
         if not is_whole(rounds) or rounds < 1:
             raise ValueError(

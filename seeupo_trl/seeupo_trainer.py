@@ -66,7 +66,7 @@ from .rollout.checks import checked_rollout
 from .rollout.parsing import BoundedParser
 from .rollout.sampler import Sampler
 from .rollout.samplers import sampler_of_backend
-from .rollout.settings import RolloutSettings, values_of
+from .rollout.settings import RolloutSettings
 from .rollout.tasks import first_episode
 from .rollout.trl_environments import ToolRollout
 from .rollout.turn_ends import TurnEnds, replaced
@@ -554,7 +554,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         return completion_ids, logprobs
 
     def _turn_ends(self) -> TurnEnds:
-        return TurnEnds.of(RolloutSettings.from_arguments(values_of(self.args)), self, self._tokenizer)
+        return TurnEnds.of(RolloutSettings.from_arguments(self.args), self, self._tokenizer)
 
     def _take_rewards(self, calculate_rewards: Callable[..., torch.Tensor], *args, **kwargs) -> torch.Tensor:
         """Calls `_calculate_rewards`, and keeps its rewards but for those of episodes whose environment failed."""

@@ -28,7 +28,7 @@ from .contexts import History
 from .limits import EpisodeLimits
 from .message_environments import MessageEnvironments
 from .schedule import play
-from .settings import RolloutSettings, values_of
+from .settings import RolloutSettings
 from .tasks import Tasks
 
 
@@ -188,7 +188,7 @@ class MultiTurnRollout:
 
     def __call__(self, prompts: list[Any], trainer: "GRPOTrainer") -> dict[str, list[Any] | None]:
         rows = getattr(trainer, "rollout_inputs", None)  # set by SeeUPOTrainer only
-        history = RolloutSettings.of(self._options, values_of(trainer.args)).history
+        history = RolloutSettings.of(self._options, trainer.args).history
         if rows is None and history != "append":
             raise ValueError(
                 f"history={history!r} rewrites contexts, and {type(trainer).__name__} trains on an "
@@ -212,7 +212,7 @@ class MultiTurnRollout:
                 1 for the batch of the iteration after the one that the trainer is at, which may be played in another
                 thread.
         """
-        settings = RolloutSettings.of(self._options, values_of(trainer.args))
+        settings = RolloutSettings.of(self._options, trainer.args)
         chat = self._chats.of(trainer, in_thread=bool(steps_ahead))
         limits = EpisodeLimits.of(settings, trainer)
         batch = RolloutBatch(self._environments, settings, limits, chat, trainer, steps_ahead)

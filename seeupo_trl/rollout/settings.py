@@ -90,29 +90,30 @@ class RolloutSettings:
         _check_list("stop_token_ids", self.stop_token_ids, lambda token_id: type(token_id) is int, "token ids")
 
     @classmethod
-    def from_arguments(cls, arguments: dict[str, Any]) -> "RolloutSettings":
+    def from_arguments(cls, arguments: Any) -> "RolloutSettings":
         """
         The settings among a trainer's arguments, in which `None` is no limit; defaults for those it has not.
 
         Args:
-            arguments (`dict`):
-                The trainer's arguments by name. A stock GRPOConfig has none of the settings, a
-                [`~seeupo_trl.SeeUPOConfig`] all.
+            arguments ([`~trl.GRPOConfig`]):
+                The trainer's arguments. A stock GRPOConfig has none of the settings, a [`~seeupo_trl.SeeUPOConfig`]
+                all.
         """
-        values = {name: arguments[name] for name in cls.__dataclass_fields__.keys() & arguments.keys()}
+        held = values_of(arguments)
+        values = {name: held[name] for name in cls.__dataclass_fields__.keys() & held.keys()}
         lists = {name: values.pop(name) or () for name in ("stop_strings", "stop_token_ids") if name in values}
         return cls(**lists, **{name: math.inf if value is None else value for name, value in values.items()})
 
     @classmethod
-    def of(cls, options: dict[str, Any], arguments: dict[str, Any]) -> "RolloutSettings":
+    def of(cls, options: dict[str, Any], arguments: Any) -> "RolloutSettings":
         """
         The settings in force.
 
         Args:
             options (`dict`):
                 Options of the rollout by name; `None` is as the trainer says.
-            arguments (`dict`):
-                The trainer's arguments by name.
+            arguments ([`~trl.GRPOConfig`]):
+                The trainer's arguments.
         """
         given = {name: value for name, value in options.items() if value is not None}
         return replace(cls.from_arguments(arguments), **given)

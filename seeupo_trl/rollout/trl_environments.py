@@ -30,7 +30,7 @@ from .limits import EpisodeLimits
 from .lock_step import call
 from .observations import copied
 from .schedule import play
-from .settings import RolloutSettings, values_of
+from .settings import RolloutSettings
 
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class ToolRollout:
 
     def prepare(self, rows: list[dict[str, Any]], trainer: "GRPOTrainer", steps_ahead: int = 0) -> "ToolBatch":
         """A batch that is ready to be played, as that of [`MultiTurnRollout`]. A collective operation."""
-        settings = RolloutSettings.from_arguments(values_of(trainer.args))
+        settings = RolloutSettings.from_arguments(trainer.args)
         limits = replace(
             EpisodeLimits.of(settings, trainer),
             max_turns=math.inf,

@@ -30,7 +30,7 @@ def written(value):
 
 
 def test_the_configuration_and_the_rollout_have_the_same_defaults():
-    arguments = vars(SeeUPOConfig("x", use_cpu=True, bf16=False))
+    arguments = SeeUPOConfig("x", use_cpu=True, bf16=False)
     assert RolloutSettings.from_arguments(arguments) == RolloutSettings()
 
 
@@ -48,30 +48,28 @@ def test_docstrings_give_the_defaults_of_the_code(name):
 @pytest.mark.parametrize("name", LIMITS)
 def test_none_is_no_limit_in_the_configuration(name):
     config = SeeUPOConfig("x", use_cpu=True, bf16=False, **{name: None})
-    assert getattr(RolloutSettings.from_arguments(vars(config)), name) == math.inf
+    assert getattr(RolloutSettings.from_arguments(config), name) == math.inf
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_none_is_as_the_trainer_says_in_a_rollout(name):
-    arguments = vars(
-        SeeUPOConfig(
-            "x",
-            use_cpu=True,
-            bf16=False,
-            history="strip_reasoning",
-            max_turns=3,
-            max_context_length=300,
-            max_episode_tokens=200,
-            max_concurrent_envs=5,
-            env_timeout=None,
-            env_reset_retries=7,
-            max_env_failure_rate=0.1,
-            max_observation_tokens=None,
-            stop_strings=["</a>"],
-            stop_token_ids=[3],
-            lock_step_rollouts=True,
-            request_timeout=None,
-        )
+    arguments = SeeUPOConfig(
+        "x",
+        use_cpu=True,
+        bf16=False,
+        history="strip_reasoning",
+        max_turns=3,
+        max_context_length=300,
+        max_episode_tokens=200,
+        max_concurrent_envs=5,
+        env_timeout=None,
+        env_reset_retries=7,
+        max_env_failure_rate=0.1,
+        max_observation_tokens=None,
+        stop_strings=["</a>"],
+        stop_token_ids=[3],
+        lock_step_rollouts=True,
+        request_timeout=None,
     )
     said, default = RolloutSettings.from_arguments(arguments), getattr(RolloutSettings(), name)
     assert getattr(said, name) != default
@@ -114,7 +112,7 @@ def test_what_is_measured_is_a_number(name, value):
 def test_a_limit_may_be_a_number_of_numpy_or_none_at_all(name, value):
     assert getattr(RolloutSettings(**{name: value}), name) == value
     config = SeeUPOConfig("x", use_cpu=True, bf16=False, **{name: value})
-    assert getattr(RolloutSettings.from_arguments(vars(config)), name) == value
+    assert getattr(RolloutSettings.from_arguments(config), name) == value
     config.to_dict()
 
 
