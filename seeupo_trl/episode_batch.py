@@ -257,7 +257,7 @@ def _row_of(trajectory: Trajectory, is_left_out: bool, filler_id: int) -> dict[s
         "completion_ids": sequence["completion_ids"],
         "completion_mask": [int(not is_left_out)] * len(sequence["completion_ids"]),
         "tool_mask": sequence["env_mask"],
-        "sampling_per_token_logps": sequence["logprobs"],
+        "sampling_per_token_logps": [torch.nan if logp is None else logp for logp in sequence["logprobs"]],
     }
 
 

@@ -164,18 +164,29 @@ OwnMethods = dict[type, dict[str, Any]]
 
 def own_methods(base: type) -> OwnMethods:
     """
-    The methods that [`check_overrides`] may refuse, of a class and each of its bases as they are now. Those of another
-    module than their class were put into it, and are left out.
+    The methods that [`check_overrides`] may refuse, of a class and each of its bases as they are now. Those that were
+    put into a class before are left out.
     """
     names = {*REFUSED_METHODS, *TOOL_LOOP_METHODS, *chain(*REPLACED_METHODS.values())}
     return {
-        owner: {
-            name: method
-            for name, method in vars(owner).items()
-            if name in names and getattr(method, "__module__", None) == owner.__module__
-        }
+        owner: {name: method for name, method in vars(owner).items() if name in names and _is_own(method, owner)}
         for owner in base.__mro__
     }
+
+
+def _is_own(method: Any, owner: type) -> bool:
+    """
+    Whether a method is of its class's library, with all that is wrapped around it. `functools.wraps` copies the
+    `__module__`; in which module a function was written, its globals say.
+    """
+    libraries = {owner.__module__.partition(".")[0], "trl", "transformers", "accelerate", "torch"}
+    while method is not None:
+        function = getattr(method, "__func__", method)  # of a static or a class method
+        written_in = getattr(function, "__globals__", {}).get("__name__", "")
+        if written_in.partition(".")[0] not in libraries:
+            return False
+        method = getattr(method, "__wrapped__", None)
+    return True
 
 
 def check_overrides(trainer: GRPOTrainer, own: OwnMethods, plays_tools: bool) -> None:
@@ -200,12 +211,15 @@ def check_overrides(trainer: GRPOTrainer, own: OwnMethods, plays_tools: bool) ->
         change = _change_of(name, trainer, own)
         if change is not None:
             raise TypeError(f"{change}, which SeeUPOTrainer does not call in training. {advice}")
-    for owner, names in REPLACED_METHODS.items():
+    classes = type(trainer).__mro__
+    # a mixin that stands behind Trainer is not called in GRPO either
+    for owner in classes[classes.index(next(iter(own))) : classes.index(Trainer) + 1]:
+        names = REPLACED_METHODS.get(owner, ()) if owner in own else REPLACED_METHODS[Trainer]
         for name in names:
-            if vars(owner).get(name) is not own[owner].get(name):
+            if vars(owner).get(name) is not own.get(owner, {}).get(name):
                 raise TypeError(
-                    f"`{name}` of {owner.__name__} was replaced, which SeeUPOTrainer does not call: it has its own. "
-                    f"Put yours into SeeUPOTrainer, or override `{name}` in a subclass of it."
+                    f"`{name}` of {owner.__name__} is not called by SeeUPOTrainer, which has its own. Put yours into "
+                    f"SeeUPOTrainer, or override `{name}` in a subclass of it or in a mixin that stands before it."
                 )
 
 

@@ -14,7 +14,7 @@ from trl import GRPOConfig
 
 from .envs.plain import is_whole
 from .rollout.contexts import HISTORIES
-from .rollout.settings import RolloutSettings, is_limit, values_of
+from .rollout.settings import RolloutSettings, as_limit, is_limit, values_of
 
 
 UPDATE_ORDERS = ("reverse", "forward", "random", "simultaneous")
@@ -592,8 +592,11 @@ class SeeUPOConfig(GRPOConfig):
         limits = ("max_turn_updates", "max_turns", "max_context_length", "max_tokens_per_microbatch")
         for name in (*limits, "max_episode_tokens", "max_concurrent_envs", "max_observation_tokens"):
             value = getattr(self, name)
-            if value is not None and not is_limit(value):
+            if value is None:
+                continue
+            if not is_limit(value):
                 raise ValueError(f"`{name}` must be at least 1 and whole, or `None` for no limit; got {value!r}.")
+            setattr(self, name, as_limit(value))
         RolloutSettings.from_arguments(self)
         rounds = self.max_resampling_rounds
         if not is_whole(rounds) or rounds < 1:

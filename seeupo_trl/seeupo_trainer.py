@@ -21,7 +21,7 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id
@@ -89,6 +89,7 @@ from .trainer_inputs import (
     distinct_names,
     placeholder_dataset,
     readable_tool,
+    with_environment_processor,
     with_environment_reward,
     with_plain_prompt,
 )
@@ -204,10 +205,13 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         trainer_args = arguments_for_trl(args, uses_tools=bool(tools or rollout.environment_factory))
         if rollout.brings_reward:
             reward_funcs = with_environment_reward(reward_funcs, trainer_args, rollout_func is not None)
+            reward_processing_classes = with_environment_processor(reward_processing_classes, reward_funcs)
             train_dataset = placeholder_dataset(args) if train_dataset is None else train_dataset
         check_rollouts_ahead(args, rollout, train_dataset)
         check_optimizer(optimizers[0])
-        check_best_metric(args, eval_dataset)
+        evaluates = ("evaluate", "evaluation_loop", "prediction_step")
+        own_evaluation = any(getattr(type(self), name) is not getattr(SeeUPOTrainer, name) for name in evaluates)
+        check_best_metric(args, eval_dataset, callbacks or [], own_evaluation)
         check_noise(args)
         check_deepspeed(args)
 
@@ -606,13 +610,15 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
             self.accelerator.num_processes,
             self.args.seed,
         )
-        # what `predict` has left, which logs nothing, or an evaluation that failed
-        for left in (self._metrics["eval"], self._pending_metrics, self._pending_extra_logs):
-            left.clear()
         self._trajectory_log.clear()
         try:
             with weights_given_back(self):
                 output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        except BaseException:
+            # the next one shall not report what was measured of this one
+            for measured in (self._metrics["eval"], self._pending_metrics, self._pending_extra_logs):
+                measured.clear()
+            raise
         finally:
             self._evaluation = None
         self.last_evaluation = evaluation.outcomes()
@@ -623,6 +629,11 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         output.metrics.update({f"{metric_key_prefix}_{n}": value for n, value in metrics.items()})
         split = "eval-train" if metric_key_prefix == "train" else metric_key_prefix  # "train" is what was trained on
         self._trajectory_log.write(split, self.state.global_step, evaluation.num_episodes)
+        return output
+
+    def predict(self, *args, **kwargs) -> PredictionOutput:
+        output = super().predict(*args, **kwargs)
+        self._metrics["eval"].clear()  # nothing logs them, and the next evaluation shall not report them
         return output
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:

@@ -12,8 +12,9 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.optim import Optimizer
+from transformers import EarlyStoppingCallback
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
-from transformers.trainer_utils import SchedulerType
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from trl.data_utils import is_conversational
 
 from .envs.tools import content_of, text_content_of
@@ -181,6 +182,18 @@ def with_environment_reward(reward_funcs: Any, args: SeeUPOConfig, is_rollout_fu
     return reward_funcs
 
 
+def with_environment_processor(processing_classes: Any, reward_funcs: list) -> Any:
+    """
+    Tokenizers of reward models, one for each reward function as TRL takes them, where the environment's reward was
+    added: it needs none.
+    """
+    is_list = isinstance(processing_classes, list)
+    given = processing_classes if is_list else [processing_classes]
+    if processing_classes is None or len(given) != len(reward_funcs) - 1 or reward_funcs[-1] is not environment_reward:
+        return processing_classes
+    return [*given, None]
+
+
 def distinct_names(names: list[str]) -> list[str]:
     """Names of reward functions, of which those that come again get a number: metrics and files go by name."""
     distinct = []
@@ -300,19 +313,39 @@ def check_optimizer(optimizer: Optimizer | None) -> None:
         raise ValueError(steps_in_backward(f"The optimizer `{name}`"))
 
 
-def check_best_metric(args: SeeUPOConfig, eval_dataset: Any) -> None:
-    """Refuse to judge models by a loss that is the same whatever they do: the first one would be the best of all."""
+def check_best_metric(args: SeeUPOConfig, eval_dataset: Any, callbacks: list[Any], own_evaluation: bool) -> None:
+    """
+    Refuse to judge models by a loss that is the same whatever they do: the first one would be the best of all.
+
+    Args:
+        args ([`SeeUPOConfig`]), eval_dataset (`Any`), callbacks (`list`):
+            Arguments of the trainer.
+        own_evaluation (`bool`):
+            Whether the trainer is of a subclass that evaluates in its own way, and may have a loss of its own: a
+            warning is enough.
+
+    Raises:
+        `ValueError`:
+            Where a run evaluates, and that loss chooses a model, sets the learning rate or ends the run.
+    """
     names = eval_dataset if isinstance(eval_dataset, dict) else ()
     if str(args.metric_for_best_model).removeprefix("eval_") not in ("loss", *(f"{name}_loss" for name in names)):
         return
     follows = args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
-    raise ValueError(
+    stops = any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks)
+    is_read = args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST or follows or stops
+    if args.eval_strategy == IntervalStrategy.NO or not is_read:
+        return
+    message = (
         f"`metric_for_best_model` is {args.metric_for_best_model!r}, which is the default of `load_best_model_at_end` "
         "and of learning-rate schedules that follow a metric. The loss of an evaluation says nothing here: it is 0 "
         "whatever the policy does, or `beta` times the KL. Give another metric when the configuration is made: "
         '`metric_for_best_model="eval_reward"`'
         + (', with `lr_scheduler_kwargs={"mode": "max"}` because more of it is better.' if follows else ".")
     )
+    if not own_evaluation:
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=3)
 
 
 def check_noise(args: SeeUPOConfig) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerCallback, TrainerState
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, has_length
 from transformers.utils import logging
 from trl.trainer.utils import RepeatSampler
 
@@ -176,13 +176,24 @@ def check_checkpoint(checkpoint: str, accelerator: Accelerator) -> None:
         )
 
 
-def place_in_stream(checkpoint: str) -> tuple[int, int]:
+def place_in_stream(checkpoint: str, evaluates_passes: bool) -> tuple[int, int]:
     """
     How often a run had read a stream of unknown length to its end when it wrote a checkpoint, and how many batches it
-    had taken since: at least one. `TrainerState.epoch` counts `max_steps` batches as a whole one then.
+    had taken since: at least one, unless the pass was ended. `TrainerState.epoch` counts `max_steps` batches as a
+    whole one then.
+
+    Args:
+        checkpoint (`str`):
+            Path of the checkpoint.
+        evaluates_passes (`bool`):
+            Whether an evaluation ends a pass. What is saved at the end of a pass is saved after it, and a checkpoint
+            of its last step before.
     """
     state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_FILE))
     passes = math.ceil(state.epoch) - 1
+    entries = [entry for entry in state.log_history if entry["step"] == state.global_step]
+    if evaluates_passes and any(name.startswith("eval_") for entry in entries for name in entry):
+        return passes + 1, 0
     return passes, round((state.epoch - passes) * state.max_steps)
 
 
@@ -341,7 +352,7 @@ class ExactResume:
         if checkpoint is None or has_length(self.train_dataset):
             return epoch, step
         # the Trainer would skip as many batches of the first pass as the run has taken in all
-        passes, batches = place_in_stream(checkpoint)
+        passes, batches = place_in_stream(checkpoint, self.args.eval_strategy == IntervalStrategy.EPOCH)
         return passes, 0 if self.args.ignore_data_skip else batches
 
     def get_batch_samples(self, *args, **kwargs) -> tuple[list, Any]:

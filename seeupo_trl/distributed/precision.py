@@ -51,8 +51,13 @@ def weights_given_back(trainer: "GRPOTrainer") -> Iterator[None]:
     casts = (args.bf16_full_eval or args.fp16_full_eval) and not trainer.is_in_train
     is_sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
     modules = list(trainer.model.modules()) if casts and not is_sharded else []
-    parameters = {p: p.data.cpu() for m in modules for p in m.parameters(recurse=False) if p.is_floating_point()}
-    buffers = [(m, name, buffer.cpu()) for m in modules for name, buffer in m.named_buffers(recurse=False)]
+    cast_to = torch.float16 if args.fp16_full_eval else torch.bfloat16
+
+    def changes(tensor: torch.Tensor) -> bool:
+        return tensor.is_floating_point() and tensor.dtype != cast_to
+
+    parameters = {p: p.data.cpu() for m in modules for p in m.parameters(recurse=False) if changes(p)}
+    buffers = [(m, name, b.cpu()) for m in modules for name, b in m.named_buffers(recurse=False) if changes(b)]
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ def values_of(arguments: Any) -> dict[str, Any]:
     """A trainer's arguments by name, also where their class has slots (`@dataclass(slots=True)`)."""
     state = object.__getstate__(arguments)
     held, slots = state if isinstance(state, tuple) else (state, {})
-    return held | slots
+    return (held or {}) | slots
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ class RolloutSettings:
         check_history(self.history)
         limits = ("max_turns", "max_context_length", "max_episode_tokens", "max_concurrent_envs")
         for name in (*limits, "max_observation_tokens"):
-            if not is_limit(getattr(self, name)):
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; give a whole number, at least 1, or math.inf for no limit."
-                )
+            value = getattr(self, name)
+            if not is_limit(value):
+                raise ValueError(f"{name} is {value!r}; give a whole number, at least 1, or math.inf for no limit.")
+            object.__setattr__(self, name, as_limit(value))
         for name in ("env_timeout", "request_timeout"):
             if not is_number(getattr(self, name)) or not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give a positive number of seconds.")
@@ -120,8 +120,13 @@ class RolloutSettings:
 
 
 def is_limit(value: Any) -> bool:
-    """Whether a value is the most of what can be counted, or `math.inf` for no limit."""
-    return (is_whole(value) and value >= 1) or (is_number(value) and value == math.inf)
+    """Whether a value is the most of what can be counted (also `4096.0`), or `math.inf` for no limit."""
+    return is_number(value) and value >= 1 and (value == math.inf or value % 1 == 0)
+
+
+def as_limit(value: float) -> float:
+    """A limit as an `int`, or `math.inf`."""
+    return value if isinstance(value, int) or value == math.inf else int(value)
 
 
 def _check_list(name: str, values: Any, is_allowed: Callable[[Any], Any], what: str) -> None:
