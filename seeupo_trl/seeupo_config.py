@@ -14,7 +14,7 @@ from trl import GRPOConfig
 
 from .envs.plain import is_whole
 from .rollout.contexts import HISTORIES
-from .rollout.settings import RolloutSettings, as_limit, is_limit, values_of
+from .rollout.settings import DefaultSeconds, DefaultTurns, RolloutSettings, as_limit, is_limit, values_of
 
 
 UPDATE_ORDERS = ("reverse", "forward", "random", "simultaneous")
@@ -84,13 +84,6 @@ def _warn_of_shared_names(owner: type) -> None:
             f"the type `{as_text}` says that it does not.",
             stacklevel=3,
         )
-
-
-class DefaultTurns(int):
-    """
-    The `max_turns` that was not given, which limits message-level environments and leaves TRL's tools alone. A value
-    from a script, a command line or a yaml file is a plain `int`.
-    """
 
 
 @dataclass
@@ -193,8 +186,8 @@ class SeeUPOConfig(GRPOConfig):
             Seconds that a vLLM server has for a response in [`MultiTurnRollout`]; then the request is sent again,
             three times in all.
         env_timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds that a call of an environment may take in [`MultiTurnRollout`]; then its episode ends with
-            `env_timeout`.
+            Seconds that a call of an environment may take; then its episode ends with `env_timeout`. Where it is not
+            given, TRL environments (`environment_factory` of a [`~trl.GRPOTrainer`]) have no limit, as there.
         env_reset_retries (`int`, *optional*, defaults to `2`):
             How often [`MultiTurnRollout`] tries a failed `reset` again, each time with another environment.
         max_env_failure_rate (`float`, *optional*, defaults to `0.5`):
@@ -401,7 +394,7 @@ class SeeUPOConfig(GRPOConfig):
         metadata={"help": "Seconds that a vLLM server has for a response. Null (in a yaml config) sets no limit."},
     )
     env_timeout: float | None = field(
-        default=RolloutSettings.env_timeout,
+        default=DefaultSeconds(RolloutSettings.env_timeout),
         metadata={"help": "Seconds that a call of an environment may take. Null (in a yaml config) sets no limit."},
     )
     env_reset_retries: int = field(

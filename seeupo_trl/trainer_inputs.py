@@ -22,9 +22,10 @@ from .rollout import MultiTurnRollout, environment_reward
 from .rollout.checks import checked_rollout
 from .rollout.observations import mended, plain_message
 from .rollout.output import REPORTED
+from .rollout.settings import DefaultTurns
 from .rollout.trl_environments import ToolRollout, tool_rollout_for
 from .scoring.deterministic import noise_rates
-from .seeupo_config import DefaultTurns, SeeUPOConfig, steps_in_backward
+from .seeupo_config import SeeUPOConfig, steps_in_backward
 
 
 logger = logging.getLogger(__name__)

@@ -129,9 +129,15 @@ class RolloutBatch:
         return rollout_output(self.episodes, self.trainer, self._chat.tokenizer.eos_token_id)
 
     def begin(self, episode: Episode) -> Callable[[], Any]:
-        """Choose an environment for an episode; what it has to do to begin it."""
+        """Choose an environment for an episode; what it has to do to begin it, see `begins_alone`."""
         episode.instance = self.environments.take(episode)
-        return self.shared_state.guarded(partial(self.environments.reset, episode.instance, episode))
+        reset = self.shared_state.guarded(partial(self.environments.reset, episode.instance, episode))
+        return self.environments.pool.random_state.watched(episode.instance.factory, reset)
+
+    def begins_alone(self, episode: Episode) -> bool:
+        """Whether no other environment may be called while the chosen one begins an episode."""
+        one_by_one = self.settings.max_concurrent_envs == 1
+        return not one_by_one and self.environments.pool.random_state.begins_alone(episode.instance.factory)
 
     def begun(self, episode: Episode, outcome: CallOutcome) -> Exception | None:
         """Take the opening of an episode. Returns what went wrong: another environment may begin it then."""

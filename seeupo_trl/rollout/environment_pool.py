@@ -27,11 +27,13 @@ from typing import Any
 from ..envs.base import MultiTurnEnvironment
 from ..envs.call_thread import CallThread
 from ..envs.tools import ToolEnvironment
+from .random_state import RandomState
 
 
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT = 10.0  # seconds
+LONG_CALL = 120.0  # seconds after which a call without a time limit is worth a word
 
 
 class NotAnEnvironmentError(TypeError):
@@ -51,6 +53,8 @@ class Instance(CallThread):
             All that may be called: none plays with the environment of another.
 
     Attributes:
+        factory (`Callable[[], MultiTurnEnvironment]`):
+            The same.
         environment ([`~seeupo_trl.envs.MultiTurnEnvironment`], *optional*):
             The environment; `None` until it is made.
         is_stuck (`bool`):
@@ -65,7 +69,7 @@ class Instance(CallThread):
     ):
         self.environment: MultiTurnEnvironment | None = None
         self.is_stuck = False
-        self._factory = factory
+        self.factory = factory
         self._event_loop = event_loop
         self._instances = instances
         self._coroutine: Future | None = None
@@ -80,7 +84,7 @@ class Instance(CallThread):
                 When the factory returns something else, or what another instance plays with.
         """
         if self.environment is None:
-            environment = self._factory()
+            environment = self.factory()
             if not isinstance(environment, MultiTurnEnvironment):
                 raise NotAnEnvironmentError(
                     f"environment_factory returned a {type(environment).__name__}; it must return an instance of a "
@@ -138,9 +142,16 @@ def _played(environment: MultiTurnEnvironment | None) -> Any:
 
 
 class EnvironmentPool:
-    """Environments, from when they are made until they fail or all are closed. Others decide who plays what."""
+    """
+    Environments, from when they are made until they fail or all are closed. Others decide who plays what.
+
+    Attributes:
+        random_state ([`~seeupo_trl.rollout.random_state.RandomState`]):
+            Says which of them begin an episode alone.
+    """
 
     def __init__(self):
+        self.random_state = RandomState()
         self._instances: dict[Instance, None] = {}  # in the order in which they were made
         self._event_loop = CommonEventLoop()
         weakref.finalize(self, _shut_down, self._instances, self._event_loop)
@@ -220,12 +231,13 @@ class PendingCalls:
         pool ([`EnvironmentPool`]):
             Where the environments are from.
         timeout (`float`, *optional*):
-            Seconds until a call that has not returned is given up. `None` waits for ever.
+            Seconds until a call that has not returned is given up. `None` waits for ever, and says so once.
     """
 
     def __init__(self, pool: EnvironmentPool, timeout: float | None):
         self._pool = pool
         self._timeout = timeout
+        self._patience = LONG_CALL if timeout is None else timeout
         self._calls: dict[Future, tuple[int, Instance, float]] = {}  # the oldest first: key, instance, when it began
         self._done: SimpleQueue[tuple[Future, float]] = SimpleQueue()
 
@@ -271,11 +283,9 @@ class PendingCalls:
             self._pool.discard(instance)
 
     def _deadline(self) -> float:
-        """When the oldest call is given up."""
-        if self._timeout is None:
-            return math.inf
+        """When the oldest call is given up, or said to take long."""
         _, _, start = next(iter(self._calls.values()))
-        return start + self._timeout
+        return start + self._patience
 
     def _returned(self, until: float) -> list[tuple[int, "CallOutcome"]]:
         """Those that have returned; waits for one."""
@@ -293,6 +303,15 @@ class PendingCalls:
     def _overdue(self) -> list[tuple[int, "CallOutcome"]]:
         """Those that are given up now."""
         outcomes, stuck = [], []
+        if self._timeout is None and self._calls and self._deadline() <= time.perf_counter():
+            self._patience = math.inf
+            _, instance, _ = next(iter(self._calls.values()))
+            logger.warning(
+                "A call of %s has taken %g seconds, and is waited for. `env_timeout` sets a limit, after which the "
+                "episode is given up.",
+                type(_played(instance.environment)).__name__,
+                LONG_CALL,
+            )
         while self._calls and self._deadline() <= time.perf_counter():
             future = next(iter(self._calls))
             key, instance, start = self._calls.pop(future)
@@ -329,7 +348,7 @@ class CallOutcome:
         self.error: Exception | None = None
         self.is_stuck = not future.done()
         if self.is_stuck:
-            self.error = TimeoutError(f"no answer within {timeout:g} seconds")
+            self.error = TimeoutError(f"no answer within {timeout:g} seconds (`env_timeout`)")
             return
         error = future.exception()
         if error is not None and not isinstance(error, Exception):

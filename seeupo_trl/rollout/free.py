@@ -65,8 +65,7 @@ class _FreePlay:
         while (self._num_playing or self._waiting) and not self._cancelled.is_set():
             self._begin_waiting()
             self._begin_again()
-            for key, outcome in self._calls.wait(0.0 if self._asked else GLANCE):
-                self._hear(self._batch.episodes[key], outcome)
+            self._hear_calls(0.0 if self._asked else GLANCE)
             for response in self._sampler.poll(GLANCE if self._calls or self._retries else self._patience):
                 self._take(response)
 
@@ -91,7 +90,21 @@ class _FreePlay:
             self._begin(self._batch.episodes[key])
 
     def _begin(self, episode: Episode) -> None:
-        self._call(episode, self._batch.begin(episode))
+        reset = self._batch.begin(episode)
+        if not self._batch.begins_alone(episode):
+            self._call(episode, reset)
+            return
+        self._finish_calls()
+        self._call(episode, reset)
+        self._finish_calls()
+
+    def _finish_calls(self) -> None:
+        while self._calls and not self._cancelled.is_set():
+            self._hear_calls(self._patience)
+
+    def _hear_calls(self, timeout: float | None) -> None:
+        for key, outcome in self._calls.wait(timeout):
+            self._hear(self._batch.episodes[key], outcome)
 
     def _call(self, episode: Episode, function: Callable[[], Any]) -> None:
         self._batch.progress.waits_for(episode.key, "environment")

@@ -82,6 +82,21 @@ def call(batch: "RolloutBatch", calls: list[tuple[Instance, Callable[[], Any]]])
     return outcomes
 
 
+def _reset(batch: "RolloutBatch", episodes: list[Episode]) -> list[CallOutcome]:
+    """Have environments begin episodes, all at the same time but for those that do it alone."""
+    outcomes: dict[int, CallOutcome] = {}
+    together = []
+    for episode in episodes:
+        function = batch.begin(episode)
+        if batch.begins_alone(episode):
+            (outcomes[episode.key],) = call(batch, [(episode.instance, function)])
+        else:
+            together.append((episode, function))
+    results = call(batch, [(episode.instance, function) for episode, function in together])
+    outcomes |= {episode.key: outcome for (episode, _), outcome in zip(together, results, strict=True)}
+    return [outcomes[episode.key] for episode in episodes]
+
+
 def _begin(batch: "RolloutBatch", episodes: list[Episode]) -> None:
     """Begin episodes, and try those whose environment fails again with another one."""
     batch.progress.begun(episodes)
@@ -90,10 +105,8 @@ def _begin(batch: "RolloutBatch", episodes: list[Episode]) -> None:
         if attempt:
             time.sleep(RETRY_PAUSE * 4 ** (attempt - 1))
             batch.counts["env/resets_retried"] += len(episodes)
-        calls = [batch.begin(episode) for episode in episodes]
-        outcomes = call(batch, [(e.instance, function) for e, function in zip(episodes, calls, strict=True)])
         failed = []
-        for episode, outcome in zip(episodes, outcomes, strict=True):
+        for episode, outcome in zip(episodes, _reset(batch, episodes), strict=True):
             error = batch.begun(episode, outcome)
             if error is not None:
                 failed.append((episode, error))

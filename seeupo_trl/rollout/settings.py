@@ -22,6 +22,17 @@ def values_of(arguments: Any) -> dict[str, Any]:
     return (held or {}) | slots
 
 
+class DefaultTurns(int):
+    """
+    The `max_turns` that was not given, which limits message-level environments and leaves TRL's tools alone. A value
+    from a script, a command line or a yaml file is a plain `int`.
+    """
+
+
+class DefaultSeconds(float):
+    """The `env_timeout` that was not given, which does the same."""
+
+
 @dataclass(frozen=True)
 class RolloutSettings:
     """

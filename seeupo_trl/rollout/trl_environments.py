@@ -30,7 +30,7 @@ from .limits import EpisodeLimits
 from .lock_step import call
 from .observations import copied
 from .schedule import play
-from .settings import RolloutSettings
+from .settings import DefaultSeconds, RolloutSettings
 
 
 if TYPE_CHECKING:
@@ -107,6 +107,8 @@ class ToolRollout:
     def prepare(self, rows: list[dict[str, Any]], trainer: "GRPOTrainer", steps_ahead: int = 0) -> "ToolBatch":
         """A batch that is ready to be played, as that of [`MultiTurnRollout`]. A collective operation."""
         settings = RolloutSettings.from_arguments(trainer.args)
+        if isinstance(settings.env_timeout, DefaultSeconds):  # TRL's loop has no such limit
+            settings = replace(settings, env_timeout=math.inf)
         limits = replace(
             EpisodeLimits.of(settings, trainer),
             max_turns=math.inf,

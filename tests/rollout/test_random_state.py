@@ -1,0 +1,148 @@
+"""Environments that draw from the random generators of the process when they begin: they do it one after another."""
+
+import random
+import threading
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+from scripted_tools import END, ScriptedSeeUPO, call, make_tool_trainer
+from scripted_tools import play as play_tools
+from scripted_tools import row as task
+from talk import Talk, row, user
+from tool_environments import Counter
+
+from seeupo_trl import MultiTurnRollout
+from seeupo_trl.rollout import environment_pool
+
+
+pytestmark = pytest.mark.usefixtures("both_schedules")
+
+SEEDS = [1, 1, 1, 2, 2, 2]
+
+
+class Seeded(Talk):
+    """Its task is what the generators of the process say for a seed, which is looked up slowly."""
+
+    def reset(self, seed, **kwargs):
+        random.seed(seed)
+        np.random.seed(seed)
+        time.sleep(0.01)
+        self.game = (random.random(), np.random.random())
+        return super().reset(**kwargs)
+
+
+class Plain(Talk):
+    """Draws from nothing, and waits for others that begin at the same time."""
+
+    barrier: threading.Barrier | None = None
+
+    def reset(self, number, **kwargs):
+        if number > 0:
+            self.barrier.wait()
+        return super().reset(**kwargs)
+
+
+def play(make_trainer, environment, columns, **options):
+    rows = [row([user("Go on.")], number=i, **more) for i, more in enumerate(columns)]
+    trainer = make_trainer(rows, script=["Yes.<|im_end|>"] * 9, max_completion_length=20)
+    rollout = MultiTurnRollout(environment, tasks=rows, **options)
+    output = rollout([r["prompt"] for r in rows], trainer)
+    return output, rollout
+
+
+@pytest.mark.parametrize("at_once", [None, 1, 2])
+def test_members_of_a_group_begin_the_task_of_their_seed(make_trainer, at_once):
+    games = {}
+
+    class Noted(Seeded):
+        def reset(self, seed, number, **kwargs):
+            opening = super().reset(seed, **kwargs)
+            games.setdefault(seed, set()).add(self.game)
+            return opening
+
+        def step(self, message):
+            random.random()  # between the two lines of another's reset
+            return super().step(message)
+
+    play(make_trainer, Noted, [{"seed": seed} for seed in SEEDS], max_concurrent_envs=at_once)
+    assert [len(played) for played in games.values()] == [1, 1]
+
+
+def test_the_same_holds_for_environments_of_tools(tmp_path):
+    games = {}
+
+    class Drawn(Counter):
+        def reset(self, seed, **kwargs):
+            random.seed(seed)
+            time.sleep(0.01)
+            games.setdefault(seed, []).append(random.random())
+            return super().reset()
+
+    trainer = make_tool_trainer(tmp_path, ScriptedSeeUPO, Drawn, {"Task": [f"{call('read')}{END}", f"So.{END}"]})
+    play_tools(trainer, [task("a", seed=seed) for seed in SEEDS])
+    assert [(len(drawn), len(set(drawn))) for drawn in games.values()] == [(6, 1), (6, 1)]
+
+
+def test_environments_that_draw_from_none_begin_at_the_same_time(make_trainer):
+    Plain.barrier = threading.Barrier(3, timeout=30)  # the first one begins alone, and waits for nobody
+    output, _ = play(make_trainer, Plain, [{}] * 4)
+    assert output["stop_reason"] == ["completed"] * 4
+
+
+def test_one_that_draws_only_later_is_worth_a_warning_and_begins_alone_from_then_on(make_trainer, caplog):
+    class Sometimes(Seeded):
+        active, most = 0, 0
+
+        def reset(self, number, draws, **kwargs):
+            Sometimes.active += 1
+            Sometimes.most = max(Sometimes.most, Sometimes.active)
+            opening = super().reset(0, **kwargs) if draws else Talk.reset(self, **kwargs)
+            time.sleep(0.05)
+            Sometimes.active -= 1
+            return opening
+
+    columns = [{"draws": number == 3} for number in range(4)]
+    _, rollout = play(make_trainer, Sometimes, columns)
+    assert sum("members of a group may have got different tasks" in text for text in caplog.messages) == 1
+    assert Sometimes.most > 1
+    Sometimes.most = 0
+    rows = [row([user("Go on.")], number=i, **more) for i, more in enumerate(columns)]
+    rollout([r["prompt"] for r in rows], make_trainer(rows, script=["Yes.<|im_end|>"] * 9, max_completion_length=20))
+    assert Sometimes.most == 1
+
+
+def test_one_that_hangs_at_the_beginning_holds_the_others_up_once(make_trainer):
+    starts = []
+
+    class Hanging(Talk):
+        def reset(self, number, **kwargs):
+            starts.append(time.perf_counter())
+            time.sleep(20.0)
+
+    with pytest.raises(RuntimeError, match=r"All 6 .* no answer within 0.5 seconds \(`env_timeout`\)"):
+        play(make_trainer, Hanging, [{}] * 6, env_timeout=0.5, env_reset_retries=0)
+    assert starts[1] - starts[0] >= 0.5 > starts[5] - starts[1]
+
+
+@pytest.mark.parametrize("limit", [None, 0.5])
+def test_environments_of_tools_have_the_time_that_they_take_unless_a_limit_is_given(
+    tmp_path, monkeypatch, caplog, limit
+):
+    monkeypatch.setattr(environment_pool, "LONG_CALL", 0.5)
+
+    class Slow(Counter):
+        def get_reward(self):
+            time.sleep(0.7)
+            return 1.0
+
+    config = {} if limit is None else {"env_timeout": limit}
+    trainer = partial(make_tool_trainer, tmp_path, ScriptedSeeUPO, Slow, {"Task": [f"So.{END}"]}, **config)()
+    if limit is not None:
+        with pytest.raises(RuntimeError, match="`env_timeout`"):
+            play_tools(trainer, [task("a")])
+        return
+    play_tools(trainer, [task("a")])
+    assert [trajectory.reward for trajectory in trainer._batch.trajectories] == [1.0, 1.0]
+    assert sum("A call of Slow has taken 0.5 seconds" in text for text in caplog.messages) == 1
