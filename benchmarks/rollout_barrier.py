@@ -210,6 +210,9 @@ class Batch:
     def begin(self, episode: Episode):
         return lambda: 0.0
 
+    def begins_alone(self, episode: Episode) -> bool:
+        return False
+
     def begun(self, episode: Episode, outcome: CallOutcome) -> None:
         episode.context_ids = [episode.key, 0]
 

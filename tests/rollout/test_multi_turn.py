@@ -218,13 +218,18 @@ def test_a_failed_environment_is_closed_and_replaced(make_trainer):
 
 
 def test_environments_run_at_the_same_time(make_trainer):
-    """Each reset waits for all the others, which only works if they overlap."""
-    barrier = threading.Barrier(4, timeout=30)
+    """Each step waits for all the others, and each reset for all but the first, which only works if they overlap."""
+    resets, steps = threading.Barrier(3, timeout=30), threading.Barrier(4, timeout=30)
 
     class Together(Talk):
-        def reset(self, **task):
-            barrier.wait()
+        def reset(self, number, **task):
+            if number > 0:
+                resets.wait()
             return super().reset(**task)
+
+        def step(self, message):
+            steps.wait()
+            return super().step(message)
 
     rows = [row(number=i) for i in range(4)]
     trainer = make_trainer(rows, generation_kwargs=forced_end())

@@ -1,7 +1,6 @@
 """Environments that draw from the random generators of the process when they begin: they do it one after another."""
 
 import random
-import threading
 import time
 from functools import partial
 
@@ -30,17 +29,6 @@ class Seeded(Talk):
         np.random.seed(seed)
         time.sleep(0.01)
         self.game = (random.random(), np.random.random())
-        return super().reset(**kwargs)
-
-
-class Plain(Talk):
-    """Draws from nothing, and waits for others that begin at the same time."""
-
-    barrier: threading.Barrier | None = None
-
-    def reset(self, number, **kwargs):
-        if number > 0:
-            self.barrier.wait()
         return super().reset(**kwargs)
 
 
@@ -83,12 +71,6 @@ def test_the_same_holds_for_environments_of_tools(tmp_path):
     trainer = make_tool_trainer(tmp_path, ScriptedSeeUPO, Drawn, {"Task": [f"{call('read')}{END}", f"So.{END}"]})
     play_tools(trainer, [task("a", seed=seed) for seed in SEEDS])
     assert [(len(drawn), len(set(drawn))) for drawn in games.values()] == [(6, 1), (6, 1)]
-
-
-def test_environments_that_draw_from_none_begin_at_the_same_time(make_trainer):
-    Plain.barrier = threading.Barrier(3, timeout=30)  # the first one begins alone, and waits for nobody
-    output, _ = play(make_trainer, Plain, [{}] * 4)
-    assert output["stop_reason"] == ["completed"] * 4
 
 
 def test_one_that_draws_only_later_is_worth_a_warning_and_begins_alone_from_then_on(make_trainer, caplog):
