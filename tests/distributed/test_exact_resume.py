@@ -50,6 +50,7 @@ def make_trainer(
     make_model: Callable[[str], dict] = plain,
     reward_funcs=small_tokens,
     train_dataset=None,
+    eval_dataset=None,
     **options,
 ) -> SeeUPOTrainer:
     settings = {
@@ -69,6 +70,7 @@ def make_trainer(
         args=SeeUPOConfig(**{**ON_CPU, **settings, **options}),
         reward_funcs=reward_funcs,
         train_dataset=PROMPTS if train_dataset is None else train_dataset,
+        eval_dataset=eval_dataset,
         processing_class=tiny_tokenizer(),
         **make_model(directory),
     )
@@ -105,18 +107,29 @@ def test_resumed_run_ends_where_the_uninterrupted_one_does(options, tiny_dir, tm
         assert last[name] == reference[name], name
 
 
-@pytest.mark.parametrize(("rows", "step"), [(6, 2), (6, 3), (6, 5), (5, 5)])
-def test_a_stream_goes_on_where_it_was_also_in_a_later_pass(rows, step, tiny_dir, tmp_path):
-    seen = []
+BY_EPOCH = {"save_strategy": "epoch", "eval_strategy": "epoch"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "step", "strategies"),
+    [(6, 2, {}), (6, 3, {}), (6, 5, {}), (5, 5, {}), (6, 3, BY_EPOCH), (6, 3, {"eval_strategy": "epoch"})],
+)
+def test_a_stream_goes_on_where_it_was_also_in_a_later_pass(rows, step, strategies, tiny_dir, tmp_path):
+    seen, others = [], Dataset.from_dict({"prompt": ["w8 w9", "w9 w8"]})
 
     def reward(prompts, completion_ids, **columns):
-        seen.append(prompts)
+        if prompts[0] not in others["prompt"]:
+            seen.append(prompts)
         return small_tokens(completion_ids)
 
     def trainer(output, max_steps):
         stream = PROMPTS.select(range(rows)).to_iterable_dataset()
-        options = {"max_steps": max_steps, "save_steps": step, "lr_scheduler_type": "constant"}
-        return make_trainer(tiny_dir, output, reward_funcs=reward, train_dataset=stream, **options)
+        options = {"max_steps": max_steps, "save_steps": step, "lr_scheduler_type": "constant", **strategies}
+        given = {"reward_funcs": reward, "train_dataset": stream, "eval_dataset": others}
+        return make_trainer(tiny_dir, output, **given, **options)
+
+    def evaluated(trainer):
+        return [log["step"] for log in trainer.state.log_history if "eval_reward" in log]
 
     whole = trainer(tmp_path / "whole", 8)
     whole.train()
@@ -124,6 +137,7 @@ def test_a_stream_goes_on_where_it_was_also_in_a_later_pass(rows, step, tiny_dir
     resumed = trainer(tmp_path / "begun", 8)
     resumed.train(resume_from_checkpoint=True)
     assert seen[:8] == seen[8:]
+    assert evaluated(resumed) == evaluated(whole)
     expected, actual = parameters(whole), parameters(resumed)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
     assert resumed.state.epoch == whole.state.epoch

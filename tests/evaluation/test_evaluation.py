@@ -15,8 +15,9 @@ from datasets import Dataset, IterableDataset
 from evaluation_run import evaluate_and_train, make_trainer, tasks
 from launching import run_on_two_processes
 from tiny import save_tiny_model
+from transformers import TrainerCallback
 
-from seeupo_trl import Trajectory
+from seeupo_trl import SeeUPOTrainer, Trajectory
 from seeupo_trl.envs import StopReason
 from seeupo_trl.evaluation.estimators import bootstrap_interval, pass_at, pass_hat
 from seeupo_trl.evaluation.outcome import Outcome, _warn_of_success, describe_outcomes, task_of
@@ -340,6 +341,26 @@ def test_an_evaluation_reports_nothing_of_what_was_played_before(fails, tiny_dir
     assert len(batches) == 2
     trainer.evaluate()
     assert [log["eval_number"] for log in trainer.state.log_history if "eval_number" in log] == [3.0, 4.0]
+
+
+def test_what_a_script_logs_between_evaluations_is_logged(tiny_dir, tmp_path):
+    class Logging(SeeUPOTrainer):
+        def evaluate(self, *args, **kwargs):
+            self._metrics["eval"]["bank"].append(5.0)
+            return super().evaluate(*args, **kwargs)
+
+    class Memory(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trainer._log_metric("memory", float(state.global_step))
+
+    options = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1}
+    given = {"trainer_class": Logging, "eval_dataset": tasks(2), "callbacks": [Memory()]}
+    trainer = make_trainer(tiny_dir, tmp_path, options, **given)
+    trainer.train()
+    logs = trainer.state.log_history
+    assert [log["eval_bank"] for log in logs if "eval_bank" in log] == [5.0]
+    # what is pending belongs to the batch that is played next, as in GRPO
+    assert [log[name] for log in logs for name in ("memory", "eval_memory") if name in log] == [1.0, 2.0]
 
 
 def test_the_best_model_may_be_chosen_by_success(tiny_dir, tmp_path):

@@ -67,7 +67,9 @@ class ScriptedRollout(MultiTurnRollout):
         return super().__call__(prompts, trainer)
 
 
-def make_trainer(model_dir, output_dir, options, environment_factory=Scripted, **kwargs) -> SeeUPOTrainer:
+def make_trainer(
+    model_dir, output_dir, options, environment_factory=Scripted, trainer_class=SeeUPOTrainer, **kwargs
+) -> SeeUPOTrainer:
     model = load_tiny_model(model_dir)
     # any word may end a response: an untrained model hardly ever writes the one token that should
     model.generation_config.eos_token_id = list(range(40, 96))
@@ -84,7 +86,7 @@ def make_trainer(model_dir, output_dir, options, environment_factory=Scripted, *
     }
     is_scripted = environment_factory is Scripted
     how = {"rollout_func": ScriptedRollout(Scripted)} if is_scripted else {"environment_factory": environment_factory}
-    return SeeUPOTrainer(
+    return trainer_class(
         model=model,
         args=SeeUPOConfig(**settings),
         processing_class=tiny_tokenizer(),

@@ -89,6 +89,13 @@ def test_options_out_of_range_are_refused(options):
         SeeUPOConfig("x", use_cpu=True, bf16=False, **options)
 
 
+@pytest.mark.parametrize("name", COUNTED)
+def test_a_float_without_a_fraction_counts_as_the_whole_number(name):
+    assert type(RolloutSettings(**{name: 8192 / 2}).__dict__[name]) is int
+    value = getattr(SeeUPOConfig("x", use_cpu=True, bf16=False, **{name: 8192 / 2}), name)
+    assert (value, type(value)) == (4096, int)
+
+
 @pytest.mark.parametrize("value", [math.nan, True, 2.5, "3"], ids=str)
 @pytest.mark.parametrize("name", [*COUNTED, "env_reset_retries"])
 def test_what_is_counted_is_a_whole_number(name, value):

@@ -7,6 +7,9 @@ import pytest
 import torch
 from datasets import IterableDataset
 from grpo_script import PROMPTS, logged, moved, parameters_of, small_tokens, text_dataset
+from transformers import EarlyStoppingCallback
+
+from seeupo_trl import SeeUPOTrainer
 
 
 class TestEvaluation:
@@ -103,16 +106,49 @@ class TestEvaluation:
         [
             ({"load_best_model_at_end": True}, text_dataset()),
             ({"save_strategy": "best", "metric_for_best_model": "loss"}, text_dataset()),
-            ({"metric_for_best_model": "eval_loss"}, text_dataset()),  # as for early stopping
             ({"lr_scheduler_type": "reduce_lr_on_plateau"}, text_dataset()),
             ({"lr_scheduler_type": "greedy"}, text_dataset()),
-            ({"metric_for_best_model": "easy_loss"}, {"easy": text_dataset(), "hard": text_dataset()}),
+            (
+                {"load_best_model_at_end": True, "metric_for_best_model": "easy_loss"},
+                {"easy": text_dataset(), "hard": text_dataset()},
+            ),
         ],
     )
     def test_a_loss_that_is_the_same_for_all_models_chooses_none(self, args, eval_dataset, make):
         steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
         with pytest.raises(ValueError, match="metric_for_best_model.*eval_reward"):
             make(steps | args, eval_dataset=eval_dataset)
+
+    def test_it_ends_no_run_early(self, make):
+        args = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_loss"}
+        with pytest.raises(ValueError, match="metric_for_best_model.*eval_reward"):
+            make(args, eval_dataset=text_dataset(), callbacks=[EarlyStoppingCallback()])
+
+    @pytest.mark.parametrize(
+        "args",
+        [
+            {"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "no"},
+            {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_loss"},
+        ],
+        ids=["no evaluation", "a record only"],
+    )
+    def test_it_may_be_named_where_it_decides_nothing(self, args, make):
+        trainer = make(args, eval_dataset=text_dataset())
+        trainer.train()
+        assert trainer.state.global_step == 2
+
+    def test_a_subclass_may_judge_by_a_loss_of_its_own(self, make_of):
+        losses = iter([3.0, 1.0])
+
+        class Judging(SeeUPOTrainer):
+            def evaluate(self, *args, **kwargs):
+                return super().evaluate(*args, **kwargs) | {"eval_loss": next(losses)}
+
+        steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+        with pytest.warns(UserWarning, match="metric_for_best_model.*eval_reward"):
+            trainer = make_of(Judging, steps | {"load_best_model_at_end": True}, eval_dataset=text_dataset())
+        trainer.train()
+        assert trainer.state.best_metric == 1.0
 
     def test_a_schedule_follows_the_reward_as_the_error_says(self, make):
         args = {"eval_strategy": "steps", "eval_steps": 1, "lr_scheduler_type": "reduce_lr_on_plateau", "max_steps": 3}

@@ -136,8 +136,10 @@ class TestRewards:
         assert moved(trainer, before) == set(before)
         assert logged(trainer, f"rewards/{Path(directory).name}/std")[0] > 0
 
-    def test_a_reward_model_scores_episodes_of_messages(self, make, reward_model_directory):
+    @pytest.mark.parametrize("tokenizers", [None, tiny_tokenizer(), [tiny_tokenizer()], [tiny_tokenizer(), None]])
+    def test_a_reward_model_scores_episodes_of_messages(self, make, reward_model_directory, tokenizers):
         given = {"reward_funcs": reward_model_directory, "environment_factory": CountDown}
+        given["reward_processing_classes"] = tokenizers  # TRL makes one for each environment's reward itself
         trainer = make({"max_steps": 1}, train_dataset=chat_dataset(), **given)
         trainer.train()
         assert logged(trainer, f"rewards/{Path(reward_model_directory).name}/std")[0] > 0

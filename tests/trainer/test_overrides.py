@@ -11,6 +11,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import shuffle_sequence_dict
 
 from seeupo_trl import SeeUPOTrainer
+from seeupo_trl.grpo_compatibility import check_overrides, own_methods
 
 
 class Trained(SeeUPOTrainer):
@@ -196,8 +197,35 @@ def test_a_loss_that_is_wrapped_is_refused_though_it_names_the_module_of_the_ori
 def test_what_is_put_into_a_class_behind_a_method_of_seeupos_own_is_refused(make_of, owner, name, monkeypatch):
     original = getattr(owner, name)
     monkeypatch.setattr(owner, name, functools.wraps(original)(lambda *args: original(*args)))
-    with pytest.raises(TypeError, match=f"`{name}` of {owner.__name__} was replaced.*Put yours into SeeUPOTrainer"):
+    with pytest.raises(TypeError, match=f"`{name}` of {owner.__name__} is not called.*Put yours into SeeUPOTrainer"):
         make_of(SeeUPOTrainer)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(GRPOTrainer, "_compute_loss"), (GRPOTrainer, "get_off_policy_mask"), (Trainer, "training_step")],
+)
+def test_a_wrapper_that_was_there_before_the_package_was_imported_is_refused(make_of, owner, name, monkeypatch):
+    trainer, original = make_of(SeeUPOTrainer), getattr(owner, name)
+    monkeypatch.setattr(owner, name, functools.wraps(original)(lambda *args: original(*args)))
+    with pytest.raises(TypeError, match=f"`{name}` of {owner.__name__}"):
+        check_overrides(trainer, own_methods(SeeUPOTrainer), plays_tools=False)
+
+
+def test_a_step_of_a_trainer_that_stands_behind_is_refused(make_of):
+    class Stepping(Trainer):
+        def training_step(self, *args, **kwargs):
+            return super().training_step(*args, **kwargs)
+
+    class Behind(SeeUPOTrainer, Stepping):
+        pass
+
+    class Before(Stepping, SeeUPOTrainer):
+        pass
+
+    make_of(Before, {"max_steps": 1}).train()
+    with pytest.raises(TypeError, match="`training_step` of Stepping is not called.*a mixin that stands before it"):
+        make_of(Behind)
 
 
 def test_a_loss_that_grpo_hides_as_well_is_left_alone(make_of, monkeypatch):
