@@ -351,14 +351,18 @@ def _answer_before(messages: list[Message]) -> Message:
     if messages[0]["role"] != "tool":
         return DUMMY_ANSWER
     # templates may derive the header of a result from the call, and some (Mistral) check that the ids agree
-    results = [message for message in messages if message["role"] == "tool" and "tool_call_id" in message]
+    results = [message for message in messages if message["role"] == "tool"]
+    identified = [result for result in results if "tool_call_id" in result]
+    if not identified and len(results) > 1:
+        # or Gemma 4, for which a missing id is like any other missing one, gives all results the name of one call
+        identified = [{**result, "tool_call_id": f"dummy{i}"} for i, result in enumerate(results)]
     calls = [
         {
             "type": "function",
             "function": {"name": result.get("name", "dummy"), "arguments": {}},
             **({"id": result["tool_call_id"]} if "tool_call_id" in result else {}),
         }
-        for result in results or messages[:1]
+        for result in identified or results
     ]
     return {"role": "assistant", "content": "", "tool_calls": calls}
 

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -176,6 +177,18 @@ def test_results_with_ids_may_follow_where_the_template_takes_one_call_in_a_mess
     results = [{**result(text), "tool_call_id": text} for text in ("first", "second")]
     suffix, alone = (chat.tokenizer.decode(chat.render_suffix(some, 0)) for some in (results, results[1:]))
     assert "first" in suffix and suffix.endswith(alone)
+
+
+@pytest.mark.parametrize("ids", [{}, {"first": "1", "second": "2"}, {"first": "1"}], ids=["none", "all", "some"])
+def test_results_of_one_reply_have_the_names_of_their_own_tools(ids):
+    """Gemma 4's template looks for the name in the calls."""
+    results = [{**result(""), "name": name} for name in ("first", "second")]
+    for found in results:
+        if found["name"] in ids:
+            found["tool_call_id"] = ids[found["name"]]
+    chat = make_chat("gemma4")
+    suffix = chat.tokenizer.decode(chat.render_suffix(results, chat.tokenizer.eos_token_id))
+    assert re.findall(r"response:(\w+)", suffix) == ["first", "second"]
 
 
 def test_what_the_policy_writes_can_be_encoded():
