@@ -62,6 +62,7 @@ from .grpo_compatibility import (
 )
 from .rollout import environment_reward
 from .rollout.ahead import Ahead, PlaysAhead
+from .rollout.chat_format import in_one_part
 from .rollout.checks import checked_rollout
 from .rollout.parsing import BoundedParser
 from .rollout.sampler import Sampler
@@ -556,6 +557,11 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         if logprobs is not None:
             logprobs = [logps[:length] for logps, length in zip(logprobs, lengths, strict=True)]
         return completion_ids, logprobs
+
+    def _get_tool_suffix_ids(self, tool_messages: list[dict[str, Any]]) -> list[int]:
+        if not self._is_vlm:  # templates of text models may show nothing of parts
+            tool_messages = list(map(in_one_part, tool_messages))
+        return super()._get_tool_suffix_ids(tool_messages)
 
     def _turn_ends(self) -> TurnEnds:
         return TurnEnds.of(RolloutSettings.from_arguments(self.args), self, self._tokenizer)

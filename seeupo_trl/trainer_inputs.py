@@ -103,8 +103,8 @@ def choose_rollout(
 def readable_tool(tool: Callable, reads_images: Callable[[], bool]) -> Callable:
     """
     A tool for TRL's own loop, whose results any policy can read as those of an environment's tools: a list is JSON,
-    one of texts in parts is one text where the policy reads text only, all text can be encoded, and a result without
-    text is an error of the call and not the end of the run.
+    unless it is a content in parts, and then if there are images that the policy cannot see; all text can be encoded;
+    and a result without text is an error of the call and not the end of the run.
 
     Args:
         tool (`Callable`):

@@ -210,15 +210,13 @@ def content_of(result: Any) -> str | list:
     return result if is_in_parts(result) and all(map(_is_filled, result)) else _json_of(result)
 
 
-def text_content_of(result: Any) -> str:
-    """What a tool returned, for a policy that reads text only: parts that are texts as one, images as JSON."""
+def text_content_of(result: Any) -> str | list:
+    """What a tool returned, as the content of a message for a policy that reads text only: images are JSON, too."""
     content = content_of(result)
-    if isinstance(content, str):
-        return content
-    if any(map(_is_image, content)):
+    if isinstance(content, list) and any(map(_is_image, content)):
         _warn_of_images()
         return _json_of(content)
-    return "".join(part["text"] for part in content)
+    return content
 
 
 def _json_of(result: list) -> str:

@@ -22,6 +22,7 @@ from trl.chat_template_utils import (
 )
 
 from ..envs.base import Observation
+from ..envs.tools import TEXT_TYPES
 from .observations import mended
 from .parsing import BoundedParser
 
@@ -222,7 +223,7 @@ class ChatFormat:
 
     def _tokenize(self, messages: list[Message], chat_template: str | None, **kwargs: Any) -> list[int]:
         if not self._reads_parts:
-            messages = list(map(_in_one_part, messages))
+            messages = list(map(in_one_part, messages))
         return self.tokenizer.apply_chat_template(
             messages, chat_template=chat_template, tokenize=True, return_dict=False, **kwargs, **self.template_kwargs
         )
@@ -307,7 +308,7 @@ class ChatFormat:
         """Templates that know no tools leave them out without a word."""
         if not observation.tools or self._shows_tools:
             return
-        messages = list(map(_in_one_part, observation.messages))
+        messages = list(map(in_one_part, observation.messages))
         with_tools = self._render_text(messages, self.chat_template, tools=observation.tools)
         if with_tools == self._render_text(messages, self.chat_template):
             raise ValueError(
@@ -338,10 +339,10 @@ class ChatFormat:
         return parser
 
 
-def _in_one_part(message: Message) -> Message:
+def in_one_part(message: Message) -> Message:
     """A message whose parts, if they are all text, are one."""
     parts = message.get("content")
-    if not isinstance(parts, list) or not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+    if not isinstance(parts, list) or not all(isinstance(p, dict) and p.get("type") in TEXT_TYPES for p in parts):
         return message
     return {**message, "content": "".join(part["text"] for part in parts)}
 

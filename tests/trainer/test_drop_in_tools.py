@@ -187,13 +187,12 @@ class TestToolsAndEnvironments:
         [
             (["w1", "w2"], '["w1", "w2"]'),
             ([{"type": "w1"}], '[{"type": "w1"}]'),
-            ([{"type": "text", "text": "w1"}, {"type": "input_text", "text": "w2"}], "w1w2"),
             ([{"type": "text", "text": None}], '[{"type": "text", "text": null}]'),
             ([{"type": "image", "image": "w1"}], '[{"type": "image", "image": "w1"}]'),
             ("\ud83d", "?"),
             (10**5000, "{'error"),
         ],
-        ids=["list", "list of dicts", "parts", "data with a type", "image", "surrogate", "huge"],
+        ids=["list", "list of dicts", "data with a type", "image", "surrogate", "huge"],
     )
     def test_whatever_a_plain_tool_returns_is_read(self, make_agent, result, read, is_async):
         def look() -> str:
@@ -216,6 +215,30 @@ class TestToolsAndEnvironments:
         trainer = make_agent(args, tools=tools, reward_funcs=watching)
         trainer.train()
         assert contents and all(content.startswith(read) for content in contents)
+
+    def test_parts_are_one_text_where_the_policy_and_tables_show_them_and_stay_parts_for_rewards(
+        self, make_agent, tmp_path
+    ):
+        def look() -> list:
+            """Looks around."""
+            return [{"type": "text", "text": "w5 "}, {"type": "input_text", "text": "w6"}]
+
+        contents, read = [], []
+
+        def watching(completions, completion_ids, **kwargs):
+            contents.extend(m["content"] for completion in completions for m in completion if m["role"] == "tool")
+            read.extend(trainer.processing_class.batch_decode(completion_ids))
+            return calls_and_tokens(completions, completion_ids)
+
+        args = {"generation_kwargs": {**only(BARE_CALL), "min_new_tokens": 1}, "max_turns": 2, "max_steps": 1}
+        args |= {"log_completions": True, "max_completion_length": 100}
+        trainer = make_agent(args, tools=[look], reward_funcs=watching)
+        trainer.train()
+        assert contents and all(content == look() for content in contents)
+        assert all("tool w5 w6 <|im_end|>" in text for text in read)
+        table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
+        shown = [m["content"] for completion in table["completion"] for m in completion if m["role"] == "tool"]
+        assert shown == ["w5 w6"] * len(contents)
 
     def test_a_policy_that_sees_gets_a_plain_tools_parts(self):
         parts = [{"type": "text", "text": "w1"}, {"type": "image", "image": "w1"}]
