@@ -5,7 +5,8 @@ A TRL environment is an object whose public methods are tools: `reset(**row)` ma
 prompt, the policy calls the other methods, and the episode ends with a message that calls nothing. [`ToolEnvironment`]
 makes such an object a [`~seeupo_trl.envs.MultiTurnEnvironment`]. It does what the tool loop of `GRPOTrainer` does (trl
 1.15 and 1.16), to the letter of the messages: the same schemas, the same results and error texts, in the same order.
-One thing is added: a list that is no content in parts, of which templates print nothing, becomes JSON.
+Two things differ: a list that is no content in parts, of which templates print nothing, becomes JSON, and the text of
+an object is without the object's address.
 
 The policy's mistakes (a wrong name, wrong arguments, an exception inside a tool) are text that it reads. An exception
 in `reset` or `get_reward` is a fault of the environment, and so is one of a tool that works in another thread only.
@@ -15,11 +16,13 @@ import asyncio
 import inspect
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from typing import Any
 
+import numpy as np
 from transformers.utils import get_json_schema
 from trl.trainer.utils import start_event_loop_in_daemon
 
@@ -37,6 +40,11 @@ RESERVED_METHODS = ("reset", "get_reward")
 
 # types of the parts of a content that are text
 TEXT_TYPES = ("text", "input_text")
+
+# Floats of few digits, by the names that NumPy and PyTorch give them, and what writes them.
+_NARROW_FLOATS = {"float16": np.float16, "float32": np.float32, "bfloat16": np.float32}
+
+_ADDRESS = re.compile(r" at (0x[0-9a-f]+)", re.IGNORECASE)
 
 Message = dict[str, Any]
 
@@ -206,7 +214,7 @@ def content_of(result: Any) -> str | list:
             When the result has no text: it is too large a number, or its `__str__` raises.
     """
     if not isinstance(result, list):
-        return str(result)
+        return _text_of_object(result)
     return result if is_in_parts(result) and all(map(_is_filled, result)) else _json_of(result)
 
 
@@ -223,13 +231,42 @@ def _json_of(result: list) -> str:
     try:
         return json.dumps(result, ensure_ascii=False, default=_plain)
     except (TypeError, ValueError):  # keys that are no texts, a list that holds itself
-        return str(result)
+        return _text_of_object(result)
 
 
 def _plain(value: Any) -> Any:
     """Numbers and arrays of any library as Python's own, any other object as its text."""
     as_list = getattr(value, "tolist", None)
-    return as_list() if callable(as_list) else str(value)
+    numbers = as_list() if callable(as_list) else value
+    if type(numbers) is type(value):  # also NumPy's widest floats, which Python has nothing for
+        return _text_of_object(value)
+    kind = _NARROW_FLOATS.get(str(getattr(value, "dtype", "")).removeprefix("torch."))
+    return numbers if kind is None else _with_digits_of(kind, numbers)
+
+
+def _with_digits_of(kind: type[np.floating], numbers: Any) -> Any:
+    """Numbers with as many digits as tell those of a kind apart: 0.1, not 0.10000000149011612."""
+    if isinstance(numbers, list):
+        return [_with_digits_of(kind, number) for number in numbers]
+    return float(str(kind(numbers))) if isinstance(numbers, float) else numbers
+
+
+def _text_of_object(value: Any) -> str:
+    """Its text, without the addresses of objects in it: they would be others in each process."""
+    text = str(value)
+    if isinstance(value, str) or not _ADDRESS.search(text):
+        return text
+    objects, found = [value], set()
+    while objects:
+        one = objects.pop()
+        if id(one) in found:
+            continue
+        found.add(id(one))
+        if isinstance(one, dict):
+            objects += [*one, *one.values()]
+        elif isinstance(one, (list, tuple, set, frozenset)):
+            objects += one
+    return _ADDRESS.sub(lambda address: "" if int(address[1], 16) in found else address[0], text)
 
 
 @cache

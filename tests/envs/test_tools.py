@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
 from seeupo_trl.envs.tools import ToolEnvironment
 
@@ -15,6 +16,10 @@ from seeupo_trl.envs.tools import ToolEnvironment
 class Unprintable:
     def __str__(self):
         raise RuntimeError("no text")
+
+
+class Thing:
+    pass
 
 
 RESULTS = {
@@ -28,8 +33,17 @@ RESULTS = {
     "data with numbers as text": [{"type": "text", "text": 5}],
     "data without images": [{"type": "image", "image": None, "name": "a.png"}],
     "numbers of numpy": [np.int64(3), np.float32(1.5), np.bool_(True), np.arange(2), {"a": np.int64(4)}],
+    "short floats": [{"score": np.float32(0.8132), "half": np.float16(0.1)}, np.array([[0.1], [1e-30]], np.float32)],
+    "short floats of torch": [torch.tensor(0.8132), torch.tensor([0.1], dtype=torch.float16, requires_grad=True)],
+    "brain floats": [torch.tensor([0.1, 2.0], dtype=torch.bfloat16)],
+    "missing and infinite": [np.array([math.nan, math.inf], np.float32), np.ma.array(np.float32([1, 2]), mask=[0, 1])],
+    "widest floats": [np.longdouble("0.5"), np.array([1.5], np.longdouble)],
     "keys that are no texts": [{(1, 2): "alpha"}],
     "object in a list": [Fraction(1, 2)],
+    "thing": Thing(),
+    "things in a list": [Thing(), {"thing": Thing}],
+    "things in a dict": {"thing": Thing(), "found": "<it at 0x7f00>"},
+    "things among keys": [{(1, 2): {Thing()}}],
     "huge": 10**5000,
     "huge in a list": [10**5000],
     "object": Unprintable(),
@@ -92,9 +106,18 @@ def environment():
         ("data with numbers as text", '[{"type": "text", "text": 5}]', 0),
         ("data without images", '[{"type": "image", "image": null, "name": "a.png"}]', 0),
         ("numbers of numpy", '[3, 1.5, true, [0, 1], {"a": 4}]', 0),
+        ("short floats", '[{"score": 0.8132, "half": 0.1}, [[0.1], [1e-30]]]', 0),
+        ("short floats of torch", "[0.8132, [0.1]]", 0),
+        ("brain floats", "[[0.100097656, 2.0]]", 0),
+        ("missing and infinite", "[[NaN, Infinity], [1.0, null]]", 0),
+        ("widest floats", '["0.5", ["1.5"]]', 0),
         ("keys that are no texts", "[{(1, 2): 'alpha'}]", 0),
         ("object in a list", '["1/2"]', 0),
         ("dict", "{'a': 1}", 0),
+        ("thing", "<test_tools.Thing object>", 0),
+        ("things in a list", '["<test_tools.Thing object>", {"thing": "<class \'test_tools.Thing\'>"}]', 0),
+        ("things in a dict", "{'thing': <test_tools.Thing object>, 'found': '<it at 0x7f00>'}", 0),
+        ("things among keys", "[{(1, 2): {<test_tools.Thing object>}}]", 0),
         ("huge", "{'error': 'Exceeds the limit (4300 digits) for integer string conversion", 1),
         ("huge in a list", "{'error': 'Exceeds the limit (4300 digits) for integer string conversion", 1),
         ("object", "{'error': 'no text'}", 1),
