@@ -40,13 +40,16 @@ class CallThread(threading.Thread):
         while (call := self._calls.get()) is not None:
             function, future = call
             try:
-                result = self._context.run(function)
+                result = self._call(function)
             except BaseException as error:
                 future.set_exception(error)
             else:
                 future.set_result(result)
                 del result
             del call, function, future  # they hold the environment
+
+    def _call(self, function: Callable[[], Any]) -> Any:
+        return self._context.run(function)
 
 
 def own_context() -> Context:

@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -194,6 +195,7 @@ def _serve(connection: socket.socket, factory: Callable[[], MultiTurnEnvironment
     threading.Thread(target=_end_with_parent, daemon=True).start()
     requests = connection.makefile("rb")
     event_loop = asyncio.new_event_loop()
+    context = copy_context()
     environment = None
     while True:
         try:
@@ -203,10 +205,10 @@ def _serve(connection: socket.socket, factory: Callable[[], MultiTurnEnvironment
         answer = {"error": None, "is_timeout": False, "result": {}}
         try:
             if environment is None:
-                environment = factory()
-            returned = getattr(environment, method)(*args, **kwargs)
+                environment = context.run(factory)
+            returned = context.run(getattr(environment, method), *args, **kwargs)
             if inspect.iscoroutine(returned):
-                returned = event_loop.run_until_complete(returned)
+                returned = event_loop.run_until_complete(event_loop.create_task(returned, context=context))
             answer["result"] = _as_dict(method, returned)
             line = json.dumps(answer)
         except BaseException as error:

@@ -20,7 +20,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
-from functools import partial
+from contextvars import Context
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -103,12 +103,14 @@ class Instance(CallThread):
 
     def call(self, function: Callable[[], Any]) -> Future:
         """Run a function in the thread; a coroutine that it returns is run on the event loop."""
-        return self.submit(partial(self._complete, function))
+        return self.submit(function)
 
     def give_up(self) -> None:
         """Wait for the present call no longer. A coroutine is cancelled."""
         self.is_stuck = True
         if self._coroutine is not None:
+            # the coroutine may still run in its context, which two threads cannot be in
+            self._context = self._context.copy()
             self._coroutine.cancel()
 
     def close(self) -> Future:
@@ -118,11 +120,11 @@ class Instance(CallThread):
         self.end()
         return closed
 
-    def _complete(self, function: Callable[[], Any]) -> Any:
-        result = function()
+    def _call(self, function: Callable[[], Any]) -> Any:
+        result = super()._call(function)
         if not inspect.iscoroutine(result):
             return result
-        self._coroutine = self._event_loop.run(result)
+        self._coroutine = self._event_loop.run(result, self._context)
         try:
             return self._coroutine.result()
         finally:
@@ -370,13 +372,13 @@ class CommonEventLoop:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lock = threading.Lock()
 
-    def run(self, coroutine: Any) -> Future:
-        """Run a coroutine."""
+    def run(self, coroutine: Any, context: Context) -> Future:
+        """Run a coroutine in a context, which nothing else may be in until it has ended."""
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 threading.Thread(target=_run, args=(self._loop,), daemon=True, name="seeupo-event-loop").start()
-            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+            return asyncio.run_coroutine_threadsafe(_run_in(context, coroutine), self._loop)
 
     def replace_if_blocked(self) -> None:
         """Leave a loop that a coroutine blocks; coroutines to come get a new one."""
@@ -392,6 +394,10 @@ class CommonEventLoop:
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(self._loop.stop)
                 self._loop = None
+
+
+async def _run_in(context: Context, coroutine: Any) -> Any:
+    return await asyncio.create_task(coroutine, context=context)
 
 
 def _run(event_loop: asyncio.AbstractEventLoop) -> None:

@@ -125,7 +125,8 @@ def test_a_time_out_of_the_environment_stays_one(environment):
 def test_coroutines_run_in_the_process():
     environment = IsolatedEnvironment(Coroutines)
     assert environment.reset().info["process"] != os.getpid()
-    assert environment.step(MESSAGE).reward == 0.5
+    result = environment.step(MESSAGE)
+    assert result.reward == 0.5 and result.info["variable"] == "set in reset"
     environment.close()
 
 

@@ -1,12 +1,14 @@
 """An environment that does in `step` what it is told, for tests of environments in processes of their own."""
 
 import asyncio
+import contextvars
 import datetime
 import os
 import pickle
 import signal
 import socket
 import time
+from dataclasses import replace
 from fractions import Fraction
 
 from seeupo_trl.envs import MultiTurnEnvironment, Observation, StepResult
@@ -96,11 +98,16 @@ class Wire:
                 pass
 
 
+VARIABLE = contextvars.ContextVar("VARIABLE", default="unset")
+
+
 class Coroutines(Deeds):
     async def reset(self, **task):
         await asyncio.sleep(0)
+        VARIABLE.set("set in reset")
         return super().reset(**task)
 
     async def step(self, message):
         await asyncio.sleep(0)
-        return super().step(message)
+        result = super().step(message)
+        return replace(result, info={**result.info, "variable": VARIABLE.get()})

@@ -338,28 +338,38 @@ def test_a_factory_that_returns_the_same_instance_again_is_an_error(make_trainer
 VARIABLE = contextvars.ContextVar("VARIABLE")
 
 
-@pytest.mark.parametrize("is_coroutine", [False, True], ids=["function", "coroutine"])
-def test_context_variables_are_those_of_the_script_until_the_environment_sets_them(make_trainer, is_coroutine):
+async def later(function, *args):
+    await asyncio.sleep(0)
+    return function(*args)
+
+
+@pytest.mark.parametrize("reads_later", [False, True], ids=["function reads", "coroutine reads"])
+@pytest.mark.parametrize("sets_later", [False, True], ids=["function sets", "coroutine sets"])
+def test_context_variables_are_those_of_the_script_until_the_environment_sets_them(
+    make_trainer, sets_later, reads_later
+):
     class Contextual(Talk):
         def reset(self, number, **task):
+            return later(self.open, number, task) if sets_later else self.open(number, task)
+
+        def open(self, number, task):
             seen.append(VARIABLE.get())
             VARIABLE.set(number)
             return super().reset(**task)
 
         def step(self, message):
+            return later(self.answer, message) if reads_later else self.answer(message)
+
+        def answer(self, message):
             result = super().step(message)
             result.reward = float(VARIABLE.get())
-            return self.later(result) if is_coroutine else result
-
-        async def later(self, result):
-            result.reward += VARIABLE.get()
             return result
 
     seen, token = [], VARIABLE.set("script")
     output, _ = play(make_trainer, [None] * 3, Contextual, replies=0)
     VARIABLE.reset(token)
     assert seen == ["script"] * 3
-    assert output["environment_reward"] == [number * (1.0 + is_coroutine) for number in range(3)]
+    assert output["environment_reward"] == [0.0, 1.0, 2.0]
 
 
 @pytest.mark.parametrize("is_coroutine", [False, True], ids=["function", "coroutine"])
@@ -629,6 +639,32 @@ def test_coroutines_run_on_one_loop(make_trainer):
 def test_a_fault_of_a_coroutine_costs_its_own_episode_only(make_trainer, deed):
     output, _ = play(make_trainer, [deed, None, None], Async)
     assert output["stop_reason"] == ["env_timeout" if deed == "hang" else "env_error", "completed", "completed"]
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["awaits", "blocks"])
+def test_a_coroutine_that_is_given_up_cleans_up_while_its_environment_closes(make_trainer, blocks):
+    class Slow(Async):
+        async def reset(self, **task):
+            VARIABLE.set(self)
+            return await super().reset(**task)
+
+        async def step(self, message):
+            try:
+                if self.deed == "hang" and blocks:
+                    time.sleep(LIMIT)
+                return await super().step(message)
+            finally:
+                await asyncio.sleep(0.01)
+                if self.deed == "hang" and VARIABLE.get() is self:
+                    is_clean.set()
+
+        def close(self):
+            if self.deed == "hang" and VARIABLE.get() is self and is_clean.wait(LIMIT * 5):
+                is_closed.set()
+
+    is_clean, is_closed = threading.Event(), threading.Event()
+    play(make_trainer, ["hang", None], Slow, env_timeout=LIMIT / 4, max_concurrent_envs=1)
+    assert is_closed.wait(LIMIT * 5)
 
 
 def test_a_coroutine_that_blocks_the_loop_spoils_one_step_and_not_the_run(make_trainer):
