@@ -3,9 +3,12 @@ The random generators of the process, `random` and `numpy.random`. A `reset` tha
 the episode that its seed says only if nobody else draws meanwhile: members of a group would play different tasks.
 """
 
+import inspect
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,23 +35,33 @@ class RandomState:
         """The `reset` of an environment of some kind, with a look at the generators before and after."""
 
         def call() -> Any:
-            is_alone = self.begins_alone(kind)
+            look = partial(self._look, self.begins_alone(kind))
             self._known.add(kind)  # also where this one never returns
-            before = _states()
-            try:
-                return reset()
-            finally:
-                is_new = not self._is_drawn_from and _states() != before
-                self._is_drawn_from |= is_new
-                if is_new and not is_alone:
-                    logger.warning(
-                        "Environments drew from the random generators of the process (`random`, `numpy.random`) while "
-                        "several began their episodes: where `reset` seeds them, members of a group may have got "
-                        "different tasks in this batch. From now on they begin one after another. A generator of the "
-                        "environment's own (`random.Random(seed)`) needs neither."
-                    )
+            with look():
+                result = reset()
+            return finish(result, look) if inspect.iscoroutine(result) else result
+
+        async def finish(coroutine: Any, look: Callable[[], AbstractContextManager]) -> Any:
+            with look():
+                return await coroutine
 
         return call
+
+    @contextmanager
+    def _look(self, is_alone: bool) -> Iterator[None]:
+        before = _states()
+        try:
+            yield
+        finally:
+            is_new = not self._is_drawn_from and _states() != before
+            self._is_drawn_from |= is_new
+            if is_new and not is_alone:
+                logger.warning(
+                    "Environments drew from the random generators of the process (`random`, `numpy.random`) while "
+                    "several began their episodes: where `reset` seeds them, members of a group may have got "
+                    "different tasks in this batch. From now on they begin one after another. A generator of the "
+                    "environment's own (`random.Random(seed)`) needs neither."
+                )
 
 
 def _states() -> tuple[Any, ...]:

@@ -1,5 +1,6 @@
 """Environments that draw from the random generators of the process when they begin: they do it one after another."""
 
+import asyncio
 import random
 import time
 from functools import partial
@@ -40,15 +41,24 @@ def play(make_trainer, environment, columns, **options):
     return output, rollout
 
 
+@pytest.mark.parametrize("is_coroutine", [False, True], ids=["function", "coroutine"])
 @pytest.mark.parametrize("at_once", [None, 1, 2])
-def test_members_of_a_group_begin_the_task_of_their_seed(make_trainer, at_once):
+def test_members_of_a_group_begin_the_task_of_their_seed(make_trainer, at_once, is_coroutine):
     games = {}
 
     class Noted(Seeded):
         def reset(self, seed, number, **kwargs):
+            if is_coroutine:
+                return self.reset_later(seed, **kwargs)
             opening = super().reset(seed, **kwargs)
             games.setdefault(seed, set()).add(self.game)
             return opening
+
+        async def reset_later(self, seed, **kwargs):
+            random.seed(seed)
+            await asyncio.sleep(0.01)
+            games.setdefault(seed, set()).add(random.random())
+            return Talk.reset(self, **kwargs)
 
         def step(self, message):
             random.random()  # between the two lines of another's reset
