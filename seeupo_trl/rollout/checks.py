@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from trl import GRPOTrainer
 
+from ..grpo_compatibility import loss_settings
 from ..trajectory import Trajectory
 from .episode import shorten
 
@@ -30,7 +31,7 @@ def checked_rollout(rollout_func: Callable, prompts: list, trainer: GRPOTrainer)
     Returns:
         `dict[str, Any]`:
             The rollout's output, in lists. An empty completion, which TRL cannot hold, is one padding token that no
-            model generated.
+            model generated. Log-probabilities that do not fit and that nothing reads are left out.
 
     Raises:
         `ValueError`:
@@ -49,9 +50,12 @@ def checked_rollout(rollout_func: Callable, prompts: list, trainer: GRPOTrainer)
         if values is not None and name in _LISTS:
             output[name] = [_as_list(row) for row in values]
     _check_tokens(output["prompt_ids"], output["completion_ids"], output.get("env_mask"))
-    for index, logps in enumerate(output["logprobs"] or []):
-        _check_logps(f"`logprobs` of sample {index}", logps, output["completion_ids"][index])
-    _check_turns(output.get("trajectories") or [])
+    are_read = loss_settings(trainer).reads_sampled
+    if output["logprobs"] is not None:
+        rows = zip(output["logprobs"], output["completion_ids"], strict=True)
+        named = [(f"`logprobs` of sample {index}", *row) for index, row in enumerate(rows)]
+        output["logprobs"] = _checked_logps(named, are_read)
+    _check_turns(output.get("trajectories") or [], are_read)
     if not all(output["completion_ids"]):
         output = _fill_empty_completions(output, trainer._tokenizer.pad_token_id)
     return output
@@ -86,8 +90,22 @@ def _check_tokens(
             )
 
 
-def _check_logps(name: str, logps: list[float | None] | None, token_ids: list[int]) -> None:
-    logps = logps or []
+def _checked_logps(named: list[tuple[str, list | None, list[int]]], are_read: bool) -> list[list[float | None]] | None:
+    """
+    Log-probabilities of the tokens of some samples, of each its name, what was returned, and the tokens; `None` where
+    they do not fit and nothing reads them: `logprobs` is a key that TRL asks for, so anything may stand there.
+    """
+    try:
+        return [_logps_of_tokens(*one) for one in named]
+    except ValueError:
+        if are_read:
+            raise
+        return None
+
+
+def _logps_of_tokens(name: str, logps: list | None, token_ids: list[int]) -> list[float | None]:
+    # vLLM's have another axis, of the most likely tokens, which may hold only the one that was sampled
+    logps = [logp[0] if isinstance(logp, list | tuple) and len(logp) == 1 else logp for logp in logps or []]
     if len(logps) != len(token_ids):
         raise ValueError(
             f"`rollout_func` returned {name} with {len(logps)} values for {len(token_ids)} tokens; need one for each "
@@ -99,6 +117,7 @@ def _check_logps(name: str, logps: list[float | None] | None, token_ids: list[in
             f"`rollout_func` returned {name} with the value {shorten(others[0])}; need a number for each token, that "
             "of the token which was sampled."
         )
+    return logps
 
 
 def _is_number(logp: Any) -> bool:
@@ -106,7 +125,7 @@ def _is_number(logp: Any) -> bool:
     return logp is None or isinstance(logp, Real) or (isinstance(logp, torch.Tensor) and logp.ndim == 0)
 
 
-def _check_turns(trajectories: list[Trajectory]) -> None:
+def _check_turns(trajectories: list[Trajectory], logps_are_read: bool) -> None:
     for index, trajectory in enumerate(trajectories):
         if not isinstance(trajectory, Trajectory):
             raise ValueError(
@@ -117,10 +136,9 @@ def _check_turns(trajectories: list[Trajectory]) -> None:
         for number, turn in enumerate(trajectory.turns, start=1):
             turn.context_ids, turn.action_ids = _as_list(turn.context_ids), _as_list(turn.action_ids)
             if turn.sampling_logps is not None:
-                turn.sampling_logps = _as_list(turn.sampling_logps)
-                _check_logps(
-                    f"`sampling_logps` of turn {number} of trajectory {index}", turn.sampling_logps, turn.action_ids
-                )
+                name = f"`sampling_logps` of turn {number} of trajectory {index}"
+                named = [(name, _as_list(turn.sampling_logps), turn.action_ids)]
+                (turn.sampling_logps,) = _checked_logps(named, logps_are_read) or [None]
             for name, tokens in (("action", turn.action_ids), ("context", turn.context_ids)):
                 if not tokens:
                     raise ValueError(

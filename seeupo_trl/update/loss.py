@@ -90,6 +90,11 @@ class LossSettings:
             vespo_lambda=(config.vespo_lambda_pos, config.vespo_lambda_neg),
         )
 
+    @property
+    def reads_sampled(self) -> bool:
+        """Whether the loss depends on the log-probabilities that the sampler reported."""
+        return self.sampler_correction is not None or self.off_policy_mask_threshold is not None
+
 
 @dataclass(frozen=True)
 class Actions:

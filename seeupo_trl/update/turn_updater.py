@@ -144,7 +144,6 @@ class TurnUpdater:
         )
         self._scale = num_minibatches / num_trajectories
         self._corrects_sampler = self.settings.sampler_correction is not None
-        self._needs_sampled = self._corrects_sampler or self.settings.off_policy_mask_threshold is not None
         self._needs_start = config.old_policy == "iteration" or self._corrects_sampler
         self._ratio_due: dict[int, Block] = {}  # trajectory -> updated block whose ratio is not in M yet
         optional = {
@@ -395,7 +394,7 @@ class TurnUpdater:
             old=_in_a_row(turns, self.log_probs.old),
             entropies=new.entropies,
             start=_in_a_row(turns, self.log_probs.start) if self._corrects_sampler else None,
-            sampled=self._sampled(turns) if self._needs_sampled else None,
+            sampled=self._sampled(turns) if self.settings.reads_sampled else None,
             reference=None if self.reference is None else _in_a_row(turns, self.log_probs.reference),
         )
 

@@ -10,6 +10,10 @@ from datasets import Dataset
 from two_groups import make_trainer, parameters, rewards, rollout
 
 from seeupo_trl import Trajectory, Turn
+from seeupo_trl.trajectory_log import find_files, read_rows
+
+
+READS_LOGPROBS = {"off_policy_mask_threshold": 0.5}
 
 
 def assert_nothing_moves(trainer):
@@ -141,7 +145,7 @@ def test_number_of_turns_may_grow_during_training(tiny_dir, tmp_path):
         ({"env_mask": [[2, 1, 0, 1, 0, 1]] * 4}, "an `env_mask` with the value 2 for sample 0"),
         ({"logprobs": [[-1.0] * 5] * 4}, "`logprobs` of sample 0 with 5 values for 6 tokens"),
         ({"logprobs": [None] * 4}, "`logprobs` of sample 0 with 0 values for 6 tokens"),
-        ({"logprobs": [[[-1.0]] * 6] * 4}, r"`logprobs` of sample 0 with the value \[-1.0\]"),
+        ({"logprobs": [[[-1.0, -2.0]] * 6] * 4}, r"`logprobs` of sample 0 with the value \[-1.0, -2.0\]"),
         ({"completion_ids": [[30]]}, "returned 1 `completion_ids` for 4 prompts"),
         ({"prompt_ids": [[]] * 4}, "returned an empty prompt for sample 0"),
         ({"trajectories": [Trajectory(turns=[])]}, "returned 1 `trajectories` for 4 prompts"),
@@ -175,11 +179,67 @@ def test_number_of_turns_may_grow_during_training(tiny_dir, tmp_path):
     ],
 )
 def test_malformed_rollout_says_what_is_wrong(change, message, tiny_dir, tmp_path):
-    trainer = make_trainer(tiny_dir, tmp_path, rollout_func=lambda p, t: {**rollout(p, t), **change})
+    trainer = make_trainer(tiny_dir, tmp_path, rollout_func=lambda p, t: {**rollout(p, t), **change}, **READS_LOGPROBS)
     before = parameters(trainer)
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert torch.equal(parameters(trainer), before)
+
+
+def trained_on(change, tiny_dir, tmp_path, **options):
+    """Parameters after a run on rollouts that are the usual ones but for a change, and the episodes it logged."""
+
+    def changed(prompts, trainer):
+        output = rollout(prompts, trainer)
+        return {**output, **change(output)}
+
+    trainer = make_trainer(tiny_dir, tmp_path, rollout_func=changed, save_trajectories=True, **options)
+    trainer.train()
+    return parameters(trainer), read_rows(find_files(tmp_path)).to_pylist()
+
+
+def turns_with(logps):
+    """The episodes as turns, each with these log-probabilities."""
+
+    def turns(output):
+        pairs = zip(output["prompt_ids"], output["completion_ids"], strict=True)
+        return {"trajectories": [Trajectory([Turn(prompt, ids, logps(ids))]) for prompt, ids in pairs]}
+
+    return turns
+
+
+def logprobs_of(logps):
+    """The log-probabilities of each completion."""
+    return lambda output: {"logprobs": [logps(ids) for ids in output["completion_ids"]]}
+
+
+@pytest.mark.parametrize("place", [logprobs_of, turns_with])
+@pytest.mark.parametrize(
+    "logps",
+    [lambda ids: [], lambda ids: [-1.0], lambda ids: [-1.0] * (len(ids) + 2), lambda ids: [{7: -1.0}] * len(ids)],
+    ids=["none", "too-few", "padded", "of-several-tokens"],
+)
+def test_log_probabilities_that_nothing_reads_may_be_anything(place, logps, tiny_dir, tmp_path):
+    given, rows = trained_on(place(logps), tiny_dir, tmp_path / "given")
+    expected, _ = trained_on(place(lambda ids: None) if place is turns_with else dict, tiny_dir, tmp_path / "none")
+    assert torch.equal(given, expected)
+    assert all(row["sampling_logps"] is None for row in rows)
+
+
+@pytest.mark.parametrize("place", [logprobs_of, turns_with])
+def test_log_probabilities_in_vllms_shape_are_read_as_one_for_each_token(place, tiny_dir, tmp_path):
+    def nested(ids):
+        return [[-token / 1024] for token in ids]
+
+    def flat(ids):
+        return [-token / 1024 for token in ids]
+
+    given, rows = trained_on(place(nested), tiny_dir, tmp_path / "nested", **READS_LOGPROBS)
+    expected, _ = trained_on(place(flat), tiny_dir, tmp_path / "flat", **READS_LOGPROBS)
+    assert torch.equal(given, expected)
+    assert all(row["sampling_logps"] == flat(row["action_ids"]) for row in rows)
+    unread, _ = trained_on(place(nested), tiny_dir, tmp_path / "unread")
+    assert not torch.equal(given, unread)
 
 
 @pytest.mark.parametrize("other", [np.array, torch.tensor, tuple])
