@@ -233,8 +233,9 @@ class SeeUPOConfig(GRPOConfig):
             Number of passes over each turn's pool.
         scale_rewards (`str` or `bool`, *optional*, defaults to `"batch"`):
             `"batch"` divides the group-relative advantages by their standard deviation over the whole batch (Eq. 9);
-            `"none"` or `False` does not. `"group"` or `True` would weigh tasks by their variance, and
-            can unlearn the one that matters: it warns and means `"batch"`.
+            `"none"` or `False` does not, and has no effect on `multi_objective_aggregation="normalize_then_sum"`.
+            `"group"` or `True` would weigh tasks by their variance, and can unlearn the one that matters: it warns and
+            means `"batch"`.
         importance_sampling_level (`str`, *optional*, defaults to `"sequence"`):
             Only `"sequence"`: the ratio of SeeUPO is one number per turn. `"token"` warns and means `"sequence"`.
         loss_type (`str`, *optional*, defaults to `"seeupo"`):
@@ -260,7 +261,8 @@ class SeeUPOConfig(GRPOConfig):
             `episodes/left_out` counts them.
         multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
             `"normalize_then_sum"` normalises the advantages of each reward function over the batch before they are
-            weighted and added.
+            weighted and added, and then their sum, whatever `scale_rewards` says, as in GRPO. (GRPO divides those of a
+            function by their standard deviation in the group.)
 
     An error is raised for `top_entropy_quantile < 1` (a token-level filter of a turn-level surrogate).
     """

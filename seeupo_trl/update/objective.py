@@ -97,7 +97,8 @@ def batch_advantages(
         normalize (`bool`, *optional*, defaults to `True`):
             Whether to normalise over the batch.
         per_function (`bool`, *optional*, defaults to `False`):
-            Whether the advantages of each function are normalised before they are weighted and added.
+            Whether the advantages of each function are normalised over the batch before they are weighted and added.
+            So is then their sum, whatever `normalize` says, as in TRL.
         clip (`float`, *optional*):
             Bound of the absolute value of the advantages.
 
@@ -107,7 +108,7 @@ def batch_advantages(
     """
 
     def normalized(advantages: torch.Tensor) -> torch.Tensor:
-        return normalize_over_batch(advantages) if normalize else advantages
+        return normalize_over_batch(advantages) if normalize or per_function else advantages
 
     rewards_per_func = rewards_per_func.double()
     unscored = rewards_per_func.isnan().all(dim=1)
@@ -170,7 +171,7 @@ def to_go_advantages(
 
     def scaled(advantages: torch.Tensor) -> torch.Tensor:
         """In units of the standard deviation of the episodes' advantages, the first column of `(N, 1 + T)`."""
-        if not normalize:
+        if not (normalize or per_function):
             return advantages
         scored = advantages[~advantages[:, 0].isnan(), 0]
         if scored.numel() < 2 or bool((scored == scored[0]).all()):
@@ -187,12 +188,7 @@ def to_go_advantages(
 
 
 def groups_without_variance(
-    rewards_per_func: torch.Tensor,
-    weights: torch.Tensor,
-    group_size: int,
-    *,
-    normalize: bool = True,
-    per_function: bool = False,
+    rewards_per_func: torch.Tensor, weights: torch.Tensor, group_size: int, *, per_function: bool = False
 ) -> torch.Tensor:
     """
     Which groups have no variance of rewards, so that nothing is learned from them, whatever the rest of the batch is.
@@ -203,19 +199,16 @@ def groups_without_variance(
             Rewards by function, NaN where a function gave none, and weights of the functions.
         group_size (`int`):
             `G`, trajectories of one group.
-        normalize (`bool`, *optional*, defaults to `True`), per_function (`bool`, *optional*, defaults to `False`):
+        per_function (`bool`, *optional*, defaults to `False`):
             As in [`batch_advantages`].
 
     Returns:
         `torch.Tensor` of shape `(N / G,)`, `bool`
     """
     functions = list(range(len(weights)))
-    together = [[f] for f in functions] if normalize and per_function else [functions]
+    together = [[f] for f in functions] if per_function else [functions]
     advantages = [
-        batch_advantages(
-            rewards_per_func[:, some], weights[some], group_size, normalize=False, per_function=per_function
-        )
-        for some in together
+        batch_advantages(rewards_per_func[:, some], weights[some], group_size, normalize=False) for some in together
     ]
     return (torch.stack(advantages) == 0).all(dim=0).view(-1, group_size).all(dim=1)
 

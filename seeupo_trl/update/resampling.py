@@ -98,7 +98,6 @@ def _groups(episodes: Episodes, trainer: "GRPOTrainer") -> list[int]:
         rewards,
         trainer.reward_weights,
         trainer.num_generations,
-        normalize=trainer.args.scale_rewards == "batch",
         per_function=trainer.multi_objective_aggregation == "normalize_then_sum",
     )
     return without_variance.nonzero()[:, 0].tolist()

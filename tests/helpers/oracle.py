@@ -217,10 +217,11 @@ def advantages_of(
     """
     num_functions = len(rewards[0][0])
     function_scales, scale = [1.0] * num_functions, 1.0
-    if settings.scale_rewards == "batch":
-        if settings.multi_objective_aggregation == "normalize_then_sum":
-            for f in range(num_functions):
-                function_scales[f] = deviation([a for group in rewards for a in relative([r[f] for r in group])])
+    scales_functions = settings.multi_objective_aggregation == "normalize_then_sum"
+    if scales_functions:
+        for f in range(num_functions):
+            function_scales[f] = deviation([a for group in rewards for a in relative([r[f] for r in group])])
+    if scales_functions or settings.scale_rewards == "batch":
         scale = deviation([a for group in rewards for a in combined(group, settings, function_scales, 1.0)])
 
     result, first = [], 0

@@ -75,10 +75,11 @@ def test_functions_that_trade_off_cancel_before_they_are_normalised_and_teach_af
     for normalize, per_function in product([True, False], repeat=2):
         options = {"normalize": normalize, "per_function": per_function}
         advantages = batch_advantages(rewards, weights, 2, **options)
-        found = groups_without_variance(rewards, weights, 2, **options).tolist()
+        found = groups_without_variance(rewards, weights, 2, per_function=per_function).tolist()
         assert found == (advantages.view(-1, 2) == 0).all(dim=1).tolist()
-        assert found == expected["each" if normalize and per_function else "sum"]
-        assert groups_without_variance(rewards, torch.tensor([1.0, 0.0]), 2, **options).tolist()[2:] == [True, True]
+        assert found == expected["each" if per_function else "sum"]
+        one = groups_without_variance(rewards, torch.tensor([1.0, 0.0]), 2, per_function=per_function)
+        assert one.tolist()[2:] == [True, True]
 
 
 def test_rounding_of_functions_that_cancel_is_no_advantage():
@@ -88,7 +89,18 @@ def test_rounding_of_functions_that_cancel_is_no_advantage():
         options = {"normalize": normalize, "per_function": True}
         assert not batch_advantages(rewards, torch.tensor(weights), 3, **options).any()
     rewards[:, 1] = 1 - first
-    assert not batch_advantages(rewards, torch.ones(2), 3, normalize=False, per_function=True).any()
+    assert not batch_advantages(rewards, torch.ones(2), 3, normalize=False).any()
+
+
+def test_functions_normalised_each_by_itself_have_the_same_scale_whatever_is_done_with_a_plain_sum():
+    """The second function is large, and would be all of the sum."""
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 100.0], [0.0, 100.0], [1.0, 400.0]]).double()
+    centred = rewards - torch.tensor([[0.5, 50.0], [0.5, 50.0], [0.5, 250.0], [0.5, 250.0]])
+    each = (centred / centred.std(dim=0)).sum(dim=1)
+    expected = each / each.std()
+    for normalize in (True, False):
+        found = batch_advantages(rewards, torch.ones(2), 2, normalize=normalize, per_function=True)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
 def test_sequence_ratio_is_normalised_by_length_unless_it_is_the_product():
