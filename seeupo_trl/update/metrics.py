@@ -193,9 +193,9 @@ class UpdateMetrics:
         """A block begins, with so many trajectories of this process in its pool."""
         self._blocks[block].add(pool=size)
 
-    def add_aux_loss(self, block: Block, value: float) -> None:
-        """The load-balancing loss of a micro-batch."""
-        self._blocks[block].add(aux_loss=value, micro_batches=1)
+    def add_aux_loss(self, block: Block, value: float, scale: float) -> None:
+        """The load-balancing loss of a micro-batch, and what it is multiplied by in the loss of the optimizer step."""
+        self._blocks[block].add(aux_loss=value, micro_batches=1, loss=scale * value)
 
     def add_micro_batch(
         self,

@@ -324,10 +324,11 @@ class TurnUpdater:
                     else:
                         loss, batch_entropy, batch_tokens = self._loss(step, scores)
                         entropy, tokens = entropy + batch_entropy, tokens + batch_tokens
-                    total += loss.detach()
                     if aux_loss is not None:
-                        self.record.metrics.add_aux_loss(step.block, aux_loss.item())
-                        loss = loss + self.aux_loss_coef * aux_loss / (num_batches * self.lock_step.num_processes)
+                        scale = self.aux_loss_coef / (num_batches * self.lock_step.num_processes)
+                        self.record.metrics.add_aux_loss(step.block, aux_loss.item(), scale)
+                        loss = loss + scale * aux_loss
+                    total += loss.detach()
                 self.lock_step.backward(loss)
             self.record.tokens["train"] += batch.num_tokens
         self.entropy_bonus.observe(entropy, tokens, self.lock_step)

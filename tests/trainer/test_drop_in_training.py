@@ -158,12 +158,17 @@ class TestRegularisation:
         shape = tiny_config().to_dict()
         shape = {name: shape[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim")}
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts, num_attention_heads=4, eos_token_id=3))
-        trainer = make(model=model, processing_class=tiny_tokenizer())
+        args = {"router_aux_loss_coef": 0.5, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        trainer = make(args, model=model, processing_class=tiny_tokenizer())
         before = parameters_of(trainer)
         trainer.train()
         assert moved(trainer, before) == set(before)
-        assert all(loss > 0 for loss in logged(trainer, "aux_loss"))
-        assert len(logged(trainer, "aux_loss")) == 2
+        balance = logged(trainer, "aux_loss")
+        assert all(loss > 0 for loss in balance)
+        assert len(balance) == 2
+        # as in GRPO, the loss holds it; what is left is 0 at a ratio of 1
+        for name in ("loss", "turn_1/loss"):
+            assert logged(trainer, name) == pytest.approx([0.5 * loss for loss in balance], abs=1e-4)
 
 
 class TestPrecisionAndMemory:
