@@ -24,6 +24,13 @@ class ScriptParser(TrlParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}. See `{self.prog} --help`.")
 
+    def set_defaults_with_config(self, **settings: Any) -> list[str]:
+        for dataclass in self.dataclass_types:
+            for name, kind in get_type_hints(dataclass).items():
+                if name in settings:
+                    settings[name] = _with_whole_numbers(settings[name], kind)
+        return super().set_defaults_with_config(**settings)
+
 
 def run(
     main: Callable[..., Any],
@@ -108,13 +115,16 @@ def _check_types(dataclasses: Sequence[type], settings: dict[str, Any], path: st
     for dataclass in dataclasses:
         for name, kind in get_type_hints(dataclass).items():
             value = settings.get(name)
-            if name in settings and name not in _WIDER and not isinstance(value, str) and not _fits(value, kind):
+            passes = name in _WIDER or isinstance(value, str) or (value is None and name in _MAY_BE_NULL)
+            if name in settings and not passes and not _fits(value, kind):
                 shown = json.dumps(value, default=str, skipkeys=True)
                 raise UsageError(f"--{name} is {shown} in {path}; give {_described(kind)}.")
 
 
 # transformers takes lists or mappings for these, too
 _WIDER = ("fsdp", "attn_implementation", "dtype")
+# no restriction of what is sampled, and no evaluation, whatever their types say
+_MAY_BE_NULL = ("top_k", "top_p", "repetition_penalty", "per_device_eval_batch_size")
 
 _DESCRIBED = {
     int: "a whole number",
@@ -135,7 +145,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, list) and all(_fits(item, *arguments) for item in value)
     if origin in (int, float):
         # without a limit; NaN is equal to nothing
-        is_one = is_whole(value) if origin is int else is_number(value)
+        is_one = is_whole(_with_whole_numbers(value, int)) if origin is int else is_number(value)
         return (is_one and value == value) or value == math.inf
     if origin is bool:
         return value is None or value in (False, True)
@@ -143,6 +153,19 @@ def _fits(value: Any, kind: Any) -> bool:
         # `no` and an empty value are no text to YAML; whether they can be, the option says
         return value is None or isinstance(value, (str, bool))
     return isinstance(value, origin) if origin in _DESCRIBED else True
+
+
+def _with_whole_numbers(value: Any, kind: Any) -> Any:
+    """A value with its numbers such as 8.0 as whole ones, where its field counts."""
+    origin, arguments = get_origin(kind) or kind, get_args(kind)
+    if origin in (Union, UnionType):
+        for one in arguments:
+            value = _with_whole_numbers(value, one)
+    elif origin is list and isinstance(value, list):
+        return [_with_whole_numbers(item, *arguments) for item in value]
+    elif origin is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
 
 
 def _described(kind: Any) -> str:

@@ -188,9 +188,11 @@ def check_evaluation(training_args: Config, held_out: dict[str, Dataset]) -> Non
 
     Raises:
         `ValueError`:
-            When batches would cut the groups of a task.
+            When batches would cut the groups of a task, or have no size.
     """
     args, processes = training_args, PartialState().num_processes
+    if held_out and args.per_device_eval_batch_size is None:
+        raise ValueError("--per_device_eval_batch_size is null, and there are tasks to evaluate on; give a number.")
     for tasks in held_out.values():
         k = args.num_generations_eval or args.num_generations
         Evaluation(tasks, k, args.eval_batch_size, processes, args.seed)

@@ -87,6 +87,7 @@ class Typed:
     count: int = field(default=1, metadata={"help": "A whole number."})
     limit: int | None = field(default=None, metadata={"help": "A whole number, or none."})
     rate: float = field(default=1.0, metadata={"help": "A number."})
+    top_k: int = field(default=0, metadata={"help": "A whole number, or none, which its type does not say."})
     flag: bool = field(default=False, metadata={"help": "A flag."})
     name: str = field(default="x", metadata={"help": "Text."})
     names: list[str] | None = field(default=None, metadata={"help": "Texts."})
@@ -131,9 +132,14 @@ def test_a_value_of_a_file_has_the_type_of_its_field(content, message, tmp_path)
     [
         ("count: 3", 3),
         ("count: '3'", 3),
+        ("count: 8.0", 8),
+        ("count: 4.0e+3", 4000),
+        ("limit: 16.0", 16),
         ("limit:", None),
         ("limit: .inf", float("inf")),
         ("rate: 2", 2),
+        ("rate: 2.0", 2.0),
+        ("top_k:", None),
         ("rate: 1e-6", 1e-6),
         ("flag: 1", 1),
         ("flag: 'no'", False),
@@ -142,6 +148,7 @@ def test_a_value_of_a_file_has_the_type_of_its_field(content, message, tmp_path)
         ("names: [a, b]", ["a", "b"]),
         ("names: a", "a"),
         ("numbers: []", []),
+        ("numbers: [1.0, 2]", [1, 2]),
         ("numbers:", None),
         ("keywords: {a: 1}", {"a": 1}),
         ("keywords: '{\"a\": 1}'", '{"a": 1}'),
@@ -150,7 +157,7 @@ def test_a_value_of_a_file_has_the_type_of_its_field(content, message, tmp_path)
 )
 def test_what_the_parser_makes_of_a_file_is_taken(content, value, tmp_path):
     given = getattr(read(content, tmp_path), content.split(":")[0])
-    assert (given, type(given)) == (value, type(value))
+    assert (given, repr(given)) == (value, repr(value))
 
 
 def test_names_that_resemble_nothing_are_not_guessed():

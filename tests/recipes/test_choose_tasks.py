@@ -64,5 +64,9 @@ def test_an_evaluation_that_cannot_be_made_is_refused_before_the_warm_up(tmp_pat
     with pytest.raises(ValueError, match="90 episodes .* whole groups of 4"):
         check_evaluation(config, {"tasks": tasks})
     check_evaluation(config, {})
+    config = Config(**options, per_device_eval_batch_size=None)
+    with pytest.raises(ValueError, match="--per_device_eval_batch_size is null"):
+        check_evaluation(config, {"tasks": tasks})
+    check_evaluation(config, {})
     # as many attempts as a group has where the number is not given
     check_evaluation(Config(**options | {"num_generations_eval": None}, per_device_eval_batch_size=80), {"x": tasks})
