@@ -1,5 +1,6 @@
 """What a run left on disk, as the page needs it: episodes to list, numbers for the curves, the trainer's history."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..envs.plain import parsed_json
 from ..trajectory_log import find_files, number_files, read_rows
 from . import curves
 
@@ -130,8 +130,8 @@ def read_history(directory: Path) -> tuple[dict[str, dict[int, float]] | None, l
     for path in state_files(directory):
         name = str(path.relative_to(directory))
         try:
-            history, num_broken = _metrics(parsed_json(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+            history, num_broken = _metrics(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, RecursionError) as error:
             notices.append(f"{name} cannot be read: {error}.")
             continue
         about = [f"{name}: {num_broken} values are no finite numbers of a step and left out."] if num_broken else []
