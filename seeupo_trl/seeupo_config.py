@@ -104,7 +104,7 @@ class SeeUPOConfig(GRPOConfig):
         update_order (`str`, *optional*, defaults to `"reverse"`):
             Order in which the turns are updated. `"reverse"` (last turn first) is SeeUPO; `"forward"` and `"random"`
             (one seeded permutation an iteration, the same on all processes) are ablations; `"simultaneous"` updates
-            all turns at once with the ratio of the whole trajectory, which is GSPO with batch-level normalisation.
+            all turns at once with the ratio of the whole trajectory, which is GSPO with the advantages of Eq. 9.
         max_turn_updates (`int`, *optional*):
             Largest number of sequential updates an iteration makes. Longer episodes merge consecutive turns into this
             many blocks; a block acts as one turn whose action is the concatenation of its turns' tokens. `None`
