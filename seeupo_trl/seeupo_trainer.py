@@ -264,6 +264,11 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         self._opens_conversations = rollout.brings_reward
         self._speaks_in_messages = rollout.brings_reward and rollout_func is None
 
+    @property
+    def reads_sampled_logps(self) -> bool:
+        """Whether the update depends on the log-probabilities that a sampler or a rollout function reports."""
+        return loss_settings(self).reads_sampled
+
     def _check_overrides(self) -> None:
         check_overrides(self, _OWN_METHODS, plays_tools=self._tool_rollout is not None)
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from trl import GRPOTrainer
 
-from ..grpo_compatibility import loss_settings
 from ..trajectory import Trajectory
 from .episode import shorten
 
@@ -25,7 +24,7 @@ def checked_rollout(rollout_func: Callable, prompts: list, trainer: GRPOTrainer)
             Rollout function in the sense of TRL.
         prompts (`list`):
             Prompts of this process.
-        trainer ([`~trl.GRPOTrainer`]):
+        trainer ([`SeeUPOTrainer`]):
             The trainer.
 
     Returns:
@@ -50,7 +49,7 @@ def checked_rollout(rollout_func: Callable, prompts: list, trainer: GRPOTrainer)
         if values is not None and name in _LISTS:
             output[name] = [_as_list(row) for row in values]
     _check_tokens(output["prompt_ids"], output["completion_ids"], output.get("env_mask"))
-    are_read = loss_settings(trainer).reads_sampled
+    are_read = trainer.reads_sampled_logps
     if output["logprobs"] is not None:
         rows = zip(output["logprobs"], output["completion_ids"], strict=True)
         named = [(f"`logprobs` of sample {index}", *row) for index, row in enumerate(rows)]
