@@ -208,10 +208,7 @@ class Batch:
         self._workload = workload
 
     def begin(self, episode: Episode):
-        return lambda: 0.0
-
-    def begins_alone(self, episode: Episode) -> bool:
-        return False
+        return lambda: 0.0, False
 
     def begun(self, episode: Episode, outcome: CallOutcome) -> None:
         episode.context_ids = [episode.key, 0]

@@ -214,7 +214,8 @@ def check_overrides(trainer: GRPOTrainer, own: OwnMethods, plays_tools: bool) ->
     classes = type(trainer).__mro__
     # a mixin that stands behind Trainer is not called in GRPO either
     for owner in classes[classes.index(next(iter(own))) : classes.index(Trainer) + 1]:
-        names = REPLACED_METHODS.get(owner, ()) if owner in own else REPLACED_METHODS[Trainer]
+        stands_for = owner if owner in own else GRPOTrainer if issubclass(owner, GRPOTrainer) else Trainer
+        names = REPLACED_METHODS.get(stands_for, ())
         for name in names:
             if vars(owner).get(name) is not own.get(owner, {}).get(name):
                 raise TypeError(

@@ -540,8 +540,10 @@ class SeeUPOConfig(GRPOConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, see [`~transformers.TrainingArguments.to_dict`]."""
         values = super().to_dict()
-        # a plain number, which every log and file format knows
-        return values | {"max_turns": None if self.max_turns in (None, math.inf) else int(self.max_turns)}
+        # plain numbers, which every log and file format knows
+        seconds = None if self.env_timeout is None else float(self.env_timeout)
+        turns = None if self.max_turns in (None, math.inf) else int(self.max_turns)
+        return values | {"max_turns": turns, "env_timeout": seconds}
 
     def for_one_step_per_iteration(self) -> "SeeUPOConfig":
         """

@@ -30,6 +30,7 @@ from .distributed.adapter_sync import sync_without_merging
 from .distributed.backends import check_deepspeed, keep_output_dtype, reference_in_layers
 from .distributed.checkpoints import (
     ExactResume,
+    PassEnd,
     ResumableRepeatSampler,
     check_moving_reference,
     save_between_iterations,
@@ -235,6 +236,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
             )
 
         save_between_iterations(self.callback_handler.callbacks)
+        self.add_callback(PassEnd)
         check_moving_reference(args, self.accelerator)
         check_resampling(args, self._is_vlm, train_dataset)
         check_precision(self)
@@ -643,8 +645,10 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         return output
 
     def predict(self, *args, **kwargs) -> PredictionOutput:
+        is_training = self.model.training
         output = super().predict(*args, **kwargs)
         self._metrics["eval"].clear()  # nothing logs them, and the next evaluation shall not report them
+        self.model.train(is_training)  # else a callback's prediction keeps the iteration's metrics out of the log
         return output
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:

@@ -16,9 +16,9 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainingArguments
-from transformers.trainer_callback import TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerState
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import logging
 from trl.trainer.utils import RepeatSampler
 
@@ -176,23 +176,37 @@ def check_checkpoint(checkpoint: str, accelerator: Accelerator) -> None:
         )
 
 
-def place_in_stream(checkpoint: str, evaluates_passes: bool) -> tuple[int, int]:
+class PassEnd(TrainerCallback, ExportableState):
+    """Has each checkpoint say whether the run had come to the end of a pass over its dataset when it was written."""
+
+    def __init__(self):
+        self._is_reached = False
+
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._is_reached = False
+
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._is_reached = True
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"_is_reached": self._is_reached}}
+
+    @classmethod
+    def was_reached(cls, state: TrainerState) -> bool:
+        """What a checkpoint says; not that of an older version."""
+        saved = state.stateful_callbacks.get(cls.__name__, {})
+        return saved.get("attributes", {}).get("_is_reached", False)
+
+
+def place_in_stream(checkpoint: str) -> tuple[int, int]:
     """
     How often a run had read a stream of unknown length to its end when it wrote a checkpoint, and how many batches it
-    had taken since: at least one, unless the pass was ended. `TrainerState.epoch` counts `max_steps` batches as a
-    whole one then.
-
-    Args:
-        checkpoint (`str`):
-            Path of the checkpoint.
-        evaluates_passes (`bool`):
-            Whether an evaluation ends a pass. What is saved at the end of a pass is saved after it, and a checkpoint
-            of its last step before.
+    had taken since: at least one, unless it was written at the end of a pass, and not in the last step before.
+    `TrainerState.epoch` counts `max_steps` batches as a whole one then.
     """
     state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_FILE))
     passes = math.ceil(state.epoch) - 1
-    entries = [entry for entry in state.log_history if entry["step"] == state.global_step]
-    if evaluates_passes and any(name.startswith("eval_") for entry in entries for name in entry):
+    if PassEnd.was_reached(state):
         return passes + 1, 0
     return passes, round((state.epoch - passes) * state.max_steps)
 
@@ -349,10 +363,11 @@ class ExactResume:
         self, max_steps: int, steps_in_epoch: int, num_epochs: int, checkpoint: str | None, trial: Any
     ) -> tuple[int, int]:
         epoch, step = super()._init_training_state(max_steps, steps_in_epoch, num_epochs, checkpoint, trial)
+        self.state.stateful_callbacks.setdefault(PassEnd.__name__, {})  # a checkpoint of GRPO's has none
         if checkpoint is None or has_length(self.train_dataset):
             return epoch, step
         # the Trainer would skip as many batches of the first pass as the run has taken in all
-        passes, batches = place_in_stream(checkpoint, self.args.eval_strategy == IntervalStrategy.EPOCH)
+        passes, batches = place_in_stream(checkpoint)
         return passes, 0 if self.args.ignore_data_skip else batches
 
     def get_batch_samples(self, *args, **kwargs) -> tuple[list, Any]:

@@ -1,5 +1,6 @@
 """A thread that runs calls for others, one after another."""
 
+import asyncio
 import decimal
 import threading
 from collections.abc import Callable
@@ -13,7 +14,8 @@ class CallThread(threading.Thread):
     """
     Runs functions in the order in which they are given. It does not keep the interpreter from exiting.
 
-    Context variables have the values that they had where the thread was made, until one of the functions sets them.
+    Context variables have the values that they had where the thread was made, until one of the functions sets them. As
+    in the main thread, `asyncio.get_event_loop()` has a loop.
 
     Args:
         name (`str`):
@@ -37,6 +39,15 @@ class CallThread(threading.Thread):
         self._calls.put(None)
 
     def run(self) -> None:
+        event_loop = _LoopOnDemand()
+        asyncio.set_event_loop(event_loop)
+        try:
+            self._run_calls()
+        finally:
+            if not isinstance(event_loop, _LoopOnDemand) and not event_loop.is_running():
+                event_loop.close()
+
+    def _run_calls(self) -> None:
         while (call := self._calls.get()) is not None:
             function, future = call
             try:
@@ -50,6 +61,21 @@ class CallThread(threading.Thread):
 
     def _call(self, function: Callable[[], Any]) -> Any:
         return self._context.run(function)
+
+
+class _LoopOnDemand(asyncio.SelectorEventLoop):
+    """An event loop that is made when somebody first asks something of it: each takes three of the process's files."""
+
+    def __init__(self):
+        pass
+
+    def __getattribute__(self, name: str) -> Any:
+        self.__class__ = asyncio.SelectorEventLoop
+        self.__init__()
+        return getattr(self, name)
+
+    def __del__(self):
+        pass
 
 
 def own_context() -> Context:

@@ -110,6 +110,7 @@ class RolloutBatch:
         self.sampler: Sampler | None = None
         self.shared_state = SharedState(settings)
         self._first = 0  # number of this process's first episode, see `first_episode`
+        self._may_hang = False  # an environment did: others do not wait for one another's time limits
 
     def prepare(self, tasks: list[dict[str, Any]]) -> None:
         """Get ready to play one episode for each task with the policy as it is now. A collective operation."""
@@ -128,16 +129,17 @@ class RolloutBatch:
             metrics[name].append(float(value))
         return rollout_output(self.episodes, self.trainer, self._chat.tokenizer.eos_token_id)
 
-    def begin(self, episode: Episode) -> Callable[[], Any]:
-        """Choose an environment for an episode; what it has to do to begin it, see `begins_alone`."""
+    def begin(self, episode: Episode) -> tuple[Callable[[], Any], bool]:
+        """
+        Choose an environment for an episode; what it has to do to begin it, and whether no other may be called
+        meanwhile.
+        """
         episode.instance = self.environments.take(episode)
+        factory, random_state = episode.instance.factory, self.environments.pool.random_state
+        is_alone = random_state.begins_alone(factory) and not self._may_hang
         reset = self.shared_state.guarded(partial(self.environments.reset, episode.instance, episode))
-        return self.environments.pool.random_state.watched(episode.instance.factory, reset)
-
-    def begins_alone(self, episode: Episode) -> bool:
-        """Whether no other environment may be called while the chosen one begins an episode."""
         one_by_one = self.settings.max_concurrent_envs == 1
-        return not one_by_one and self.environments.pool.random_state.begins_alone(episode.instance.factory)
+        return random_state.watched(factory, reset, is_alone or one_by_one), is_alone
 
     def begun(self, episode: Episode, outcome: CallOutcome) -> Exception | None:
         """Take the opening of an episode. Returns what went wrong: another environment may begin it then."""
@@ -147,6 +149,7 @@ class RolloutBatch:
         except MISTAKES:
             raise
         except Exception as error:
+            self._may_hang |= outcome.is_stuck
             self.environments.pool.discard(episode.instance)
             return error
         return None

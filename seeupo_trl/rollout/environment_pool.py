@@ -150,10 +150,13 @@ class EnvironmentPool:
     Attributes:
         random_state ([`~seeupo_trl.rollout.random_state.RandomState`]):
             Says which of them begin an episode alone.
+        has_said_long (`bool`):
+            Whether there was a word on a call without a time limit that took long.
     """
 
     def __init__(self):
         self.random_state = RandomState()
+        self.has_said_long = False
         self._instances: dict[Instance, None] = {}  # in the order in which they were made
         self._event_loop = CommonEventLoop()
         weakref.finalize(self, _shut_down, self._instances, self._event_loop)
@@ -239,7 +242,6 @@ class PendingCalls:
     def __init__(self, pool: EnvironmentPool, timeout: float | None):
         self._pool = pool
         self._timeout = timeout
-        self._patience = LONG_CALL if timeout is None else timeout
         self._calls: dict[Future, tuple[int, Instance, float]] = {}  # the oldest first: key, instance, when it began
         self._done: SimpleQueue[tuple[Future, float]] = SimpleQueue()
 
@@ -287,7 +289,8 @@ class PendingCalls:
     def _deadline(self) -> float:
         """When the oldest call is given up, or said to take long."""
         _, _, start = next(iter(self._calls.values()))
-        return start + self._patience
+        patience = math.inf if self._pool.has_said_long else LONG_CALL
+        return start + (patience if self._timeout is None else self._timeout)
 
     def _returned(self, until: float) -> list[tuple[int, "CallOutcome"]]:
         """Those that have returned; waits for one."""
@@ -306,7 +309,7 @@ class PendingCalls:
         """Those that are given up now."""
         outcomes, stuck = [], []
         if self._timeout is None and self._calls and self._deadline() <= time.perf_counter():
-            self._patience = math.inf
+            self._pool.has_said_long = True
             _, instance, _ = next(iter(self._calls.values()))
             logger.warning(
                 "A call of %s has taken %g seconds, and is waited for. `env_timeout` sets a limit, after which the "

@@ -79,24 +79,27 @@ class _FreePlay:
             self._batch.environments.give_back(self._batch.episodes[key].instance)
 
     def _begin_waiting(self) -> None:
-        while self._waiting and self._num_playing < self._batch.settings.max_concurrent_envs:
+        most = self._batch.settings.max_concurrent_envs
+        while self._waiting and self._num_playing < most and not self._cancelled.is_set():
             self._num_playing += 1
             self._begin(self._waiting.popleft())
 
     def _begin_again(self) -> None:
-        while self._retries and self._retries[0][0] <= time.monotonic():
+        while self._retries and self._retries[0][0] <= time.monotonic() and not self._cancelled.is_set():
             _, key = heappop(self._retries)
             self._batch.counts["env/resets_retried"] += 1
             self._begin(self._batch.episodes[key])
 
     def _begin(self, episode: Episode) -> None:
-        reset = self._batch.begin(episode)
-        if not self._batch.begins_alone(episode):
-            self._call(episode, reset)
+        reset, is_alone = self._batch.begin(episode)
+        if is_alone:
+            self._finish_calls()
+        if self._cancelled.is_set():
+            self._batch.environments.give_back(episode.instance)
             return
-        self._finish_calls()
         self._call(episode, reset)
-        self._finish_calls()
+        if is_alone:
+            self._finish_calls()
 
     def _finish_calls(self) -> None:
         while self._calls and not self._cancelled.is_set():

@@ -82,19 +82,26 @@ def call(batch: "RolloutBatch", calls: list[tuple[Instance, Callable[[], Any]]])
     return outcomes
 
 
-def _reset(batch: "RolloutBatch", episodes: list[Episode]) -> list[CallOutcome]:
-    """Have environments begin episodes, all at the same time but for those that do it alone."""
-    outcomes: dict[int, CallOutcome] = {}
-    together = []
+def _reset(batch: "RolloutBatch", episodes: list[Episode]) -> list[tuple[Episode, Exception]]:
+    """Have environments begin episodes, all at the same time but for those that do it alone; which failed, and why."""
+    failed: list[tuple[Episode, Exception]] = []
+    together: list[tuple[Episode, Callable[[], Any]]] = []
+
+    def hear(episode: Episode, outcome: CallOutcome) -> None:
+        error = batch.begun(episode, outcome)
+        if error is not None:
+            failed.append((episode, error))
+
     for episode in episodes:
-        function = batch.begin(episode)
-        if batch.begins_alone(episode):
-            (outcomes[episode.key],) = call(batch, [(episode.instance, function)])
+        function, is_alone = batch.begin(episode)
+        if is_alone:
+            hear(episode, *call(batch, [(episode.instance, function)]))
         else:
             together.append((episode, function))
-    results = call(batch, [(episode.instance, function) for episode, function in together])
-    outcomes |= {episode.key: outcome for (episode, _), outcome in zip(together, results, strict=True)}
-    return [outcomes[episode.key] for episode in episodes]
+    outcomes = call(batch, [(episode.instance, function) for episode, function in together])
+    for (episode, _), outcome in zip(together, outcomes, strict=True):
+        hear(episode, outcome)
+    return failed
 
 
 def _begin(batch: "RolloutBatch", episodes: list[Episode]) -> None:
@@ -105,11 +112,7 @@ def _begin(batch: "RolloutBatch", episodes: list[Episode]) -> None:
         if attempt:
             time.sleep(RETRY_PAUSE * 4 ** (attempt - 1))
             batch.counts["env/resets_retried"] += len(episodes)
-        failed = []
-        for episode, outcome in zip(episodes, _reset(batch, episodes), strict=True):
-            error = batch.begun(episode, outcome)
-            if error is not None:
-                failed.append((episode, error))
+        failed = _reset(batch, episodes)
         episodes = [episode for episode, _ in failed]
         if not episodes:
             return

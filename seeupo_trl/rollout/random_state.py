@@ -16,27 +16,35 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
+# Both are Mersenne twisters: so many words that are drawn one after another, and then all made anew.
+_WORDS = 624
+_MOST_BLOCKS = 16
+
+Twister = tuple[tuple[int, ...], int]  # the words, and how many were drawn
+
 
 class RandomState:
     """
-    Which environments have to begin their episodes alone: those that draw from generators of the process in `reset`.
-    The first one of a kind does in any case, and shows it.
+    Which environments have to begin their episodes alone: those that seed generators of the process in `reset`. The
+    first one of a factory does in any case, and shows it.
     """
 
     def __init__(self):
-        self._known: set[Any] = set()  # kinds of which one has begun an episode
-        self._is_drawn_from = False
+        self._known: list[Any] = []  # factories of which one has begun an episode
+        self._is_seeded = False
+        self._has_warned = False
 
-    def begins_alone(self, kind: Any) -> bool:
-        """Whether no other environment may be called while one of this kind begins an episode."""
-        return self._is_drawn_from or kind not in self._known
+    def begins_alone(self, factory: Any) -> bool:
+        """Whether no other environment may be called while one of this factory begins an episode."""
+        return self._is_seeded or all(factory is not known for known in self._known)
 
-    def watched(self, kind: Any, reset: Callable[[], Any]) -> Callable[[], Any]:
-        """The `reset` of an environment of some kind, with a look at the generators before and after."""
+    def watched(self, factory: Any, reset: Callable[[], Any], is_alone: bool) -> Callable[[], Any]:
+        """The `reset` of an environment of some factory, with a look at the generators before and after."""
+        look = partial(self._look, is_alone)
 
         def call() -> Any:
-            look = partial(self._look, self.begins_alone(kind))
-            self._known.add(kind)  # also where this one never returns
+            if all(factory is not known for known in self._known):
+                self._known.append(factory)  # also where this one never returns
             with look():
                 result = reset()
             return finish(result, look) if inspect.iscoroutine(result) else result
@@ -49,21 +57,44 @@ class RandomState:
 
     @contextmanager
     def _look(self, is_alone: bool) -> Iterator[None]:
-        before = _states()
+        if self._is_seeded and (is_alone or self._has_warned):
+            yield
+            return
+        before = _twisters()
         try:
             yield
         finally:
-            is_new = not self._is_drawn_from and _states() != before
-            self._is_drawn_from |= is_new
-            if is_new and not is_alone:
-                logger.warning(
-                    "Environments drew from the random generators of the process (`random`, `numpy.random`) while "
-                    "several began their episodes: where `reset` seeds them, members of a group may have got "
-                    "different tasks in this batch. From now on they begin one after another. A generator of the "
-                    "environment's own (`random.Random(seed)`) needs neither."
-                )
+            if not all(map(_is_drawn, before, _twisters())):
+                self._is_seeded = True
+                if not is_alone and not self._has_warned:
+                    self._has_warned = True
+                    logger.warning(
+                        "Environments seeded the random generators of the process (`random`, `numpy.random`) while "
+                        "several began their episodes: members of a group may have got different tasks in this "
+                        "batch. From now on they begin one after another. A generator of the environment's own "
+                        "(`random.Random(seed)`) needs neither."
+                    )
 
 
-def _states() -> tuple[Any, ...]:
-    kind, keys, *rest = np.random.get_state()
-    return random.getstate(), kind, keys.tobytes(), rest
+def _twisters() -> list[Twister]:
+    *words, position = random.getstate()[1]
+    states = [(tuple(words), position)]
+    of_numpy = np.random.get_state()
+    if isinstance(of_numpy, tuple):  # the script has not put another generator there
+        states.append((tuple(of_numpy[1].tolist()), of_numpy[2]))
+    return states
+
+
+def _is_drawn(before: Twister, after: Twister) -> bool:
+    """Whether draws alone lead from one state to another, ten thousand at most."""
+    if before[0] == after[0]:
+        return before[1] <= after[1]
+    generator = random.Random()
+    generator.setstate((3, (*before[0], before[1]), None))
+    drawn = before[1]
+    for _ in range(_MOST_BLOCKS):
+        generator.getrandbits(32 * (_WORDS + 1 - drawn))  # the first one of the next words
+        drawn = 1
+        if generator.getstate()[1][:-1] == after[0]:
+            return True
+    return False

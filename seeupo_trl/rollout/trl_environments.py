@@ -116,7 +116,9 @@ class ToolRollout:
             max_tool_calling_iterations=trainer.max_tool_calling_iterations,
             executes_truncated_calls=True,
         )
-        cast = Cast(self._environments, rows, trainer.async_loop if trainer._has_async_funcs else None)
+        event_loop = trainer.async_loop if trainer._has_async_funcs else None
+        timeout = None if settings.env_timeout == math.inf else settings.env_timeout
+        cast = Cast(self._environments, rows, event_loop, timeout)
         chat = self._chats.of(trainer, in_thread=bool(steps_ahead))
         batch = ToolBatch(cast, settings, limits, chat, trainer, steps_ahead)
         batch.prepare(rows)
@@ -226,10 +228,19 @@ class Cast:
             Dataset rows, one for each episode.
         event_loop (`asyncio.AbstractEventLoop`, *optional*):
             Where tools that are coroutines run.
+        timeout (`float`, *optional*):
+            Seconds that an environment may take to be made. `None` waits for ever.
     """
 
-    def __init__(self, environments: TrlEnvironments, rows: list[dict[str, Any]], event_loop: Any = None):
+    def __init__(
+        self,
+        environments: TrlEnvironments,
+        rows: list[dict[str, Any]],
+        event_loop: Any = None,
+        timeout: float | None = None,
+    ):
         self.pool = environments.pool
+        self._timeout = timeout
         self._environments = environments
         self._event_loop = event_loop
         self._kinds = [environments.kind_of(row) for row in rows]
@@ -240,6 +251,8 @@ class Cast:
         instance = self._instances[episode.key]
         if instance not in self.pool:
             instance = self._instances[episode.key] = self._environments.new_instance(self._kinds[episode.key])
+            # one after another, as TRL makes them: a factory may count. An error comes again in `reset`
+            self.pool.call([(instance, instance.made)], self._timeout)
         return instance
 
     def reset(self, instance: Instance, episode: Episode) -> Any:
