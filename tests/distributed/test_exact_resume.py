@@ -1,5 +1,6 @@
 """Whatever the options, a run that is resumed ends with the parameters of the one that was not interrupted."""
 
+import json
 from collections.abc import Callable
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny import ON_CPU, load_tiny_model, tiny_tokenizer
+from transformers import TrainerCallback
 
 from seeupo_trl import SeeUPOConfig, SeeUPOTrainer
 from seeupo_trl.distributed.checkpoints import REFERENCE_FILE
@@ -51,6 +53,7 @@ def make_trainer(
     reward_funcs=small_tokens,
     train_dataset=None,
     eval_dataset=None,
+    callbacks=None,
     **options,
 ) -> SeeUPOTrainer:
     settings = {
@@ -71,6 +74,7 @@ def make_trainer(
         reward_funcs=reward_funcs,
         train_dataset=PROMPTS if train_dataset is None else train_dataset,
         eval_dataset=eval_dataset,
+        callbacks=callbacks,
         processing_class=tiny_tokenizer(),
         **make_model(directory),
     )
@@ -112,7 +116,10 @@ BY_EPOCH = {"save_strategy": "epoch", "eval_strategy": "epoch"}
 
 @pytest.mark.parametrize(
     ("rows", "step", "strategies"),
-    [(6, 2, {}), (6, 3, {}), (6, 5, {}), (5, 5, {}), (6, 3, BY_EPOCH), (6, 3, {"eval_strategy": "epoch"})],
+    [
+        *((6, 2, {}), (6, 3, {}), (6, 5, {}), (5, 5, {})),
+        *((6, 3, BY_EPOCH), (6, 3, {"eval_strategy": "epoch"}), (6, 2, {"eval_strategy": "epoch"})),
+    ],
 )
 def test_a_stream_goes_on_where_it_was_also_in_a_later_pass(rows, step, strategies, tiny_dir, tmp_path):
     seen, others = [], Dataset.from_dict({"prompt": ["w8 w9", "w9 w8"]})
@@ -122,10 +129,16 @@ def test_a_stream_goes_on_where_it_was_also_in_a_later_pass(rows, step, strategi
             seen.append(prompts)
         return small_tokens(completion_ids)
 
+    class Evaluating(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if strategies and state.global_step == 2:
+                control.should_evaluate = True  # in the middle of a pass
+
     def trainer(output, max_steps):
         stream = PROMPTS.select(range(rows)).to_iterable_dataset()
         options = {"max_steps": max_steps, "save_steps": step, "lr_scheduler_type": "constant", **strategies}
         given = {"reward_funcs": reward, "train_dataset": stream, "eval_dataset": others}
+        given["callbacks"] = [Evaluating()]
         return make_trainer(tiny_dir, output, **given, **options)
 
     def evaluated(trainer):
@@ -141,6 +154,19 @@ def test_a_stream_goes_on_where_it_was_also_in_a_later_pass(rows, step, strategi
     expected, actual = parameters(whole), parameters(resumed)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
     assert resumed.state.epoch == whole.state.epoch
+
+
+def test_a_checkpoint_that_says_nothing_of_passes_is_resumed_and_followed_by_others(tiny_dir, tmp_path):
+    make_trainer(tiny_dir, tmp_path).train()
+    path = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    del state["stateful_callbacks"]["PassEnd"]  # as GRPO's
+    path.write_text(json.dumps(state))
+    resumed = make_trainer(tiny_dir, tmp_path, max_steps=6)
+    resumed.train(resume_from_checkpoint=str(path.parent))
+    assert (
+        "PassEnd" in json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())["stateful_callbacks"]
+    )
 
 
 def test_resuming_in_the_same_process_leaves_one_file_for_an_iteration(tiny_dir, tmp_path):

@@ -363,6 +363,16 @@ def test_what_a_script_logs_between_evaluations_is_logged(tiny_dir, tmp_path):
     assert [log[name] for log in logs for name in ("memory", "eval_memory") if name in log] == [1.0, 2.0]
 
 
+def test_a_prediction_in_a_callback_leaves_the_iteration_its_metrics(tiny_dir, tmp_path):
+    class Predicting(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trainer.predict(tasks(2))
+
+    trainer = make_trainer(tiny_dir, tmp_path, {"max_steps": 2, "logging_steps": 1}, callbacks=[Predicting()])
+    trainer.train()
+    assert [("reward" in log, "eval_reward" in log) for log in trainer.state.log_history[:2]] == [(True, False)] * 2
+
+
 def test_the_best_model_may_be_chosen_by_success(tiny_dir, tmp_path):
     options = {"metric_for_best_model": "eval_success/avg@2", "eval_strategy": "steps", "eval_steps": 1}
     options |= {"save_strategy": "best", "max_steps": 1, "save_total_limit": 1}

@@ -1,8 +1,11 @@
 """Environments that draw from the random generators of the process when they begin: they do it one after another."""
 
 import asyncio
+import itertools
 import random
+import threading
 import time
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -15,6 +18,7 @@ from tool_environments import Counter
 
 from seeupo_trl import MultiTurnRollout
 from seeupo_trl.rollout import environment_pool
+from seeupo_trl.rollout.free import play_freely
 
 
 pytestmark = pytest.mark.usefixtures("both_schedules")
@@ -105,17 +109,91 @@ def test_one_that_draws_only_later_is_worth_a_warning_and_begins_alone_from_then
     assert Sometimes.most == 1
 
 
-def test_one_that_hangs_at_the_beginning_holds_the_others_up_once(make_trainer):
+@pytest.mark.parametrize("first", [0, 2], ids=["first", "third"])
+def test_one_that_hangs_at_the_beginning_holds_the_others_up_once(make_trainer, first):
     starts = []
 
     class Hanging(Talk):
         def reset(self, number, **kwargs):
             starts.append(time.perf_counter())
-            time.sleep(20.0)
+            random.seed(number)
+            if number >= first:
+                time.sleep(20.0)
+            return super().reset(**kwargs)
 
-    with pytest.raises(RuntimeError, match=r"All 6 .* no answer within 0.5 seconds \(`env_timeout`\)"):
+    with pytest.raises(RuntimeError, match=r"environments .* no answer within 0.5 seconds \(`env_timeout`\)"):
         play(make_trainer, Hanging, [{}] * 6, env_timeout=0.5, env_reset_retries=0)
-    assert starts[1] - starts[0] >= 0.5 > starts[5] - starts[1]
+    assert starts[first + 1] - starts[first] >= 0.5 > starts[5] - starts[first + 1]
+
+
+def test_those_that_draw_without_a_seed_begin_at_the_same_time(make_trainer, caplog):
+    barrier = threading.Barrier(5, timeout=30)
+
+    class Choosing(Talk):
+        def reset(self, number, **kwargs):
+            for _ in range(100):
+                random.choice("abc")
+            np.random.random(1000)
+            if number > 0:
+                barrier.wait()
+            return super().reset(**kwargs)
+
+        def step(self, message):
+            random.random()
+            return super().step(message)
+
+    output, _ = play(make_trainer, Choosing, [{}] * 6)
+    assert output["stop_reason"] == ["completed"] * 6
+    assert not any("random generators" in text for text in caplog.messages)
+
+
+def test_a_factory_need_not_be_hashable(make_trainer):
+    @dataclass
+    class Factory:
+        name: str = "talk"
+
+        def __call__(self):
+            return Talk()
+
+    output, _ = play(make_trainer, Factory(), [{}] * 2)
+    assert output["stop_reason"] == ["completed"] * 2
+
+
+def test_none_begins_once_the_batch_is_cancelled(make_trainer, both_schedules):
+    if both_schedules == "lock step":
+        pytest.skip("a batch in lock step is not played ahead")
+    cancelled, begun = threading.Event(), []
+
+    class Counted(Seeded):
+        def reset(self, number, **kwargs):
+            begun.append(number)
+            if number == 2:
+                cancelled.set()
+            return super().reset(0, **kwargs)
+
+    rows = [row([user("Go on.")], number=i) for i in range(8)]
+    trainer = make_trainer(rows, script=["Yes.<|im_end|>"] * 9, max_completion_length=20)
+    rollout = MultiTurnRollout(Counted, tasks=rows)
+    batch = rollout.prepare(rows, trainer)
+    play_freely(batch, batch.sampler, cancelled)
+    assert begun == [0, 1, 2]
+
+
+def test_environments_of_tools_are_made_in_the_order_of_the_rows(tmp_path):
+    numbers = itertools.count()
+
+    class Numbered(Counter):
+        def __init__(self):
+            number = next(numbers)
+            time.sleep(0.01 * (number % 3))
+            self.number = number
+
+        def get_reward(self):
+            return float(self.number)
+
+    trainer = make_tool_trainer(tmp_path, ScriptedSeeUPO, Numbered, {"Task": [f"So.{END}"]})
+    play_tools(trainer, [task("a"), task("b"), task("c")])
+    assert [trajectory.reward for trajectory in trainer._batch.trajectories] == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("limit", [None, 0.5])

@@ -213,9 +213,11 @@ def test_tools_have_no_limit_unless_max_turns_is_given(tmp_path):
     assert limit_of_tool_calls(config(max_turns=10, max_tool_calling_iterations=3)) == 3
 
 
-def test_max_turns_is_written_as_a_plain_number():
-    assert type(config().to_dict()["max_turns"]) is int
-    assert config(max_turns=None).to_dict()["max_turns"] is None
+def test_limits_that_were_not_given_are_written_as_plain_numbers():
+    written = config().to_dict()
+    assert (type(written["max_turns"]), type(written["env_timeout"])) == (int, float)
+    written = config(max_turns=None, env_timeout=None).to_dict()
+    assert (written["max_turns"], written["env_timeout"]) == (None, None)
 
 
 def test_a_configuration_that_is_written_out_in_full_gives_max_turns(tmp_path):

@@ -223,9 +223,18 @@ def test_a_step_of_a_trainer_that_stands_behind_is_refused(make_of):
     class Before(Stepping, SeeUPOTrainer):
         pass
 
+    class Preparing(GRPOTrainer):
+        def _prepare_inputs(self, generation_batch):
+            return super()._prepare_inputs(generation_batch)
+
+    class BehindGRPO(SeeUPOTrainer, Preparing):
+        pass
+
     make_of(Before, {"max_steps": 1}).train()
     with pytest.raises(TypeError, match="`training_step` of Stepping is not called.*a mixin that stands before it"):
         make_of(Behind)
+    with pytest.raises(TypeError, match="`_prepare_inputs` of Preparing is not called"):
+        make_of(BehindGRPO)
 
 
 def test_a_loss_that_grpo_hides_as_well_is_left_alone(make_of, monkeypatch):
