@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 _WORDS = 624
 _MOST_BLOCKS = 16
 
-Twister = tuple[tuple[int, ...], int]  # the words, and how many were drawn
+Twister = tuple[Any, int]  # the words, and how many were drawn
 
 
 class RandomState:
@@ -77,24 +77,26 @@ class RandomState:
 
 
 def _twisters() -> list[Twister]:
-    *words, position = random.getstate()[1]
-    states = [(tuple(words), position)]
+    words = random.getstate()[1]
+    states: list[Twister] = [(words[:-1], words[-1])]
     of_numpy = np.random.get_state()
     if isinstance(of_numpy, tuple):  # the script has not put another generator there
-        states.append((tuple(of_numpy[1].tolist()), of_numpy[2]))
+        states.append((of_numpy[1].tobytes(), of_numpy[2]))
     return states
 
 
 def _is_drawn(before: Twister, after: Twister) -> bool:
     """Whether draws alone lead from one state to another, ten thousand at most."""
-    if before[0] == after[0]:
-        return before[1] <= after[1]
+    (words, drawn), (goal, at_last) = before, after
+    if words == goal:
+        return drawn <= at_last
+    if isinstance(words, bytes):
+        words, goal = (tuple(np.frombuffer(state, np.uint32).tolist()) for state in (words, goal))
     generator = random.Random()
-    generator.setstate((3, (*before[0], before[1]), None))
-    drawn = before[1]
+    generator.setstate((3, (*words, drawn), None))
     for _ in range(_MOST_BLOCKS):
         generator.getrandbits(32 * (_WORDS + 1 - drawn))  # the first one of the next words
         drawn = 1
-        if generator.getstate()[1][:-1] == after[0]:
+        if generator.getstate()[1][:-1] == goal:
             return True
     return False
