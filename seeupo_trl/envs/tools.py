@@ -10,6 +10,7 @@ an object is without the object's address.
 
 The policy's mistakes (a wrong name, wrong arguments, an exception inside a tool) are text that it reads. An exception
 in `reset` or `get_reward` is a fault of the environment, and so is one of a tool that works in another thread only.
+Where a tool catches that and returns its text, there is a warning.
 """
 
 import asyncio
@@ -17,8 +18,8 @@ import inspect
 import json
 import logging
 import re
-import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache, cached_property
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers.utils import get_json_schema
 from trl.trainer.utils import start_event_loop_in_daemon
 
 from .base import MultiTurnEnvironment, Observation, StepResult
+from .one_thread import explained, look_for_thread_errors, needs_another_thread, text_of
 from .plain import real_number
 
 
@@ -87,7 +89,8 @@ class ToolEnvironment(MultiTurnEnvironment):
         tools: Sequence[Callable] = (),
         event_loop: asyncio.AbstractEventLoop | None = None,
     ):
-        self.environment = factory()
+        with explained(f"The factory {getattr(factory, '__name__', factory)}"):
+            self.environment = factory()
         self.calls = self.failures = 0
         self.prompt: list[Message] = EMPTY_PROMPT
         self.event_loop = event_loop
@@ -128,14 +131,19 @@ class ToolEnvironment(MultiTurnEnvironment):
                 f"The tools of an environment need a conversation to be called in, but the prompt is {self.prompt!r}. "
                 "Give a list of messages."
             )
-        self.prompt = _append_to_prompt(self.prompt, self.environment.reset(**task))
+        with self._explained("`reset`"):
+            text = self.environment.reset(**task)
+        self.prompt = _append_to_prompt(self.prompt, text)
         return Observation(self.prompt, tools=self.schemas or None)
 
     def step(self, message: Message) -> StepResult:
         calls = message.get("tool_calls")
         if not calls:
             return StepResult([], terminated=True)
-        return StepResult([_tool_message(name, content) for name, content in self._execute(calls)])
+        results = self._execute(calls)
+        for name, content in results:
+            look_for_thread_errors(self._named(f"The tool {name}"), str(content))
+        return StepResult([_tool_message(name, content) for name, content in results])
 
     def close(self) -> None:
         if isinstance(self.environment, MultiTurnEnvironment):  # given by mistake
@@ -144,12 +152,13 @@ class ToolEnvironment(MultiTurnEnvironment):
     def reward(self) -> float | None:
         """What the environment says the episode is worth."""
         get_reward = self.environment.get_reward
-        if inspect.iscoroutinefunction(get_reward):
-            (reward,) = self._run([get_reward()])
-            if isinstance(reward, BaseException):
-                raise reward
-        else:
-            reward = get_reward()
+        with self._explained("`get_reward`"):
+            if inspect.iscoroutinefunction(get_reward):
+                (reward,) = self._run([get_reward()])
+                if isinstance(reward, BaseException):
+                    raise reward
+            else:
+                reward = get_reward()
         try:
             # as for TRL, a reward that is not a number is none
             return None if reward is None or reward != reward else real_number(reward)
@@ -196,12 +205,18 @@ class ToolEnvironment(MultiTurnEnvironment):
 
     def _failure(self, name: str, error: Exception | str) -> str:
         """What the policy reads of its mistake; raises an error that is not the policy's."""
-        if isinstance(error, Exception) and _needs_another_thread(error):
-            with _warning_lock:  # a cached function may run in several threads at first
-                _warn_of_thread(name, type(self.environment).__name__)
-            raise error
+        if isinstance(error, Exception) and needs_another_thread(error):
+            with self._explained(f"The tool {name}"):
+                raise error
         self.failures += 1
-        return str({"error": _text_of(error)})
+        return str({"error": text_of(error)})
+
+    def _explained(self, what: str) -> AbstractContextManager[None]:
+        consequence = " Its episodes are left out of training: the policy is not to blame."
+        return explained(self._named(what), consequence)
+
+    def _named(self, what: str) -> str:
+        return f"{what} of {type(self.environment).__name__}"
 
 
 def content_of(result: Any) -> str | list:
@@ -293,49 +308,6 @@ def _is_image(part: Any) -> bool:
 def _is_filled(part: dict[str, Any]) -> bool:
     """Rows of data may have a `type`, too, and a text that is missing or a number."""
     return isinstance(part["text"], str) if _is_text(part) else part[part["type"]] is not None
-
-
-# What is said where something works in the main thread only, or in the thread that made it; and by which package.
-_THREAD_ERRORS = {
-    "signal only works in main thread": "builtins",
-    "set_wakeup_fd only works in main thread": "builtins",
-    "There is no current event loop in thread": "builtins",
-    "SQLite objects created in a thread can only be used in that same thread": "sqlite3",
-    "Cannot switch to a different thread": "greenlet",  # by Playwright
-}
-
-
-def _needs_another_thread(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was raised from, says that it comes from the thread it happened in."""
-    while error is not None:
-        package = type(error).__module__.partition(".")[0]
-        if any(package == by and text in _text_of(error) for text, by in _THREAD_ERRORS.items()):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _text_of(error: BaseException | str) -> str:
-    try:
-        return str(error)
-    except Exception:
-        return type(error).__name__
-
-
-_warning_lock = threading.Lock()
-
-
-@cache
-def _warn_of_thread(tool: str, owner: str) -> None:
-    logger.warning(
-        "The tool %s of %s works in one thread only: in the main one (it sets a signal, or asks for that thread's "
-        "event loop), or in the one where something that it uses was made (a connection of sqlite3, a browser of "
-        "Playwright). Each environment plays in a thread of its own. Its episodes are left out of training: the "
-        "policy is not to blame. Make such things in `reset` of the environment, not beside it; limit a tool's time "
-        "in another way than by a signal (`env_timeout` gives up a call that hangs), or make it `async def`.",
-        tool,
-        owner,
-    )
 
 
 @cache

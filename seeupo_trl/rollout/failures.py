@@ -6,6 +6,7 @@ import torch
 from accelerate.utils import gather_object
 
 from ..envs.isolated import UnimportableScriptError
+from ..envs.one_thread import CAUSE, CURE, needs_another_thread
 from .chat_format import RewritingTemplateError
 from .contexts import HistoryError
 from .environment_pool import NotAnEnvironmentError
@@ -43,9 +44,15 @@ def raise_if_too_many_failed(episodes: list[Episode], max_failure_rate: float, t
     failed, played = counts.tolist()
     if failed == 0 or (failed < played and failed <= max_failure_rate * played):
         return
-    first = next(filter(None, gather_object([describe(error) for error in errors[:1]] or [None])))
+    first = next(filter(None, gather_object([_explained(error) for error in errors[:1]] or [None])))
     number = f"All {played}" if failed == played else f"{failed} of {played}"
     raise RuntimeError(
-        f"{number} environments of the batch failed. The first error: {first}. Mend the environment, or raise "
+        f"{number} environments of the batch failed. The first error: {first} Mend the environment, or raise "
         f"max_env_failure_rate ({max_failure_rate:g}) if so many failures are to be expected."
     ) from (errors[0] if errors else None)
+
+
+def _explained(error: Exception) -> str:
+    """An error as sentences, with what is to be done about it where it comes from the environment's thread."""
+    explanation = f" This works {CAUSE} {CURE}" if needs_another_thread(error) else ""
+    return f"{describe(error)}.{explanation}"

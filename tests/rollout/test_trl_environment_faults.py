@@ -156,6 +156,89 @@ def test_a_connection_of_the_scripts_thread_is_nobodys_mistake_but_the_environme
     )
 
 
+def set_alarm(value):
+    """Works in the main thread only."""
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    return value
+
+
+class AlarmedFactory(Counter):
+    def __init__(self):
+        set_alarm(None)
+
+
+class AlarmedReset(Counter):
+    def reset(self, **row):
+        return set_alarm(super().reset(**row))
+
+
+class AlarmedReward(Counter):
+    def get_reward(self):
+        return set_alarm(1.0)
+
+
+class AlarmedRewardLater(Counter):
+    async def get_reward(self):
+        return set_alarm(1.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "alarmed"),
+    [("reset", AlarmedReset), ("get_reward", AlarmedReward), ("get_reward", AlarmedRewardLater)],
+    ids=["reset", "get_reward", "get_reward later"],
+)
+def test_what_to_do_is_said_where_more_than_tools_need_the_main_thread(make, caplog, both_schedules, method, alarmed):
+    fresh = type(alarmed.__name__ + both_schedules, (alarmed,), {})  # a class is named once
+    trainer = make(ScriptedSeeUPO, fresh, SCRIPTS, env_reset_retries=0)
+    with pytest.raises(RuntimeError, match="signal only works in main thread.* a thread of its own. Make such things"):
+        play(trainer, [row("one")] * 2)
+    assert sum(f"`{method}` of {fresh.__name__} works in one thread only" in text for text in caplog.messages) == 1
+
+
+def test_a_factory_that_needs_the_main_thread_is_told_what_to_do(make, caplog, both_schedules):
+    fresh = type(AlarmedFactory.__name__ + both_schedules, (AlarmedFactory,), {})  # a class is named once
+    with pytest.raises(ValueError, match="signal only works in main thread"):
+        make(ScriptedSeeUPO, fresh, SCRIPTS)
+    (warning,) = [text for text in caplog.messages if "works in one thread only" in text]
+    assert f"The factory {fresh.__name__} works" in warning and "left out of training" not in warning
+
+
+@pytest.mark.parametrize("tool", ["ask", "ask_later"])
+def test_a_tool_that_returns_the_error_of_its_thread_is_warned_of_and_trained_on(make, caplog, request, tool):
+    connection = sqlite3.connect(":memory:")
+
+    class Asked(Counter):
+        def ask(self, text: str) -> str:
+            """
+            Asks.
+
+            Args:
+                text: Anything.
+            """
+            try:
+                return str(connection.execute(text).fetchall())
+            except Exception as error:
+                return f"Error: {error}"
+
+        async def ask_later(self, text: str) -> list:
+            """
+            Asks.
+
+            Args:
+                text: Anything.
+            """
+            return [self.ask(text)]
+
+    Asked.__name__ = request.node.name  # a class is named once
+    script = {"Task": [f"{call(tool, text='SELECT 1')}{END}", f"So.{END}"]}
+    trainer = make(ScriptedSeeUPO, Asked, script)
+    for _ in range(2):
+        assert play(trainer, [row("a")] * 2)["metrics"]["tools/failure_frequency"] == [0.0]
+        assert {trajectory.stop_reason for trajectory in trainer._batch.trajectories} == {"completed"}
+    warnings = [text for text in caplog.messages if "in one thread only" in text]
+    assert len(warnings) == 1 and f"The tool {tool} of {Asked.__name__} may work" in warnings[0]
+
+
 def test_environments_of_a_batch_run_at_the_same_time(make):
     barrier = threading.Barrier(4, timeout=30)
 
