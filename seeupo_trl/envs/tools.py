@@ -51,6 +51,10 @@ _ADDRESS = re.compile(r" at (0x[0-9a-f]+)", re.IGNORECASE)
 Message = dict[str, Any]
 
 
+class RowObservation(Observation):
+    """The conversation of a dataset row, to whose end `reset` may have appended: what is odd in it is the row's."""
+
+
 class ToolEnvironment(MultiTurnEnvironment):
     """
     A TRL environment, played by messages.
@@ -134,7 +138,7 @@ class ToolEnvironment(MultiTurnEnvironment):
         with self._explained("`reset`"):
             text = self.environment.reset(**task)
         self.prompt = _append_to_prompt(self.prompt, text)
-        return Observation(self.prompt, tools=self.schemas or None)
+        return RowObservation(self.prompt, tools=self.schemas or None)
 
     def step(self, message: Message) -> StepResult:
         calls = message.get("tool_calls")

@@ -22,7 +22,7 @@ from trl.chat_template_utils import (
 )
 
 from ..envs.base import Observation
-from ..envs.tools import TEXT_TYPES
+from ..envs.tools import TEXT_TYPES, RowObservation
 from .observations import mended
 from .parsing import BoundedParser
 
@@ -76,7 +76,7 @@ class ChatFormat:
             )
         self.template_kwargs: dict[str, Any] = trainer.chat_template_kwargs
         self._shows_tools = False  # known when it has shown some
-        self._shown_roles: set[tuple[str, bool]] = set()
+        self._checked_roles: set[tuple[str, bool]] = set()
         self._reads_parts = self._finds_text_in_parts()
         self._renderings: dict[str, list[int]] = {}
         self._end_of = lru_cache(REMEMBERED_RENDERINGS)(self._find_end)
@@ -92,13 +92,22 @@ class ChatFormat:
 
         Raises:
             `ValueError`:
-                When the template shows nothing of the tools or of a message.
+                When the template shows nothing of the tools or of a message that the environment wrote, or cannot
+                render the prompt of a dataset row.
         """
-        self._check_roles(observation.messages, opens=True)
-        self._check_tools(observation)
-        return self._tokenize_once(
-            observation.messages, self.chat_template, tools=observation.tools or None, add_generation_prompt=True
-        )
+        is_of_row = isinstance(observation, RowObservation)
+        self._check_roles(observation.messages, opens=True, are_of_row=is_of_row)
+        try:
+            self._check_tools(observation)
+            return self._tokenize_once(
+                observation.messages, self.chat_template, tools=observation.tools or None, add_generation_prompt=True
+            )
+        except (TypeError, TemplateError) as error:
+            if is_of_row:
+                raise ValueError(
+                    f"The tokenizer's chat template cannot render the dataset's `prompt`: {error}"
+                ) from error
+            raise
 
     def render_history(self, observation: Observation) -> list[int]:
         """Tokens of a conversation that was rewritten, by the tokenizer's own template, which may rewrite it too."""
@@ -280,19 +289,23 @@ class ChatFormat:
         )
         return []
 
-    def _check_roles(self, messages: list[Message], opens: bool) -> None:
+    def _check_roles(self, messages: list[Message], opens: bool, are_of_row: bool = False) -> None:
         """Templates leave out a message whose role they do not know without a word."""
         for role in dict.fromkeys(message["role"] for message in messages):
             # those of openings may have places of their own there
-            if (role, opens) in self._shown_roles or (opens and role in ROLES):
+            if (role, opens) in self._checked_roles or (opens and role in ROLES):
                 continue
             if not self._shows_role(role, opens):
-                raise ValueError(
-                    f"The tokenizer's chat template shows nothing of a message with the role {role!r}"
-                    f"{'' if opens else ' after one of the policy'}. Give the message a role that it knows (mostly "
-                    "'user' or 'tool'), or set `tokenizer.chat_template` to one that knows this."
+                where = " in the dataset's `prompt`" if are_of_row else "" if opens else " after one of the policy"
+                fault = (
+                    f"The tokenizer's chat template shows nothing of a message with the role {role!r}{where}. Give "
+                    "the message a role that it knows (mostly 'user' or 'tool'), or set `tokenizer.chat_template` to "
+                    "one that knows this."
                 )
-            self._shown_roles.add((role, opens))
+                if not are_of_row:
+                    raise ValueError(fault)
+                logger.warning(fault)
+            self._checked_roles.add((role, opens))
 
     def _shows_role(self, role: str, opens: bool) -> bool:
         message = {"role": role, "content": "dummy"} | ({"name": "dummy"} if role == "tool" else {})

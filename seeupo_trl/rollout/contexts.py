@@ -15,6 +15,7 @@ sampled from, so nothing the policy generated is tokenised again for training.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -183,7 +184,7 @@ class RewrittenContexts(Contexts):
 
     def first(self, episode: Episode) -> list[int]:
         episode.shown = self._shown(episode)
-        return self.chat.render(Observation(episode.shown, episode.observation.tools))
+        return self.chat.render(replace(episode.observation, messages=episode.shown))
 
     def next(self, episode: Episode) -> list[int]:
         appended = [*episode.shown, *episode.messages[-len(episode.new_messages) - 1 :]]

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..envs.base import Observation, StepResult
 from ..envs.plain import flag, real_number
-from ..envs.tools import TEXT_TYPES, content_of, is_in_parts
+from ..envs.tools import TEXT_TYPES, RowObservation, content_of, is_in_parts
 
 
 Message = dict[str, Any]
@@ -41,7 +41,9 @@ def check_observation(observation: Any) -> Observation:
         raise TypeError(f"Observation.tools must be a list of JSON schemas; got {_brief(tools)}.")
     if not isinstance(observation.info, dict):
         raise TypeError(f"Observation.info must be a dict; got {_brief(observation.info)}.")
-    return Observation(_check_messages(observation.messages), _own_tools(tools), _own_info(observation.info))
+    kind = RowObservation if isinstance(observation, RowObservation) else Observation
+    messages = _check_messages(observation.messages, takes_any_content=kind is RowObservation)
+    return kind(messages, _own_tools(tools), _own_info(observation.info))
 
 
 def _own_tools(tools: list[dict] | None) -> list[dict] | None:
@@ -99,7 +101,7 @@ def _flag(result: StepResult, name: str) -> bool:
         raise TypeError(f"StepResult.{name} must be True or False; got {_brief(value)}.") from error
 
 
-def _check_messages(messages: Any) -> list[Message]:
+def _check_messages(messages: Any, takes_any_content: bool = False) -> list[Message]:
     if not isinstance(messages, (list, tuple)):
         raise TypeError(f"Messages must be a list of dicts with role and content; got {_brief(messages)}.")
     checked = []
@@ -107,7 +109,7 @@ def _check_messages(messages: Any) -> list[Message]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise TypeError(f"A message must be a dict with a role; got {_brief(message)}.")
         content = message.get("content")
-        if content is not None and not isinstance(content, (str, list)):
+        if not takes_any_content and content is not None and not isinstance(content, (str, list)):
             raise TypeError(f"The content of a message must be a text; got {_brief(content)}.")
         if isinstance(content, list):
             content = list(map(_text_part, content)) if is_in_parts(content) else content_of(content)
@@ -192,7 +194,7 @@ def _is_encodable(text: str) -> bool:
 
 def number_of_characters(message: Message) -> int:
     """Length of a message's text, which may come in parts."""
-    content = message.get("content") or ""
+    content = message.get("content")
     return len(content) if isinstance(content, str) else sum(len(part["text"]) for part in _texts_in(content))
 
 
@@ -217,7 +219,7 @@ def cut_message(message: Message, limit: int, tokenizer: PreTrainedTokenizerBase
         message["content"] = cut_to_tokens(content, limit, tokenizer)
         return message["content"] is not content
     is_cut = False
-    for part in _texts_in(content or []):
+    for part in _texts_in(content):
         text = part["text"]
         part["text"] = cut_to_tokens(text, limit, tokenizer)
         is_cut = is_cut or part["text"] is not text
@@ -225,9 +227,9 @@ def cut_message(message: Message, limit: int, tokenizer: PreTrainedTokenizerBase
     return is_cut
 
 
-def _texts_in(parts: list[Any]) -> list[dict[str, Any]]:
-    """Those parts of a content that hold text."""
-    return [part for part in parts if isinstance(part.get("text"), str)]
+def _texts_in(content: Any) -> list[dict[str, Any]]:
+    """Those parts of a content that hold text; none where it is not in parts."""
+    return [part for part in content if isinstance(part.get("text"), str)] if isinstance(content, list) else []
 
 
 def cut_to_tokens(text: str, limit: int, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -8,11 +8,14 @@ from types import SimpleNamespace
 import pytest
 from byte_tokenizer import TEMPLATES, byte_tokenizer
 from talk import TOOLS, result, user
+from tool_environments import Counter
 from trl.chat_template_utils import parse_response
 
 from seeupo_trl.envs import Observation
+from seeupo_trl.envs.tools import RowObservation, ToolEnvironment
 from seeupo_trl.rollout import chat_format
 from seeupo_trl.rollout.chat_format import ChatFormat, shared_length
+from seeupo_trl.rollout.observations import check_observation
 
 
 def make_chat(template, tokenizer=None, **template_kwargs):
@@ -235,6 +238,33 @@ def test_a_message_whose_role_the_template_does_not_know_is_refused(template):
     chat.render(Observation(everywhere))
     chat.render_suffix(everywhere[1:], chat.tokenizer.eos_token_id)
     make_chat("", with_template(CHATML)).render(Observation([unknown]))  # knows all roles
+
+
+def opening_of_row(*messages):
+    return check_observation(ToolEnvironment(Counter).reset(prompt=list(messages), start=3))
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_message_of_a_rows_own_prompt_is_left_out_with_one_warning_where_the_template_does_not_know_its_role(
+    template, caplog
+):
+    chat = make_chat(template)
+    unknown = {"role": "environment", "content": "Look."}
+    for _ in range(2):
+        opening = opening_of_row(unknown, user("Begin."))
+        assert chat.render(opening) == chat.render(opening_of_row(user("Begin.")))
+    (warning,) = caplog.messages
+    assert "the role 'environment' in the dataset's `prompt`" in warning
+
+
+def test_a_content_that_is_no_text_is_the_rows_where_its_prompt_has_it():
+    number = {"role": "user", "content": 5}
+    chat = make_chat("", with_template(CHATML))
+    assert "user\n5<|im_end|>" in chat.tokenizer.decode(chat.render(RowObservation([number])))
+    with pytest.raises(ValueError, match="cannot render the dataset's `prompt`: can only concatenate str"):
+        make_chat("qwen2_5").render(opening_of_row(number, user("Begin.")))
+    with pytest.raises(TypeError, match="content of a message must be a text"):
+        check_observation(Observation([number]))
 
 
 def test_tools_that_the_template_does_not_show_are_refused():

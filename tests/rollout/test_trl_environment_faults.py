@@ -324,6 +324,18 @@ def test_a_prompt_that_is_no_conversation_is_an_error(make):
         play(trainer, [{"prompt": "Task one."}])
 
 
+def test_a_message_of_the_prompt_that_the_template_leaves_out_is_warned_of_and_no_fault_of_the_environment(
+    make, caplog
+):
+    trainer = make(ScriptedSeeUPO, Counter, SCRIPTS)
+    prompt = [{"role": "developer", "content": "Be brief."}, *row("one")["prompt"]]
+    for _ in range(2):
+        play(trainer, [row("one"), {"prompt": prompt}])
+        assert [trajectory.stop_reason for trajectory in trainer._batch.trajectories] == ["completed"] * 4
+    (warning,) = [text for text in caplog.messages if "shows nothing of a message" in text]
+    assert "with the role 'developer' in the dataset's `prompt`" in warning
+
+
 def test_an_unknown_kind_of_environment_is_an_error(make):
     trainer = make(ScriptedSeeUPO, {"counter": Counter}, SCRIPTS)
     with pytest.raises(ValueError, match="`environment='count'`, which is not among .*: 'counter'"):

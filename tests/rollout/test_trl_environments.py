@@ -107,6 +107,9 @@ PROMPTS = {
         {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYes?"},
         {"role": "user", "content": ""},
     ],
+    # templates print nothing of the former, and of the latter nothing or the number
+    "a role of its own": [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Task a."}],
+    "a number": [{"role": "user", "content": 5}, {"role": "user", "content": "Task a."}],
 }
 
 
