@@ -94,6 +94,7 @@ class Instance(CallThread):
             played = _played(environment)
             others = [other.environment for other in list(self._instances) if other is not self]
             if any(played is _played(other) for other in others):
+                self.environment = None  # it is the other's to close
                 raise NotAnEnvironmentError(
                     f"environment_factory returned the same {type(played).__name__} again, but each episode that is "
                     "played at the same time needs one of its own. Return a new instance at each call, or give the "
