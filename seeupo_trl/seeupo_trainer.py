@@ -648,7 +648,8 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         is_training = self.model.training
         output = super().predict(*args, **kwargs)
         self._metrics["eval"].clear()  # nothing logs them, and the next evaluation shall not report them
-        self.model.train(is_training)  # else a callback's prediction keeps the iteration's metrics out of the log
+        if self.is_in_train:  # a callback's prediction would keep the iteration's metrics out of the log
+            self.model.train(is_training)
         return output
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:

@@ -6,7 +6,6 @@ Which episodes are played does not depend on what arrives first: an environment'
 the episode and its turn, see [`~seeupo_trl.rollout.sampler`].
 """
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -54,8 +53,7 @@ class _FreePlay:
         self._cancelled = Event() if cancelled is None else cancelled
         self._patience = None if cancelled is None else CANCEL_GLANCE
         self._waiting = deque(batch.episodes)
-        timeout = batch.settings.env_timeout
-        self._calls = batch.environments.pool.pending_calls(None if timeout == math.inf else timeout)
+        self._calls = batch.environments.pool.pending_calls(batch.settings.call_timeout)
         self._retries: list[tuple[float, int]] = []  # when to begin which episode again
         self._attempts = [0] * len(batch.episodes)
         self._asked: set[int] = set()

@@ -6,7 +6,6 @@ Each turn waits for its longest response and its slowest environment. It is for 
 only; where single requests can be answered, see [`~seeupo_trl.rollout.free`].
 """
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -76,8 +75,7 @@ def call(batch: "RolloutBatch", calls: list[tuple[Instance, Callable[[], Any]]])
             As in [`~seeupo_trl.rollout.environment_pool.EnvironmentPool.call`].
     """
     start = time.perf_counter()
-    timeout = batch.settings.env_timeout
-    outcomes = batch.environments.pool.call(calls, None if timeout == math.inf else timeout)
+    outcomes = batch.environments.pool.call(calls, batch.settings.call_timeout)
     batch.progress.stepped([outcome.seconds for outcome in outcomes], time.perf_counter() - start)
     return outcomes
 

@@ -100,6 +100,11 @@ class RolloutSettings:
         _check_list("stop_strings", self.stop_strings, lambda text: isinstance(text, str) and text, "non-empty texts")
         _check_list("stop_token_ids", self.stop_token_ids, lambda token_id: type(token_id) is int, "token ids")
 
+    @property
+    def call_timeout(self) -> float | None:
+        """`env_timeout` as calls take it, where `None` is no limit."""
+        return None if self.env_timeout == math.inf else self.env_timeout
+
     @classmethod
     def from_arguments(cls, arguments: Any) -> "RolloutSettings":
         """

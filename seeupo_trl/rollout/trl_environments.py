@@ -117,8 +117,7 @@ class ToolRollout:
             executes_truncated_calls=True,
         )
         event_loop = trainer.async_loop if trainer._has_async_funcs else None
-        timeout = None if settings.env_timeout == math.inf else settings.env_timeout
-        cast = Cast(self._environments, rows, event_loop, timeout)
+        cast = Cast(self._environments, rows, event_loop, settings.call_timeout)
         chat = self._chats.of(trainer, in_thread=bool(steps_ahead))
         batch = ToolBatch(cast, settings, limits, chat, trainer, steps_ahead)
         batch.prepare(rows)
