@@ -236,7 +236,7 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
             )
 
         save_between_iterations(self.callback_handler.callbacks)
-        self.add_callback(PassEnd)
+        self.callback_handler.add_callback(PassEnd)
         check_moving_reference(args, self.accelerator)
         check_resampling(args, self._is_vlm, train_dataset)
         check_precision(self)
