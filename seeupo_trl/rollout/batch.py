@@ -135,11 +135,12 @@ class RolloutBatch:
         meanwhile.
         """
         episode.instance = self.environments.take(episode)
+        reset = self.shared_state.guarded(partial(self.environments.reset, episode.instance, episode))
+        if self.settings.max_concurrent_envs == 1:
+            return reset, False
         factory, random_state = episode.instance.factory, self.environments.pool.random_state
         is_alone = random_state.begins_alone(factory) and not self._may_hang
-        reset = self.shared_state.guarded(partial(self.environments.reset, episode.instance, episode))
-        one_by_one = self.settings.max_concurrent_envs == 1
-        return random_state.watched(factory, reset, is_alone or one_by_one), is_alone
+        return random_state.watched(factory, reset, is_alone), is_alone
 
     def begun(self, episode: Episode, outcome: CallOutcome) -> Exception | None:
         """Take the opening of an episode. Returns what went wrong: another environment may begin it then."""
@@ -149,7 +150,9 @@ class RolloutBatch:
         except MISTAKES:
             raise
         except Exception as error:
-            self._may_hang |= outcome.is_stuck
+            if outcome.is_stuck:
+                self._may_hang = True
+                self.environments.pool.random_state.put_back()
             self.environments.pool.discard(episode.instance)
             return error
         return None

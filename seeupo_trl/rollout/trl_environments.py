@@ -117,7 +117,8 @@ class ToolRollout:
             executes_truncated_calls=True,
         )
         event_loop = trainer.async_loop if trainer._has_async_funcs else None
-        cast = Cast(self._environments, rows, event_loop, settings.call_timeout)
+        cast = Cast(self._environments, rows, event_loop)
+        cast.make_missing(settings.call_timeout)
         chat = self._chats.of(trainer, in_thread=bool(steps_ahead))
         batch = ToolBatch(cast, settings, limits, chat, trainer, steps_ahead)
         batch.prepare(rows)
@@ -227,31 +228,37 @@ class Cast:
             Dataset rows, one for each episode.
         event_loop (`asyncio.AbstractEventLoop`, *optional*):
             Where tools that are coroutines run.
-        timeout (`float`, *optional*):
-            Seconds that an environment may take to be made. `None` waits for ever.
     """
 
-    def __init__(
-        self,
-        environments: TrlEnvironments,
-        rows: list[dict[str, Any]],
-        event_loop: Any = None,
-        timeout: float | None = None,
-    ):
+    def __init__(self, environments: TrlEnvironments, rows: list[dict[str, Any]], event_loop: Any = None):
         self.pool = environments.pool
-        self._timeout = timeout
         self._environments = environments
         self._event_loop = event_loop
         self._kinds = [environments.kind_of(row) for row in rows]
         self._instances = [environments.lend(kind) for kind in self._kinds]
+
+    def make_missing(self, timeout: float | None) -> None:
+        """
+        Make the instances that are missing one after another, as TRL does: a factory may count. What fails is tried
+        again when its episode begins, and so are all that come after one which took longer than `timeout` seconds.
+        """
+        for number, kind in enumerate(self._kinds):
+            if self._instances[number] is not None:
+                continue
+            instance = self._environments.new_instance(kind)
+            (outcome,) = self.pool.call([(instance, instance.made)], timeout)
+            if outcome.error is None:
+                self._instances[number] = instance
+            else:
+                self.pool.discard(instance)
+            if outcome.is_stuck:
+                return
 
     def take(self, episode: Episode) -> Instance:
         """Who plays an episode; another one where that has failed."""
         instance = self._instances[episode.key]
         if instance not in self.pool:
             instance = self._instances[episode.key] = self._environments.new_instance(self._kinds[episode.key])
-            # one after another, as TRL makes them: a factory may count. An error comes again in `reset`
-            self.pool.call([(instance, instance.made)], self._timeout)
         return instance
 
     def reset(self, instance: Instance, episode: Episode) -> Any:

@@ -1,6 +1,8 @@
 """Environments that draw from the random generators of the process when they begin: they do it one after another."""
 
 import asyncio
+import contextlib
+import io
 import itertools
 import random
 import threading
@@ -131,9 +133,9 @@ def test_those_that_draw_without_a_seed_begin_at_the_same_time(make_trainer, cap
 
     class Choosing(Talk):
         def reset(self, number, **kwargs):
-            for _ in range(100):
+            for _ in range(1000):
                 random.choice("abc")
-            np.random.random(1000)
+            np.random.choice(20_000, 3, replace=False)  # draws a whole permutation
             if number > 0:
                 barrier.wait()
             return super().reset(**kwargs)
@@ -145,6 +147,46 @@ def test_those_that_draw_without_a_seed_begin_at_the_same_time(make_trainer, cap
     output, _ = play(make_trainer, Choosing, [{}] * 6)
     assert output["stop_reason"] == ["completed"] * 6
     assert not any("random generators" in text for text in caplog.messages)
+
+
+def test_a_seed_that_is_the_runs_own_is_seen(make_trainer):
+    tasks = []
+
+    class Constant(Talk):
+        def reset(self, number, **kwargs):
+            random.seed(42)
+            tasks.append([random.random(), time.sleep(0.01), random.random()])
+            return super().reset(**kwargs)
+
+    random.seed(42)
+    random.random()
+    play(make_trainer, Constant, [{}] * 6)
+    assert all(task == tasks[0] for task in tasks)
+
+
+def test_the_first_reset_leaves_the_generators_as_they_were_if_it_seeds_none(make_trainer):
+    class Drawing(Talk):
+        def reset(self, number, **kwargs):
+            random.random()
+            np.random.seed(3)
+            return super().reset(**kwargs)
+
+    rows = [row([user("Go on.")], number=0)]
+    trainer = make_trainer(rows, script=["Yes.<|im_end|>"] * 9, max_completion_length=20)
+    before = random.getstate()
+    MultiTurnRollout(Drawing, tasks=rows)([rows[0]["prompt"]], trainer)
+    assert random.getstate() == before
+    assert np.random.get_state()[1].tolist() == np.random.RandomState(3).get_state()[1].tolist()
+
+
+def test_a_generator_of_another_kind_in_numpy_is_left_alone(make_trainer):
+    bit_generator = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(3))
+    try:
+        output, _ = play(make_trainer, Talk, [{}] * 2)
+    finally:
+        np.random.set_bit_generator(bit_generator)
+    assert output["stop_reason"] == ["completed"] * 2
 
 
 def test_a_factory_need_not_be_hashable(make_trainer):
@@ -185,7 +227,8 @@ def test_environments_of_tools_are_made_in_the_order_of_the_rows(tmp_path):
     class Numbered(Counter):
         def __init__(self):
             number = next(numbers)
-            time.sleep(0.01 * (number % 3))
+            with contextlib.redirect_stdout(io.StringIO()):  # while none is called
+                time.sleep(0.01 * (number % 3))
             self.number = number
 
         def get_reward(self):
