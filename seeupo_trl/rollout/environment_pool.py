@@ -102,10 +102,6 @@ class Instance(CallThread):
                 )
         return self.environment
 
-    def call(self, function: Callable[[], Any]) -> Future:
-        """Run a function in the thread; a coroutine that it returns is run on the event loop."""
-        return self.submit(function)
-
     def give_up(self) -> None:
         """Wait for the present call no longer. A coroutine is cancelled."""
         self.is_stuck = True
@@ -116,12 +112,13 @@ class Instance(CallThread):
 
     def close(self) -> Future:
         """Close the environment when its present call has returned, and end the thread."""
-        closed = self.call(self._close)
+        closed = self.submit(self._close)
         closed.add_done_callback(self._report)
         self.end()
         return closed
 
     def _call(self, function: Callable[[], Any]) -> Any:
+        """Run a function in the thread; a coroutine that it returns is run on the event loop."""
         result = super()._call(function)
         if not inspect.iscoroutine(result):
             return result
@@ -262,7 +259,7 @@ class PendingCalls:
                 A function without arguments. A coroutine that it returns is run on the common event loop.
         """
         start = time.perf_counter()
-        future = instance.call(function)
+        future = instance.submit(function)
         self._calls[future] = (key, instance, start)
         future.add_done_callback(lambda future: self._done.put((future, time.perf_counter())))
 

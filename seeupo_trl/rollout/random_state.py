@@ -32,7 +32,6 @@ class RandomState:
     def __init__(self):
         self._known: list[Any] = []  # factories of which one has begun an episode
         self._is_seeded = False
-        self._has_warned = False
         self._kept: list[Callable[[], None]] = []  # give the generators the states that the first one did not get
 
     def begins_alone(self, factory: Any) -> bool:
@@ -83,7 +82,7 @@ class RandomState:
         finally:
             drawn = list(map(_is_drawn, before, _twisters()))
             if self._kept:  # not given up
-                self._is_seeded = not all(drawn)
+                self._is_seeded |= not all(drawn)
                 self._kept = [put_back for put_back, is_drawn in zip(self._kept, drawn, strict=True) if is_drawn]
                 self.put_back()
 
@@ -97,16 +96,15 @@ class RandomState:
         try:
             yield
         finally:
-            if not all(map(_is_drawn, before, _twisters())):
+            seeds = not all(map(_is_drawn, before, _twisters()))
+            if seeds and not self._is_seeded:
                 self._is_seeded = True
-                if not self._has_warned:
-                    self._has_warned = True
-                    logger.warning(
-                        "Environments seeded the random generators of the process (`random`, `numpy.random`) while "
-                        "several began their episodes: members of a group may have got different tasks in this "
-                        "batch. From now on they begin one after another. A generator of the environment's own "
-                        "(`random.Random(seed)`) needs neither."
-                    )
+                logger.warning(
+                    "Environments seeded the random generators of the process (`random`, `numpy.random`) while "
+                    "several began their episodes: members of a group may have got different tasks in this batch. "
+                    "From now on they begin one after another. A generator of the environment's own "
+                    "(`random.Random(seed)`) needs neither."
+                )
 
 
 def _twisters() -> list[Twister]:

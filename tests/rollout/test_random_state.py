@@ -1,4 +1,4 @@
-"""Environments that draw from the random generators of the process when they begin: they do it one after another."""
+"""Environments that seed the random generators of the process when they begin: they do it one after another."""
 
 import asyncio
 import contextlib
@@ -8,7 +8,6 @@ import random
 import threading
 import time
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import pytest
@@ -39,12 +38,14 @@ class Seeded(Talk):
         return super().reset(**kwargs)
 
 
-def play(make_trainer, environment, columns, **options):
+def rows_and_trainer(make_trainer, columns):
     rows = [row([user("Go on.")], number=i, **more) for i, more in enumerate(columns)]
-    trainer = make_trainer(rows, script=["Yes.<|im_end|>"] * 9, max_completion_length=20)
-    rollout = MultiTurnRollout(environment, tasks=rows, **options)
-    output = rollout([r["prompt"] for r in rows], trainer)
-    return output, rollout
+    return rows, make_trainer(rows, script=["Yes.<|im_end|>"] * 9, max_completion_length=20)
+
+
+def play(make_trainer, environment, columns, **options):
+    rows, trainer = rows_and_trainer(make_trainer, columns)
+    return MultiTurnRollout(environment, tasks=rows, **options)([r["prompt"] for r in rows], trainer)
 
 
 @pytest.mark.parametrize("is_coroutine", [False, True], ids=["function", "coroutine"])
@@ -89,7 +90,24 @@ def test_the_same_holds_for_environments_of_tools(tmp_path):
     assert [(len(drawn), len(set(drawn))) for drawn in games.values()] == [(6, 1), (6, 1)]
 
 
-def test_one_that_draws_only_later_is_worth_a_warning_and_begins_alone_from_then_on(make_trainer, caplog):
+def test_a_kind_that_seeds_begins_alone_also_after_another_kind_that_does_not(tmp_path):
+    games = []
+
+    class Drawn(Counter):
+        def reset(self, **kwargs):
+            random.seed(3)
+            time.sleep(0.01)
+            games.append(random.random())
+            return super().reset()
+
+    trainer = make_tool_trainer(
+        tmp_path, ScriptedSeeUPO, {"seeds": Drawn, "draws": Counter}, {"Task": [f"{call('read')}{END}", f"So.{END}"]}
+    )
+    play_tools(trainer, [task("a", environment=kind) for kind in ("seeds", "draws", "seeds", "seeds")])
+    assert (len(games), len(set(games))) == (6, 1)
+
+
+def test_one_that_seeds_only_later_is_worth_a_warning_and_begins_alone_from_then_on(make_trainer, caplog):
     class Sometimes(Seeded):
         active, most = 0, 0
 
@@ -102,12 +120,14 @@ def test_one_that_draws_only_later_is_worth_a_warning_and_begins_alone_from_then
             return opening
 
     columns = [{"draws": number == 3} for number in range(4)]
-    _, rollout = play(make_trainer, Sometimes, columns)
+    rows, trainer = rows_and_trainer(make_trainer, columns)
+    rollout = MultiTurnRollout(Sometimes, tasks=rows)
+    rollout([r["prompt"] for r in rows], trainer)
     assert sum("members of a group may have got different tasks" in text for text in caplog.messages) == 1
     assert Sometimes.most > 1
     Sometimes.most = 0
-    rows = [row([user("Go on.")], number=i, **more) for i, more in enumerate(columns)]
-    rollout([r["prompt"] for r in rows], make_trainer(rows, script=["Yes.<|im_end|>"] * 9, max_completion_length=20))
+    rows, trainer = rows_and_trainer(make_trainer, columns)
+    rollout([r["prompt"] for r in rows], trainer)
     assert Sometimes.most == 1
 
 
@@ -144,7 +164,7 @@ def test_those_that_draw_without_a_seed_begin_at_the_same_time(make_trainer, cap
             random.random()
             return super().step(message)
 
-    output, _ = play(make_trainer, Choosing, [{}] * 6)
+    output = play(make_trainer, Choosing, [{}] * 6)
     assert output["stop_reason"] == ["completed"] * 6
     assert not any("random generators" in text for text in caplog.messages)
 
@@ -171,8 +191,7 @@ def test_the_first_reset_leaves_the_generators_as_they_were_if_it_seeds_none(mak
             np.random.seed(3)
             return super().reset(**kwargs)
 
-    rows = [row([user("Go on.")], number=0)]
-    trainer = make_trainer(rows, script=["Yes.<|im_end|>"] * 9, max_completion_length=20)
+    rows, trainer = rows_and_trainer(make_trainer, [{}])
     before = random.getstate()
     MultiTurnRollout(Drawing, tasks=rows)([rows[0]["prompt"]], trainer)
     assert random.getstate() == before
@@ -183,7 +202,7 @@ def test_a_generator_of_another_kind_in_numpy_is_left_alone(make_trainer):
     bit_generator = np.random.get_bit_generator()
     np.random.set_bit_generator(np.random.PCG64(3))
     try:
-        output, _ = play(make_trainer, Talk, [{}] * 2)
+        output = play(make_trainer, Talk, [{}] * 2)
     finally:
         np.random.set_bit_generator(bit_generator)
     assert output["stop_reason"] == ["completed"] * 2
@@ -197,7 +216,7 @@ def test_a_factory_need_not_be_hashable(make_trainer):
         def __call__(self):
             return Talk()
 
-    output, _ = play(make_trainer, Factory(), [{}] * 2)
+    output = play(make_trainer, Factory(), [{}] * 2)
     assert output["stop_reason"] == ["completed"] * 2
 
 
@@ -213,8 +232,7 @@ def test_none_begins_once_the_batch_is_cancelled(make_trainer, both_schedules):
                 cancelled.set()
             return super().reset(0, **kwargs)
 
-    rows = [row([user("Go on.")], number=i) for i in range(8)]
-    trainer = make_trainer(rows, script=["Yes.<|im_end|>"] * 9, max_completion_length=20)
+    rows, trainer = rows_and_trainer(make_trainer, [{}] * 8)
     rollout = MultiTurnRollout(Counted, tasks=rows)
     batch = rollout.prepare(rows, trainer)
     play_freely(batch, batch.sampler, cancelled)
@@ -251,7 +269,7 @@ def test_environments_of_tools_have_the_time_that_they_take_unless_a_limit_is_gi
             return 1.0
 
     config = {} if limit is None else {"env_timeout": limit}
-    trainer = partial(make_tool_trainer, tmp_path, ScriptedSeeUPO, Slow, {"Task": [f"So.{END}"]}, **config)()
+    trainer = make_tool_trainer(tmp_path, ScriptedSeeUPO, Slow, {"Task": [f"So.{END}"]}, **config)
     if limit is not None:
         with pytest.raises(RuntimeError, match="`env_timeout`"):
             play_tools(trainer, [task("a")])
