@@ -27,7 +27,7 @@ from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id
 
 from .distributed.adapter_sync import sync_without_merging
-from .distributed.backends import check_deepspeed, keep_output_dtype, reference_in_layers
+from .distributed.backends import check_deepspeed, keep_output_dtype, let_gloo_finish, reference_in_layers
 from .distributed.checkpoints import (
     ExactResume,
     PassEnd,
@@ -235,6 +235,8 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
                 environment_factory=rollout.environment_factory,
             )
 
+        if self.accelerator.num_processes > 1:
+            let_gloo_finish()
         save_between_iterations(self.callback_handler.callbacks)
         self.callback_handler.add_callback(PassEnd)
         check_moving_reference(args, self.accelerator)

@@ -1,8 +1,11 @@
-"""What DeepSpeed and FSDP2 may not do to a run, and what they are told before it starts."""
+"""What DeepSpeed, FSDP2 and Gloo may not do to a run, and what they are told before it starts."""
 
+import atexit
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 
 from accelerate import Accelerator
 from accelerate.utils import fsdp2_prepare_model
@@ -111,3 +114,19 @@ def reference_in_layers() -> Iterator[None]:
         yield
     finally:
         grpo_trainer.prepare_fsdp = prepare
+
+
+GLOO_SECONDS = 0.2
+
+
+@cache
+def let_gloo_finish() -> None:
+    """
+    Let the threads of Gloo finish before the interpreter ends.
+
+    A thread that gives back the tensors of the last collective needs the interpreter's lock. One that waits for it
+    when the interpreter ends takes the process with it (`terminate called without an active exception`, exit code
+    -6), or the process waits for it forever, after all work was done. `destroy_process_group` does not wait for these
+    threads where a model was wrapped in DDP (PyTorch 2.13), and nobody can ask whether they are done.
+    """
+    atexit.register(time.sleep, GLOO_SECONDS)

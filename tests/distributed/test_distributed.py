@@ -261,6 +261,7 @@ def test_launch_is_what_it_says(launched, finished):
     notes = finished(launched).notes(runs[0])
     assert len(notes) == num_processes
     assert all(note["num_processes"] == num_processes and wrapper in note["model"] for note in notes)
+    assert all(note["lets Gloo finish"] for note in notes)  # what that is for: test_gloo_exit.py
 
 
 @cases("bf16", "moe_with_auxiliary_loss")

@@ -29,6 +29,7 @@ from transformers import TrainerCallback
 from unkind_rollouts import GROUP_SIZE, NUM_TRAJECTORIES, TURNS, FixedRollouts
 
 from seeupo_trl import MultiTurnEnvironment, MultiTurnRollout, Observation, SeeUPOConfig, SeeUPOTrainer, StepResult
+from seeupo_trl.distributed.backends import let_gloo_finish
 
 
 # Turns of the episodes of an iteration's four prompts. They go to the processes in order.
@@ -231,6 +232,7 @@ def train(run: dict, num_processes: int) -> None:
         if trainer.ref_model is not None:
             note["units of the reference"] = sum(isinstance(m, FSDPModule) for m in trainer.ref_model.modules())
         note["num_processes"] = trainer.accelerator.num_processes
+        note["lets Gloo finish"] = bool(let_gloo_finish.cache_info().currsize)
         if plays:
             note["generations"] = rollouts["rollout_func"].generations
         note["model"] = [base.__name__ for base in type(trainer.model_wrapped).__mro__]
