@@ -15,10 +15,12 @@ import logging
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
 from pathlib import Path
@@ -44,7 +46,8 @@ class IsolatedEnvironment(MultiTurnEnvironment):
     Runs an environment in a process of its own.
 
     The process starts with the first episode. It is killed when a call takes too long, and replaced before the next
-    episode. It ends with ours, however that ends.
+    episode. It ends with ours, however that ends. What it has started ends with it, unless that has a process group of
+    its own (`subprocess.Popen(..., start_new_session=True)`). It cannot start processes by `multiprocessing`.
 
     What the environment returns is sent as JSON: messages, tools and `info` are texts, numbers, booleans, `None`,
     lists and dicts with texts as keys. Tuples arrive as lists; numbers, arrays and tensors of other libraries as
@@ -144,7 +147,8 @@ class IsolatedEnvironment(MultiTurnEnvironment):
     def _kill(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            process.kill()
+            _kill_group(process.pid)
+            process.kill()  # it may not have had its group yet
             process.join()
             self._answers.close()
             self._socket.close()
@@ -192,6 +196,8 @@ _READ_AS = {"reward": real_number, "terminated": flag, "truncated": flag}
 
 def _serve(connection: socket.socket, factory: Callable[[], MultiTurnEnvironment]) -> None:
     """The process: answers calls until it is told to close, or until ours is gone."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     requests = connection.makefile("rb")
     event_loop = asyncio.new_event_loop()
@@ -248,7 +254,15 @@ def _describe(error: BaseException) -> str:
 
 def _end_with_parent() -> None:
     multiprocessing.parent_process().join()
+    _kill_group(os.getpid())
     os._exit(1)
+
+
+def _kill_group(pid: int) -> None:
+    """Kill a process and what it has started, where the system has groups of processes."""
+    if hasattr(os, "killpg"):
+        with suppress(ProcessLookupError, PermissionError):  # nothing is left of them
+            os.killpg(pid, signal.SIGKILL)
 
 
 def _check_importable(factory: Callable[[], MultiTurnEnvironment]) -> None:

@@ -66,7 +66,7 @@ def write_page(run_dir: str | Path, output: str | Path | None = None, **selectio
         run_dir (`str` or `Path`):
             As in [`~seeupo_trl.view.run.read_run`].
         output (`str` or `Path`, *optional*):
-            The file; by default `trajectories.html` in `run_dir`.
+            The file; a pipe or a device gets the page and nothing else. By default `trajectories.html` in `run_dir`.
         **selection:
             `splits`, `iterations` and `max_trajectories` of [`~seeupo_trl.view.run.read_run`].
 
@@ -75,22 +75,34 @@ def write_page(run_dir: str | Path, output: str | Path | None = None, **selectio
             When there is nothing to show, or the file cannot be written.
     """
     run_dir = Path(run_dir)
-    output = Path(output or (run_dir if run_dir.is_dir() else run_dir.parent) / "trajectories.html")
-    if output.is_dir():
-        raise IsADirectoryError(f"--output {output} is a directory; give the file of the page.")
+    path = Path(output or (run_dir if run_dir.is_dir() else run_dir.parent) / "trajectories.html")
+    if path.is_dir():
+        raise IsADirectoryError(f"--output {path} is a directory; give the file of the page.")
     shown = read_run(run_dir, **selection)
     page = render(shown.rows.to_pylist(), shown.title, shown.note, shown.charts, shown.notices)
-    temporary = output.with_name(f".{output.name}.tmp")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(output)
+        if output is not None and path.exists() and not path.is_file():
+            path.write_text(page, encoding="utf-8")
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # a link that lies in somebody's run is not followed
+        _replace(path if output is None else path.resolve(), page)
     except OSError as error:
-        if output.parent.is_dir():
+        raise OSError(f"{path} cannot be written: {error.strerror}. Give another file by --output.") from error
+    print(f"{path}: {len(page) / 1e6:.1f} MB" + (f"; {shown.note}" if shown.note else ""))
+    return path
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file of which nobody ever sees a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        if path.parent.is_dir():
             temporary.unlink(missing_ok=True)
-        raise OSError(f"{output} cannot be written: {error.strerror}. Give another file by --output.") from error
-    print(f"{output}: {len(page) / 1e6:.1f} MB" + (f"; {shown.note}" if shown.note else ""))
-    return output
+        raise
 
 
 def _positive(text: str) -> int:

@@ -39,6 +39,21 @@ def is_running(pid):
     return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z" if Path("/proc").is_dir() else True
 
 
+def started(file: Path) -> int:
+    """The process that a process has started and named in a file."""
+    deadline = time.monotonic() + 60
+    while not (file.exists() and file.read_text().endswith("\n")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return int(file.read_text())
+
+
+def assert_end(*pids: int) -> None:
+    deadline = time.monotonic() + 60
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(is_running, pids))
+
+
 def test_it_plays_like_the_environment_itself(environment):
     plain = Deeds()
     opening, own = environment.reset(deed=None), plain.reset(deed=None)
@@ -232,18 +247,23 @@ def test_no_process_is_left_when_ours_is_killed(tmp_path):
                 environment = IsolatedEnvironment(Deeds)
                 environment.reset()
                 print(environment.step({"role": "assistant", "content": ""}).info["process"], flush=True)
-                environment.reset(deed="hang")
+                environment.reset(deed="start another and hang", file="started")
                 environment.step({"role": "assistant", "content": ""})
             """
         )
     )
-    ours = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
-    pid = int(ours.stdout.readline())
-    assert is_running(pid)
-    time.sleep(0.5)
+    ours = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    pids = int(ours.stdout.readline()), started(tmp_path / "started")
+    assert all(map(is_running, pids))
     ours.send_signal(signal.SIGKILL)
     ours.wait()
-    deadline = time.monotonic() + 60
-    while is_running(pid) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not is_running(pid)
+    assert_end(*pids)
+
+
+def test_what_a_process_started_is_killed_with_it(environment, tmp_path):
+    environment.reset(deed=None)
+    environment._timeout = 1.0
+    environment.reset(deed="start another and hang", file=str(tmp_path / "started"))
+    with pytest.raises(TimeoutError):
+        environment.step(MESSAGE)
+    assert_end(started(tmp_path / "started"))

@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import socket
+import subprocess
 import time
 from dataclasses import replace
 from fractions import Fraction
@@ -28,6 +29,9 @@ class Deeds(MultiTurnEnvironment):
         self.steps += 1
         match self.deed:
             case "hang":
+                time.sleep(1000)
+            case "start another and hang":
+                print(subprocess.Popen(["sleep", "1000"]).pid, file=open(self.task["file"], "w"), flush=True)
                 time.sleep(1000)
             case "hold the lock":
                 3 ** (10**9)

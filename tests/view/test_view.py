@@ -1,8 +1,10 @@
 """The page of saved trajectories, in a real browser: what it shows, how it filters, and that no text can run in it."""
 
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +18,7 @@ from seeupo_trl import Trajectory, Turn
 from seeupo_trl.trajectory_log import SCHEMA, TrajectoryLog
 from seeupo_trl.update.metrics import TurnUpdate
 from seeupo_trl.view.__main__ import main
+from seeupo_trl.view.command import write_page
 from seeupo_trl.view.run import read_run
 
 
@@ -262,3 +265,25 @@ def test_command_line_explains_what_it_cannot_show(run_dir, tmp_path, capsys):
     says("page.html cannot be written: ", "--output", tmp_path / "file" / "page.html")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert not tmp_path.with_name(f".{tmp_path.name}.tmp").exists()
+
+
+def test_a_page_goes_through_pipes_and_links_but_through_no_link_of_a_run(run_dir, tmp_path):
+    published, link, pipe = tmp_path / "published.html", tmp_path / "link.html", tmp_path / "pipe"
+    published.write_text("old")
+    link.symlink_to(published)
+    render(run_dir, link)
+    assert link.is_symlink() and published.read_text().startswith("<!doctype html>")
+
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit(pipe.read_text)
+        render(run_dir, pipe)
+        assert read.result(timeout=60) == published.read_text()
+    assert pipe.is_fifo()
+
+    published.write_text("not of this run")
+    page = run_dir / "trajectories.html"
+    page.symlink_to(published)
+    assert write_page(run_dir) == page
+    assert not page.is_symlink() and published.read_text() == "not of this run"
+    page.unlink()
