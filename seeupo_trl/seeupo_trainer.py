@@ -30,7 +30,7 @@ from .distributed.adapter_sync import sync_without_merging
 from .distributed.backends import check_deepspeed, keep_output_dtype, let_gloo_finish, reference_in_layers
 from .distributed.checkpoints import (
     ExactResume,
-    PassEnd,
+    PlaceInData,
     ResumableRepeatSampler,
     check_moving_reference,
     save_between_iterations,
@@ -238,7 +238,8 @@ class SeeUPOTrainer(ExactResume, PlaysAhead, GRPOTrainer):
         if self.accelerator.num_processes > 1:
             let_gloo_finish()
         save_between_iterations(self.callback_handler.callbacks)
-        self.callback_handler.add_callback(PassEnd)
+        self._place_in_data = PlaceInData()
+        self.callback_handler.add_callback(self._place_in_data)
         check_moving_reference(args, self.accelerator)
         check_resampling(args, self._is_vlm, train_dataset)
         check_precision(self)

@@ -338,9 +338,9 @@ def check_best_metric(args: SeeUPOConfig, eval_dataset: Any, callbacks: list[Any
     if args.eval_strategy == IntervalStrategy.NO or not is_read:
         return
     message = (
-        f"`metric_for_best_model` is {args.metric_for_best_model!r}, which is the default of `load_best_model_at_end` "
-        "and of learning-rate schedules that follow a metric. The loss of an evaluation says nothing here: it is 0 "
-        "whatever the policy does, or `beta` times the KL. Give another metric when the configuration is made: "
+        f"`metric_for_best_model` is {args.metric_for_best_model!r} (the loss is the default where the best model is "
+        "kept or the learning rate follows a metric). The loss of an evaluation says nothing here: it is 0 whatever "
+        "the policy does, or `beta` times the KL. Give another metric when the configuration is made: "
         '`metric_for_best_model="eval_reward"`'
         + (', with `lr_scheduler_kwargs={"mode": "max"}` because more of it is better.' if follows else ".")
     )

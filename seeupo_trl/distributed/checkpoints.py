@@ -176,38 +176,44 @@ def check_checkpoint(checkpoint: str, accelerator: Accelerator) -> None:
         )
 
 
-class PassEnd(TrainerCallback, ExportableState):
-    """Has each checkpoint say whether the run had come to the end of a pass over its dataset when it was written."""
+class PlaceInData(TrainerCallback, ExportableState):
+    """Counts passes over the dataset and the batches taken in the present one, and has each checkpoint say them."""
 
     def __init__(self):
-        self._is_reached = False
+        self.begin_at(0, 0)
 
-    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._is_reached = False
+    def begin_at(self, passes: int, batches: int) -> None:
+        """Count on from a place: where a run begins or is resumed."""
+        self._passes, self._batches = passes, batches
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self._batches += 1
 
     def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-        self._is_reached = True
+        self.begin_at(self._passes + 1, 0)
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"_is_reached": self._is_reached}}
+        return {"args": {}, "attributes": {"_passes": self._passes, "_batches": self._batches}}
 
     @classmethod
-    def was_reached(cls, state: TrainerState) -> bool:
-        """What a checkpoint says; not that of an older version."""
-        saved = state.stateful_callbacks.get(cls.__name__, {})
-        return saved.get("attributes", {}).get("_is_reached", False)
+    def of(cls, checkpoint: str) -> tuple[int, int] | None:
+        """What a checkpoint says; nothing where GRPO or an older version wrote it."""
+        callbacks = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_FILE)).stateful_callbacks
+        place = callbacks.get(cls.__name__, {}).get("attributes")
+        if not place:
+            return None
+        passes, batches = place["_passes"], place["_batches"]
+        is_ended = batches > 0 and callbacks["TrainerControl"]["args"]["should_epoch_stop"]
+        return (passes + 1, 0) if is_ended else (passes, batches)
 
 
-def place_in_stream(checkpoint: str) -> tuple[int, int]:
+def place_by_epoch(checkpoint: str) -> tuple[int, int]:
     """
-    How often a run had read a stream of unknown length to its end when it wrote a checkpoint, and how many batches it
-    had taken since: at least one, unless it was written at the end of a pass, and not in the last step before.
-    `TrainerState.epoch` counts `max_steps` batches as a whole one then.
+    Passes and batches of a checkpoint that does not say them, of a run whose loader has no length: as if it had been
+    written within a pass, and not in its last step. `TrainerState.epoch` counts `max_steps` batches as a whole one.
     """
     state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_FILE))
     passes = math.ceil(state.epoch) - 1
-    if PassEnd.was_reached(state):
-        return passes + 1, 0
     return passes, round((state.epoch - passes) * state.max_steps)
 
 
@@ -362,12 +368,16 @@ class ExactResume:
     def _init_training_state(
         self, max_steps: int, steps_in_epoch: int, num_epochs: int, checkpoint: str | None, trial: Any
     ) -> tuple[int, int]:
-        epoch, step = super()._init_training_state(max_steps, steps_in_epoch, num_epochs, checkpoint, trial)
-        self.state.stateful_callbacks.setdefault(PassEnd.__name__, {})  # a checkpoint of GRPO's has none
-        if checkpoint is None or has_length(self.train_dataset):
-            return epoch, step
-        # the Trainer would skip as many batches of the first pass as the run has taken in all
-        passes, batches = place_in_stream(checkpoint)
+        place = super()._init_training_state(max_steps, steps_in_epoch, num_epochs, checkpoint, trial)
+        self.state.stateful_callbacks.setdefault(PlaceInData.__name__, {})  # a checkpoint of GRPO's has none
+        if checkpoint is not None and not has_length(self.train_dataset):
+            said = PlaceInData.of(checkpoint)
+            if said is None and steps_in_epoch == max_steps:  # of a loader without a length
+                # the Trainer would skip as many batches of the first pass as the run has taken in all
+                said = place_by_epoch(checkpoint)
+            place = said or place
+        passes, batches = place
+        self._place_in_data.begin_at(passes, batches)
         return passes, 0 if self.args.ignore_data_skip else batches
 
     def get_batch_samples(self, *args, **kwargs) -> tuple[list, Any]:

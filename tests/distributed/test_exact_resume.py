@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny import ON_CPU, load_tiny_model, tiny_tokenizer
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from seeupo_trl import SeeUPOConfig, SeeUPOTrainer
@@ -54,6 +55,7 @@ def make_trainer(
     train_dataset=None,
     eval_dataset=None,
     callbacks=None,
+    trainer_class=SeeUPOTrainer,
     **options,
 ) -> SeeUPOTrainer:
     settings = {
@@ -69,7 +71,7 @@ def make_trainer(
         "disable_tqdm": True,
         "gradient_checkpointing": False,
     }
-    return SeeUPOTrainer(
+    return trainer_class(
         args=SeeUPOConfig(**{**ON_CPU, **settings, **options}),
         reward_funcs=reward_funcs,
         train_dataset=PROMPTS if train_dataset is None else train_dataset,
@@ -156,16 +158,59 @@ def test_a_stream_goes_on_where_it_was_also_in_a_later_pass(rows, step, strategi
     assert resumed.state.epoch == whole.state.epoch
 
 
+@pytest.mark.parametrize(
+    ("has_length", "stops", "step"),
+    [(True, False, 3), (True, False, 7), (False, True, 4), (False, True, 5)],
+)
+def test_a_stream_goes_on_where_it_was_behind_a_loader_of_its_own_and_where_passes_are_ended(
+    has_length, stops, step, tiny_dir, tmp_path
+):
+    seen = []
+
+    def reward(prompts, completion_ids, **columns):
+        seen.append(prompts)
+        return small_tokens(completion_ids)
+
+    class OwnLoader(SeeUPOTrainer):
+        def get_train_dataloader(self):
+            if not has_length:
+                return super().get_train_dataloader()
+            rows = [row for row in self.train_dataset for _ in range(self.num_generations)]
+            return DataLoader(rows, batch_size=self.args.generation_batch_size, collate_fn=list)
+
+    class EndsPasses(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_epoch_stop = stops and state.global_step % 2 == 0
+            control.should_training_stop = state.global_step == self.last
+
+    def trainer(output, last):
+        callback = EndsPasses()
+        callback.last = last
+        stream = PROMPTS.select(range(6)).to_iterable_dataset()
+        options = {"max_steps": 9, "save_steps": step, "lr_scheduler_type": "constant"}
+        given = {"reward_funcs": reward, "train_dataset": stream, "callbacks": [callback]}
+        return make_trainer(tiny_dir, output, trainer_class=OwnLoader, **given, **options)
+
+    whole = trainer(tmp_path / "whole", 9)
+    whole.train()
+    trainer(tmp_path / "begun", step).train()
+    resumed = trainer(tmp_path / "begun", 9)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "begun" / f"checkpoint-{step}"))
+    assert seen[:9] == seen[9:]
+    assert resumed.state.global_step == 9
+
+
 def test_a_checkpoint_that_says_nothing_of_passes_is_resumed_and_followed_by_others(tiny_dir, tmp_path):
     make_trainer(tiny_dir, tmp_path).train()
     path = tmp_path / "checkpoint-2" / "trainer_state.json"
     state = json.loads(path.read_text())
-    del state["stateful_callbacks"]["PassEnd"]  # as GRPO's
+    del state["stateful_callbacks"]["PlaceInData"]  # as GRPO's
     path.write_text(json.dumps(state))
     resumed = make_trainer(tiny_dir, tmp_path, max_steps=6)
     resumed.train(resume_from_checkpoint=str(path.parent))
     assert (
-        "PassEnd" in json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())["stateful_callbacks"]
+        "PlaceInData"
+        in json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())["stateful_callbacks"]
     )
 
 

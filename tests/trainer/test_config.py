@@ -152,6 +152,12 @@ def test_fields_can_be_given_on_the_command_line():
     assert (parsed.turn_weight_clip, parsed.advantage_clip) == (0.1, 3.0)
 
 
+def test_all_options_of_grpo_are_known_on_the_command_line_but_one_that_is_the_default():
+    grpo, ours = ({*TrlParser((cls,))._option_string_actions} for cls in (GRPOConfig, SeeUPOConfig))
+    assert grpo - ours == {"--no_use_bias_correction_kl", "--no-use-bias-correction-kl"}
+    assert SeeUPOConfig(output_dir="out", bf16=False).use_bias_correction_kl is False
+
+
 @pytest.mark.parametrize("parser", [HfArgumentParser, TrlParser])
 @pytest.mark.parametrize(
     ("option", "value"),
