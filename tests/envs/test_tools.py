@@ -1,8 +1,11 @@
 """What the policy reads of the results of TRL tools."""
 
 import asyncio
+import contextlib
 import math
 import sys
+import threading
+import time
 from fractions import Fraction
 from functools import partial
 
@@ -168,3 +171,146 @@ def test_a_reward_that_is_not_a_number_is_none(environment_class):
 def test_a_coroutine_get_reward_raises_what_it_raises(error):
     with pytest.raises(error):
         ToolEnvironment(partial(ScoredLater, error())).reward()
+
+
+def calling(function):
+    """A step of an environment whose tool calls a function."""
+
+    class Calling(Results):
+        def give(self, name: str) -> str:
+            """
+            Gives.
+
+            Args:
+                name: Anything.
+            """
+            return function()
+
+    Calling.__name__ = function.__name__  # a class is named once
+    call = {"type": "function", "function": {"name": "give", "arguments": {"name": "it"}}}
+    return partial(ToolEnvironment(Calling).step, {"role": "assistant", "tool_calls": [call]})
+
+
+def raised_from_itself():
+    try:
+        raise KeyError("no such item")
+    except KeyError as error:
+        raise error from error
+
+
+def raised_in_a_circle():
+    first, second, third = ValueError("first"), ValueError("second"), ValueError("third")
+    first.__context__, second.__cause__, third.__context__ = second, third, first
+    raise first
+
+
+def nested_in_its_own_loop():
+    async def nested():
+        loop = asyncio.get_event_loop()
+        loop.run_until_complete(loop.create_future())
+
+    asyncio.run(nested())
+
+
+def like_one_of_threads():
+    return Thing().client
+
+
+def quotes_one_of_threads():
+    raise RuntimeError("exit code 1\nRuntimeError: This event loop is already running")
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (raised_from_itself, "no such item"),
+        (raised_in_a_circle, "first"),
+        (nested_in_its_own_loop, "This event loop is already running"),
+        (like_one_of_threads, "has no attribute 'client'"),
+        (quotes_one_of_threads, "exit code 1"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_a_tool_raises_is_text_that_the_policy_reads(function, text):
+    assert text in calling(function)().messages[0]["content"]
+
+
+async def one_after_another(lock):
+    """Waits for a lock in tasks of one event loop."""
+
+    async def hold():
+        async with lock:
+            await asyncio.sleep(0)
+
+    await asyncio.gather(hold(), hold())
+
+
+def held_by_another_loop():
+    lock = asyncio.Lock()
+    asyncio.run(one_after_another(lock))
+    asyncio.run(one_after_another(lock))
+
+
+def waits_for_another_loop():
+    async def waits(future):
+        await asyncio.ensure_future(future, loop=asyncio.get_running_loop())
+
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        asyncio.run(waits(loop.create_future()))
+
+
+def awaits_of_another_loop():
+    async def awaits(future):
+        await future
+
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        asyncio.run(awaits(loop.create_future()))
+
+
+def local_of_another_thread():
+    local = threading.local()
+    thread = threading.Thread(target=setattr, args=(local, "client", "a client"))
+    thread.start()
+    thread.join()
+    return local.client
+
+
+def runs_in_another_thread():
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        thread = threading.Thread(target=loop.run_forever)
+        thread.start()
+        while not loop.is_running():
+            time.sleep(0.001)
+        try:
+            loop.run_until_complete(loop.create_future())
+        finally:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+
+
+def one_of_several():
+    try:
+        raised_in_a_circle()
+    except ValueError as error:
+        try:
+            runs_in_another_thread()
+        except RuntimeError as another:
+            raise ExceptionGroup("several", [error, another]) from None
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        held_by_another_loop,
+        waits_for_another_loop,
+        awaits_of_another_loop,
+        local_of_another_thread,
+        runs_in_another_thread,
+        one_of_several,
+    ],
+)
+def test_what_instances_share_and_cannot_is_the_environments_fault(caplog, function):
+    with pytest.raises(Exception, match="loop|_thread._local|several"):
+        calling(function)()
+    (warning,) = caplog.messages
+    assert f"of {function.__name__} works in one thread only" in warning and "max_concurrent_envs=1" in warning
