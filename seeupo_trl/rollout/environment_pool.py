@@ -21,6 +21,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from contextvars import Context
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -134,6 +135,28 @@ class Instance(CallThread):
     def _report(self, closed: Future) -> None:
         if closed.exception() is not None:
             logger.warning("Could not close %s: %s", type(self.environment).__name__, closed.exception())
+
+
+def _word_on_long_call(instance: Instance) -> str:
+    taken = f"has taken {LONG_CALL:g} seconds"
+    if instance.environment is None:
+        return (
+            f"The factory {_name_of(instance.factory)} {taken} to make an environment, and is waited for. "
+            "`env_timeout` sets a limit, but for those that are made with the trainer."
+        )
+    return (
+        f"A call of {type(_played(instance.environment)).__name__} {taken}, and is waited for. `env_timeout` sets a "
+        "limit, after which the episode is given up. A semaphore, lock or queue of asyncio that environments share "
+        "may wait for ever where each of them runs an event loop of its own (`asyncio.run` in a tool): use it in "
+        "`async def` methods, which all run on one, or play one after another (`max_concurrent_envs=1`)."
+    )
+
+
+def _name_of(factory: Callable) -> str:
+    """The name of the class or function that the script gave."""
+    while isinstance(factory, partial):
+        factory = factory.args[0] if factory.func is ToolEnvironment and factory.args else factory.func
+    return getattr(factory, "__name__", repr(factory))
 
 
 def _played(environment: MultiTurnEnvironment | None) -> Any:
@@ -309,12 +332,7 @@ class PendingCalls:
         if self._timeout is None and self._calls and self._deadline() <= time.perf_counter():
             self._pool.has_said_long = True
             _, instance, _ = next(iter(self._calls.values()))
-            logger.warning(
-                "A call of %s has taken %g seconds, and is waited for. `env_timeout` sets a limit, after which the "
-                "episode is given up.",
-                type(_played(instance.environment)).__name__,
-                LONG_CALL,
-            )
+            logger.warning(_word_on_long_call(instance))
         while self._calls and self._deadline() <= time.perf_counter():
             future = next(iter(self._calls))
             key, instance, start = self._calls.pop(future)

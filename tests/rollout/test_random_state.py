@@ -8,6 +8,7 @@ import random
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -276,4 +277,17 @@ def test_environments_of_tools_have_the_time_that_they_take_unless_a_limit_is_gi
         return
     play_tools(trainer, [task("a")])
     assert [trajectory.reward for trajectory in trainer._batch.trajectories] == [1.0, 1.0]
-    assert sum("A call of Slow has taken 0.5 seconds" in text for text in caplog.messages) == 1
+    (warning,) = [text for text in caplog.messages if "A call of Slow has taken 0.5 seconds" in text]
+    assert "of asyncio that environments share" in warning and "`max_concurrent_envs=1`" in warning
+
+
+def test_a_factory_that_takes_long_is_named(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(environment_pool, "LONG_CALL", 0.1)
+
+    class SlowToMake(Counter):
+        def __init__(self):
+            time.sleep(0.2)
+
+    make_tool_trainer(tmp_path, ScriptedSeeUPO, partial(SlowToMake), {"Task": [f"So.{END}"]})
+    (warning,) = [text for text in caplog.messages if "has taken" in text]
+    assert "The factory SlowToMake has taken 0.1 seconds" in warning

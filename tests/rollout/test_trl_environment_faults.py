@@ -1,5 +1,6 @@
 """TRL environments: time limits, quarantine and waves, which TRL's own loop has not, and what is refused early."""
 
+import asyncio
 import contextlib
 import io
 import signal
@@ -355,3 +356,43 @@ def test_a_call_that_is_nested_deeply_ends_no_run(make):
     trainer = make(ScriptedSeeUPO, Counter, {"Task": [response + END]}, max_completion_length=1300)
     (message,) = play(trainer, [row("one", start=1)])["generated"][0]["completions"][0]
     assert message["content"].count("[") == 1200
+
+
+class SharesAsyncio(Counter):
+    """An event loop and a limit that all instances share."""
+
+    loop = asyncio.new_event_loop()
+
+    def __init__(self, limit):
+        self._limit = limit
+
+    async def _limited(self):
+        async with self._limit:
+            await asyncio.sleep(0.002)
+        return "answer"
+
+    def ask(self) -> str:
+        """
+        Asks.
+        """
+        return self.loop.run_until_complete(self._limited())
+
+    def ask_in_its_own_loop(self) -> str:
+        """
+        Asks.
+        """
+        return asyncio.run(self._limited())
+
+    async def ask_later(self) -> str:
+        """
+        Asks.
+        """
+        return await self._limited()
+
+
+@pytest.mark.parametrize(("tool", "at_once"), [("ask", 1), ("ask_in_its_own_loop", 1), ("ask_later", None)])
+def test_objects_of_asyncio_are_shared_one_after_another_or_in_coroutines(make, tool, at_once):
+    factory = partial(SharesAsyncio, asyncio.Semaphore(1))
+    script = {"Task": [f"{call(tool)}{END}", f"So.{END}"]}
+    trainer = make(ScriptedSeeUPO, factory, script, max_concurrent_envs=at_once)
+    assert play(trainer, [row("a")] * 2)["metrics"]["tools/failure_frequency"] == [0.0]
