@@ -23,7 +23,7 @@ from .rollout.checks import checked_rollout
 from .rollout.observations import mended, plain_message
 from .rollout.output import REPORTED
 from .rollout.settings import DefaultTurns
-from .rollout.trl_environments import ToolRollout, tool_rollout_for
+from .rollout.trl_environments import ToolRollout, rollout_for
 from .scoring.deterministic import noise_rates
 from .seeupo_config import SeeUPOConfig, steps_in_backward
 
@@ -84,19 +84,18 @@ def choose_rollout(
         `ValueError`:
             Where a [`MultiTurnEnvironment`] comes with a rollout function or tools.
     """
-    tool_rollout = None if environment_factory is None else tool_rollout_for(environment_factory, tools or [])
-    plays_messages = environment_factory is not None and tool_rollout is None
-    if plays_messages and (rollout_func is not None or tools):
-        raise ValueError(_BRINGS_ITS_OWN_TOOLS)
-    if plays_messages:
-        rollout = MultiTurnRollout(environment_factory)
+    rollout = None if environment_factory is None else rollout_for(environment_factory, tools or [])
+    if isinstance(rollout, MultiTurnRollout):
+        if rollout_func is not None or tools:
+            rollout.close()
+            raise ValueError(_BRINGS_ITS_OWN_TOOLS)
         return Rollout(partial(checked_rollout, rollout), brings_reward=True, close=rollout.close)
     if rollout_func is not None:
         brings_reward = isinstance(rollout_func, MultiTurnRollout)
         return Rollout(partial(checked_rollout, rollout_func), environment_factory, brings_reward=brings_reward)
-    if tool_rollout is not None:
-        factory = tool_rollout.factory_for_trl
-        return Rollout(environment_factory=factory, tool_rollout=tool_rollout, close=tool_rollout.close)
+    if rollout is not None:
+        factory = rollout.factory_for_trl
+        return Rollout(environment_factory=factory, tool_rollout=rollout, close=rollout.close)
     return Rollout()
 
 

@@ -23,6 +23,12 @@ class MessageEnvironments:
         self._factory = factory
         self._idle: list[Instance] = []
 
+    def begin_with(self, instance: Instance, pool: EnvironmentPool) -> None:
+        """Lend an instance that was made before first, and make all others in its pool."""
+        instance.factory = self._factory
+        self.pool = pool
+        self._idle = [instance]
+
     def take(self, episode: Episode) -> Instance:
         """Who plays an episode."""
         return self._idle.pop() if self._idle else self.pool.new_instance(self._factory)

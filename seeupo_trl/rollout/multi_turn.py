@@ -179,12 +179,12 @@ class MultiTurnRollout:
         }
         RolloutSettings(**{name: value for name, value in self._options.items() if value is not None})  # checks them
         self._tasks = Tasks(tasks)
-        self._environments = MessageEnvironments(environment_factory)
+        self.environments = MessageEnvironments(environment_factory)
         self._chats = Chats()
 
     def close(self) -> None:
         """Close all environments. Happens by itself when the object is deleted and when the interpreter exits."""
-        self._environments.close()
+        self.environments.close()
 
     def __call__(self, prompts: list[Any], trainer: "GRPOTrainer") -> dict[str, list[Any] | None]:
         rows = getattr(trainer, "rollout_inputs", None)  # set by SeeUPOTrainer only
@@ -215,7 +215,7 @@ class MultiTurnRollout:
         settings = RolloutSettings.of(self._options, trainer.args)
         chat = self._chats.of(trainer, in_thread=bool(steps_ahead))
         limits = EpisodeLimits.of(settings, trainer)
-        batch = RolloutBatch(self._environments, settings, limits, chat, trainer, steps_ahead)
+        batch = RolloutBatch(self.environments, settings, limits, chat, trainer, steps_ahead)
         batch.prepare(self._tasks.added_to(rows))
         return batch
 

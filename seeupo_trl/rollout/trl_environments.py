@@ -28,6 +28,7 @@ from .episode import Episode
 from .failures import MISTAKES
 from .limits import EpisodeLimits
 from .lock_step import call
+from .multi_turn import MultiTurnRollout
 from .observations import copied
 from .schedule import play
 from .settings import DefaultSeconds, RolloutSettings
@@ -83,6 +84,15 @@ class ToolRollout:
         if isinstance(factory, type):
             return issubclass(factory, MultiTurnEnvironment)
         return isinstance(self._environments.first_of(name).environment, MultiTurnEnvironment)
+
+    def of_messages(self, name: str | None) -> MultiTurnRollout:
+        """The rollout of a factory of [`MultiTurnEnvironment`]s, which plays with the one that was made here, too."""
+        rollout = MultiTurnRollout(self.factories[name])
+        first = self._environments.lend(name)
+        if first is not None:
+            first.environment = first.environment.environment
+            rollout.environments.begin_with(first, self._environments.pool)
+        return rollout
 
     def with_its_rewards(self, reward_funcs: list[Any]) -> list[Any]:
         """
@@ -296,11 +306,11 @@ class Cast:
         return {"environments": environments, "prompts": prompts, "tool_calls": tool_calls}
 
 
-def tool_rollout_for(
+def rollout_for(
     environment_factory: Callable[[], Any] | dict[str, Callable[[], Any]], tools: Sequence[Callable]
-) -> ToolRollout | None:
+) -> ToolRollout | MultiTurnRollout:
     """
-    The rollout of a factory of TRL environments, or of several by name; `None` if it makes [`MultiTurnEnvironment`]s.
+    The rollout of a factory of TRL environments, of several by name, or of one of [`MultiTurnEnvironment`]s.
 
     Raises:
         `TypeError`:
@@ -321,13 +331,13 @@ def tool_rollout_for(
     for name, factory in rollout.factories.items():
         if not rollout.plays_messages(name):
             continue
-        rollout.close()
         if is_dict:
+            rollout.close()
             raise ValueError(
                 f"`environment_factory[{name!r}]` is {factory!r}, which makes a MultiTurnEnvironment. A dict takes "
                 "TRL environments only; give one MultiTurnEnvironment that chooses by the row's columns in `reset`."
             )
-        return None
+        return rollout.of_messages(name)
     return rollout
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,30 @@ def test_environment_of_messages_trains_with_its_own_reward(make_trainer, factor
     logs = trainer.state.log_history[0]
     assert logs["rewards/environment_reward/mean"] == pytest.approx(logs["reward"])
     assert sum(value for name, value in logs.items() if name.startswith("stop_reason/")) == pytest.approx(1)
+
+
+def test_a_function_that_makes_environments_of_messages_is_called_once_for_each(make_trainer):
+    numbers, threads, closed = iter(range(4)), {}, []
+
+    class Server(CountDown):
+        def __init__(self):
+            self.number = next(numbers)
+            threads[self.number] = {threading.get_ident()}
+
+        def reset(self, **row):
+            threads[self.number].add(threading.get_ident())
+            return super().reset(**row)
+
+        def close(self):
+            threads[self.number].add(threading.get_ident())
+            closed.append(self.number)
+
+    trainer = make_trainer(environment_factory=lambda: Server(), options={"max_concurrent_envs": 4})
+    assert list(threads) == [0]
+    trainer.train()
+    trainer.close()
+    assert sorted(closed) == [0, 1, 2, 3]
+    assert [len(own) for own in threads.values()] == [1] * 4 and len(set.union(*threads.values())) == 4
 
 
 @pytest.mark.parametrize("column", ["stop_reason", "environment_reward"])
