@@ -32,6 +32,7 @@ from .observations import (
 )
 from .output import rollout_output
 from .progress import Progress
+from .random_state import RandomState
 from .sampler import Request, Sampler
 from .samplers import open_sampler
 from .settings import RolloutSettings
@@ -135,12 +136,8 @@ class RolloutBatch:
         meanwhile.
         """
         episode.instance = self.environments.take(episode)
-        reset = self.shared_state.guarded(partial(self.environments.reset, episode.instance, episode))
-        if self.settings.max_concurrent_envs == 1:
-            return reset, False
-        factory, random_state = episode.instance.factory, self.environments.pool.random_state
-        is_alone = random_state.begins_alone(factory) and not self._may_hang
-        return random_state.watched(factory, reset, is_alone), is_alone
+        reset = partial(self.environments.reset, episode.instance, episode)
+        return self._watched(episode, reset, self.environments.pool.random_state)
 
     def begun(self, episode: Episode, outcome: CallOutcome) -> Exception | None:
         """Take the opening of an episode. Returns what went wrong: another environment may begin it then."""
@@ -151,8 +148,7 @@ class RolloutBatch:
             raise
         except Exception as error:
             if outcome.is_stuck:
-                self._may_hang = True
-                self.environments.pool.random_state.put_back()
+                self._gave_up(self.environments.pool.random_state)
             self.environments.pool.discard(episode.instance)
             return error
         return None
@@ -209,6 +205,20 @@ class RolloutBatch:
         """End an episode whose environment failed. The environment does not play again."""
         self.environments.pool.discard(episode.instance)
         episode.fail(error)
+
+    def _watched(
+        self, episode: Episode, function: Callable[[], Any], random_state: RandomState
+    ) -> tuple[Callable[[], Any], bool]:
+        function = self.shared_state.guarded(function)
+        if self.settings.max_concurrent_envs == 1:
+            return function, False
+        factory = episode.instance.factory
+        is_alone = random_state.is_alone(factory) and not self._may_hang
+        return random_state.watched(factory, function, is_alone), is_alone
+
+    def _gave_up(self, random_state: RandomState) -> None:
+        self._may_hang = True
+        random_state.put_back()
 
     def _open_context(self, episode: Episode) -> None:
         characters = sum(number_of_characters(message) for message in episode.observation.messages)

@@ -171,12 +171,15 @@ class EnvironmentPool:
     Attributes:
         random_state ([`~seeupo_trl.rollout.random_state.RandomState`]):
             Says which of them begin an episode alone.
+        random_state_of_rewards ([`~seeupo_trl.rollout.random_state.RandomState`]):
+            Says which of them compute a reward alone.
         has_said_long (`bool`):
             Whether there was a word on a call without a time limit that took long.
     """
 
     def __init__(self):
-        self.random_state = RandomState()
+        self.random_state = RandomState("began their episodes: members of a group may have got different tasks")
+        self.random_state_of_rewards = RandomState("computed their rewards, which may be wrong")
         self.has_said_long = False
         self._instances: dict[Instance, None] = {}  # in the order in which they were made
         self._event_loop = CommonEventLoop()

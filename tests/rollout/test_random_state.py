@@ -1,4 +1,4 @@
-"""Environments that seed the random generators of the process when they begin: they do it one after another."""
+"""Environments that seed the random generators of the process, in `reset` or `get_reward`, do it one after another."""
 
 import asyncio
 import contextlib
@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from scripted_tools import END, ScriptedSeeUPO, call, make_tool_trainer
 from scripted_tools import play as play_tools
 from scripted_tools import row as task
@@ -21,6 +22,7 @@ from tool_environments import Counter
 from seeupo_trl import MultiTurnRollout
 from seeupo_trl.rollout import environment_pool
 from seeupo_trl.rollout.free import play_freely
+from seeupo_trl.rollout.random_state import RandomState
 
 
 pytestmark = pytest.mark.usefixtures("both_schedules")
@@ -74,6 +76,83 @@ def test_members_of_a_group_begin_the_task_of_their_seed(make_trainer, at_once, 
 
     play(make_trainer, Noted, [{"seed": seed} for seed in SEEDS], max_concurrent_envs=at_once)
     assert [len(played) for played in games.values()] == [1, 1]
+
+
+def seeds_for_itself(seed):
+    state = np.random.get_state()
+    np.random.seed(seed)
+    yield np.random.random()
+    yield np.random.random()
+    np.random.set_state(state)
+
+
+def puts_back_a_state(seed):
+    random.setstate(random.Random(seed).getstate())
+    yield random.random()
+    yield random.random()
+
+
+def seeds_torch(seed, manual_seed=torch.manual_seed):  # as one that `from torch import manual_seed` gave it
+    manual_seed(seed)
+    yield torch.rand(1).item()
+    yield torch.rand(1).item()
+
+
+@pytest.mark.parametrize("draw", [seeds_for_itself, puts_back_a_state, seeds_torch])
+def test_also_where_the_state_shows_no_seed(make_trainer, draw):
+    games = {}
+
+    class Noted(Talk):
+        def reset(self, seed, **kwargs):
+            game = []
+            for number in draw(seed):
+                game.append(number)
+                time.sleep(0.01)
+            games.setdefault(seed, set()).add(tuple(game))
+            return super().reset(**kwargs)
+
+    before = np.random.get_state()[1].tolist()
+    with torch.random.fork_rng():
+        play(make_trainer, Noted, [{"seed": seed} for seed in SEEDS])
+    assert [len(played) for played in games.values()] == [1, 1]
+    assert np.random.get_state()[1].tolist() == before
+
+
+def test_what_another_thread_seeds_meanwhile_is_not_the_environments(make_trainer):
+    barrier = threading.Barrier(2, timeout=30)
+
+    class Innocent(Talk):
+        def reset(self, number, **kwargs):
+            if number == 0:
+                update = threading.Thread(target=lambda: torch.set_rng_state(torch.get_rng_state()))
+                update.start()
+                update.join()
+            else:
+                barrier.wait()
+            return super().reset(**kwargs)
+
+    assert play(make_trainer, Innocent, [{}] * 3)["stop_reason"] == ["completed"] * 3
+
+
+def test_what_seeds_is_as_before_when_two_rollouts_have_begun_at_the_same_time():
+    before = [random.seed, random.setstate, np.random.seed, np.random.set_state, torch.set_rng_state]
+    has_begun, has_ended = threading.Event(), threading.Event()
+
+    def second():
+        has_begun.set()
+        assert has_ended.wait(30)
+
+    thread = threading.Thread(target=RandomState("").watched(object(), second, is_alone=True))
+
+    def first():
+        thread.start()
+        assert has_begun.wait(30)
+
+    RandomState("").watched(object(), first, is_alone=True)()
+    has_ended.set()
+    thread.join()
+    after = [random.seed, random.setstate, np.random.seed, np.random.set_state, torch.set_rng_state]
+    assert all(one is other for one, other in zip(before, after, strict=True))
 
 
 def test_the_same_holds_for_environments_of_tools(tmp_path):
@@ -156,6 +235,8 @@ def test_those_that_draw_without_a_seed_begin_at_the_same_time(make_trainer, cap
         def reset(self, number, **kwargs):
             for _ in range(1000):
                 random.choice("abc")
+            if number == 0:
+                np.random.rand(2600, 2600)
             np.random.choice(20_000, 3, replace=False)  # draws a whole permutation
             if number > 0:
                 barrier.wait()
