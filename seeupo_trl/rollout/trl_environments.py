@@ -30,6 +30,7 @@ from .limits import EpisodeLimits
 from .lock_step import call
 from .multi_turn import MultiTurnRollout
 from .observations import copied
+from .random_state import RandomState
 from .schedule import play
 from .settings import DefaultSeconds, RolloutSettings
 
@@ -147,7 +148,7 @@ class ToolBatch(RolloutBatch):
     environments: "Cast"
 
     def output(self) -> dict[str, list[Any] | None]:
-        _score(self)
+        self._score()
         self.environments.release()
         for episode in self.episodes:
             _clean_messages(episode, self._limits)
@@ -156,6 +157,40 @@ class ToolBatch(RolloutBatch):
             if _ends_unanswered(episode, self._limits):
                 _append_to_completion(output, index, episode.context_ids[episode.opening_length :])
         return output | self.environments.columns(self.episodes)
+
+    def _score(self) -> None:
+        """Have the environments say what their episodes are worth; one that cannot has failed."""
+        together: list[tuple[Episode, Callable[[], Any]]] = []
+        with self.shared_state:
+            for episode in self.episodes:
+                if episode.error is not None or not episode.environment.owns_reward:
+                    continue
+                reward, is_alone = self._watched(episode, episode.environment.reward, self._random_state)
+                if is_alone:
+                    self._take_rewards([(episode, reward)])
+                else:
+                    together.append((episode, reward))
+            while together:
+                most = int(min(len(together), self.settings.max_concurrent_envs))
+                self._take_rewards(together[:most])
+                del together[:most]
+
+    def _take_rewards(self, calls: list[tuple[Episode, Callable[[], Any]]]) -> None:
+        """Compute rewards at the same time."""
+        outcomes = call(self, [(episode.instance, reward) for episode, reward in calls])
+        for (episode, _), outcome in zip(calls, outcomes, strict=True):
+            try:
+                episode.reward = outcome.value()
+            except MISTAKES:
+                raise
+            except Exception as error:
+                if outcome.is_stuck:
+                    self._gave_up(self._random_state)
+                self.fail(episode, error)
+
+    @property
+    def _random_state(self) -> RandomState:
+        return self.environments.pool.random_state_of_rewards
 
 
 class TrlEnvironments:
@@ -339,22 +374,6 @@ def rollout_for(
             )
         return rollout.of_messages(name)
     return rollout
-
-
-def _score(batch: ToolBatch) -> None:
-    """Have the environments say what their episodes are worth; one that cannot has failed."""
-    owners = deque(e for e in batch.episodes if e.error is None and e.environment.owns_reward)
-    with batch.shared_state as state:
-        while owners:
-            at_once = [owners.popleft() for _ in range(int(min(len(owners), batch.settings.max_concurrent_envs)))]
-            outcomes = call(batch, [(e.instance, state.guarded(e.environment.reward)) for e in at_once])
-            for episode, outcome in zip(at_once, outcomes, strict=True):
-                try:
-                    episode.reward = outcome.value()
-                except MISTAKES:
-                    raise
-                except Exception as error:
-                    batch.fail(episode, error)
 
 
 def _reward_of(

@@ -155,6 +155,44 @@ def test_what_seeds_is_as_before_when_two_rollouts_have_begun_at_the_same_time()
     assert all(one is other for one, other in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("seeds", [True, False], ids=["seed", "draw"])
+def test_rewards_that_seed_are_computed_one_after_another_and_others_at_the_same_time(tmp_path, seeds):
+    barrier = threading.Barrier(3, timeout=30)
+    numbers = itertools.count()
+
+    class Judged(Counter):
+        def get_reward(self):
+            if seeds:
+                random.seed(3)
+            elif next(numbers) > 0:
+                barrier.wait()
+            reward = random.random()
+            time.sleep(0.01)
+            return reward + random.random()
+
+    trainer = make_tool_trainer(tmp_path, ScriptedSeeUPO, Judged, {"Task": [f"So.{END}"]})
+    play_tools(trainer, [task("a"), task("b")])
+    rewards = [trajectory.reward for trajectory in trainer._batch.trajectories]
+    assert (len(rewards), len(set(rewards))) == (4, 1 if seeds else 4)
+
+
+def test_a_reward_that_hangs_at_the_beginning_holds_the_others_up_once(tmp_path):
+    starts = []
+
+    class Hanging(Counter):
+        def get_reward(self):
+            starts.append(time.perf_counter())
+            random.seed(3)
+            time.sleep(20.0)
+
+    before = random.getstate()
+    trainer = make_tool_trainer(tmp_path, ScriptedSeeUPO, Hanging, {"Task": [f"So.{END}"]}, env_timeout=0.3)
+    with pytest.raises(RuntimeError, match="`env_timeout`"):
+        play_tools(trainer, [task("a"), task("b")])
+    assert starts[1] - starts[0] >= 0.3 > starts[3] - starts[1]
+    random.setstate(before)
+
+
 def test_the_same_holds_for_environments_of_tools(tmp_path):
     games = {}
 
