@@ -89,14 +89,16 @@ class Ahead:
                 Where the sampler reported no log-probabilities, without which nothing could be corrected.
         """
         self.wait()
-        in_flight, self._in_flight = self._in_flight, None
+        in_flight = self._in_flight
         if in_flight is None or in_flight.step != step:
+            self.cancel()
             return None
         if any(turn.sampling_logps is None for episode in in_flight.batch.episodes for turn in episode.turns):
             raise ValueError(
                 "`rollouts_ahead=1` corrects for a sampler that is one iteration old with the sampler's own "
                 "log-probabilities, and this one reported none. Give `logps` in each `Response`."
             )
+        self._in_flight = None
         return in_flight.batch
 
     def wait(self) -> None:
@@ -113,7 +115,7 @@ class Ahead:
         if in_flight is not None:
             in_flight.cancelled.set()
             in_flight.thread.join()
-            in_flight.batch.environments.release()
+            in_flight.batch.give_up()
 
 
 class _InFlight:

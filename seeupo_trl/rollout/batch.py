@@ -51,7 +51,7 @@ class Environments(Protocol):
     [`~seeupo_trl.rollout.trl_environments.Cast`].
 
     `take` chooses an instance, `reset` has it begin the episode, in its own thread; `give_back` takes it when the
-    episode has ended, `release` takes all when the batch has been scored, or given up.
+    episode has ended, or is given up, `release` takes all when the batch has been scored, or given up.
     """
 
     pool: EnvironmentPool
@@ -83,8 +83,9 @@ class RolloutBatch:
         steps_ahead (`int`, *optional*, defaults to `0`):
             1 for the batch of the iteration after the one that the trainer is at.
 
-    First `prepare`, then `play`, then `output`. `begin`, `begun`, `request`, `act`, `step` and `answered` take an
-    episode on, in this order and from `request` on again and again as long as it is `active`.
+    First `prepare`, then `play`, then `output`, or `give_up` in place of what is left of these. `begin`, `begun`,
+    `request`, `act`, `step` and `answered` take an episode on, in this order and from `request` on again and again as
+    long as it is `active`.
     """
 
     def __init__(
@@ -129,6 +130,16 @@ class RolloutBatch:
         for name, value in (values | self.progress.metrics()).items():
             metrics[name].append(float(value))
         return rollout_output(self.episodes, self.trainer, self._chat.tokenizer.eos_token_id)
+
+    def give_up(self) -> None:
+        """
+        Other batches may have the environments of this one; those that were given up in a call do not play again.
+        """
+        for episode in self.episodes:
+            if episode.active and episode.instance in self.environments.pool:
+                self.environments.give_back(episode.instance)
+                episode.instance = None
+        self.environments.release()
 
     def begin(self, episode: Episode) -> tuple[Callable[[], Any], bool]:
         """

@@ -219,7 +219,8 @@ class EnvironmentPool:
 
     def call(self, calls: list[tuple[Instance, Callable[[], Any]]], timeout: float | None) -> list["CallOutcome"]:
         """
-        Run functions at the same time, each in the thread of its environment.
+        Run functions at the same time, each in the thread of its environment. Those of an interrupted wait are given
+        up, as by [`PendingCalls.give_up`].
 
         Args:
             calls (`list[tuple[Instance, Callable]]`):
@@ -232,11 +233,14 @@ class EnvironmentPool:
             `list[CallOutcome]`: one for each function.
         """
         pending = self.pending_calls(timeout)
-        for key, (instance, function) in enumerate(calls):
-            pending.make(key, instance, function)
         outcomes = {}
-        while pending:
-            outcomes.update(pending.wait(None))
+        try:
+            for key, (instance, function) in enumerate(calls):
+                pending.make(key, instance, function)
+            while pending:
+                outcomes.update(pending.wait(None))
+        finally:
+            pending.give_up()
         return [outcomes[key] for key in range(len(calls))]
 
     def give_up(self, instances: Iterable[Instance]) -> None:
@@ -303,8 +307,9 @@ class PendingCalls:
         return outcomes
 
     def give_up(self) -> None:
-        """Wait for none of them any longer; their environments do not play again."""
-        instances = [instance for _, instance, _ in self._calls.values()]
+        """Wait for none of them any longer. Environments that have not answered, or failed, do not play again."""
+        calls = [(future, instance) for future, (_, instance, _) in self._calls.items()]
+        instances = [instance for future, instance in calls if not future.done() or future.exception() is not None]
         self._calls.clear()
         self._pool.give_up(instances)
         for instance in instances:

@@ -42,7 +42,7 @@ def play_freely(batch: "RolloutBatch", sampler: Sampler, cancelled: Event | None
     try:
         play.run()
     finally:
-        play.give_up()
+        play.calls.give_up()
         sampler.close()
 
 
@@ -53,7 +53,7 @@ class _FreePlay:
         self._cancelled = Event() if cancelled is None else cancelled
         self._patience = None if cancelled is None else CANCEL_GLANCE
         self._waiting = deque(batch.episodes)
-        self._calls = batch.environments.pool.pending_calls(batch.settings.call_timeout)
+        self.calls = batch.environments.pool.pending_calls(batch.settings.call_timeout)
         self._retries: list[tuple[float, int]] = []  # when to begin which episode again
         self._attempts = [0] * len(batch.episodes)
         self._asked: set[int] = set()
@@ -64,17 +64,8 @@ class _FreePlay:
             self._begin_waiting()
             self._begin_again()
             self._hear_calls(0.0 if self._asked else GLANCE)
-            for response in self._sampler.poll(GLANCE if self._calls or self._retries else self._patience):
+            for response in self._sampler.poll(GLANCE if self.calls or self._retries else self._patience):
                 self._take(response)
-
-    def give_up(self) -> None:
-        """
-        Wait for no environment any longer, and take back those whose episodes wait for the sampler; there are none
-        unless something went wrong or the batch was cancelled.
-        """
-        self._calls.give_up()
-        for key in self._asked:
-            self._batch.environments.give_back(self._batch.episodes[key].instance)
 
     def _begin_waiting(self) -> None:
         most = self._batch.settings.max_concurrent_envs
@@ -93,23 +84,22 @@ class _FreePlay:
         if is_alone:
             self._finish_calls()
         if self._cancelled.is_set():
-            self._batch.environments.give_back(episode.instance)
             return
         self._call(episode, reset)
         if is_alone:
             self._finish_calls()
 
     def _finish_calls(self) -> None:
-        while self._calls and not self._cancelled.is_set():
+        while self.calls and not self._cancelled.is_set():
             self._hear_calls(self._patience)
 
     def _hear_calls(self, timeout: float | None) -> None:
-        for key, outcome in self._calls.wait(timeout):
+        for key, outcome in self.calls.wait(timeout):
             self._hear(self._batch.episodes[key], outcome)
 
     def _call(self, episode: Episode, function: Callable[[], Any]) -> None:
         self._batch.progress.waits_for(episode.key, "environment")
-        self._calls.make(episode.key, episode.instance, function)
+        self.calls.make(episode.key, episode.instance, function)
 
     def _hear(self, episode: Episode, outcome: CallOutcome) -> None:
         """An environment has answered, or will not any more."""

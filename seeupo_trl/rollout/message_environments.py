@@ -42,7 +42,7 @@ class MessageEnvironments:
         return environment.reset(**task)
 
     def give_back(self, instance: Instance) -> None:
-        """The episode of an environment has ended well."""
+        """The episode of an environment has ended well, or is given up before the environment was called again."""
         self._idle.append(instance)
 
     def release(self) -> None:

@@ -129,10 +129,14 @@ class ToolRollout:
         )
         event_loop = trainer.async_loop if trainer._has_async_funcs else None
         cast = Cast(self._environments, rows, event_loop)
-        cast.make_missing(settings.call_timeout)
-        chat = self._chats.of(trainer, in_thread=bool(steps_ahead))
-        batch = ToolBatch(cast, settings, limits, chat, trainer, steps_ahead)
-        batch.prepare(rows)
+        try:
+            cast.make_missing(settings.call_timeout)
+            chat = self._chats.of(trainer, in_thread=bool(steps_ahead))
+            batch = ToolBatch(cast, settings, limits, chat, trainer, steps_ahead)
+            batch.prepare(rows)
+        except BaseException:
+            cast.release()
+            raise
         return batch
 
 
@@ -148,8 +152,10 @@ class ToolBatch(RolloutBatch):
     environments: "Cast"
 
     def output(self) -> dict[str, list[Any] | None]:
-        self._score()
-        self.environments.release()
+        try:
+            self._score()
+        finally:
+            self.environments.release()
         for episode in self.episodes:
             _clean_messages(episode, self._limits)
         output = super().output()

@@ -1,5 +1,6 @@
 """What the tests of rollouts share."""
 
+import signal
 from functools import partial
 
 import pytest
@@ -18,3 +19,11 @@ def both_schedules(request, monkeypatch):
     if request.param == "free":
         play_one_by_one(monkeypatch)
     return request.param
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises `KeyboardInterrupt`, which it does not in a background job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from interrupting import interrupt, living, wait_for
 from launching import HELPERS
 from talk import Talk, row, user
 from tiny import ON_CPU, load_tiny_model, tiny_tokenizer
@@ -456,6 +457,69 @@ def test_calls_of_an_instance_never_overlap_also_when_the_pool_is_closed(make_tr
         time.sleep(0.01)
     assert events == ["step begins", "step ends", "close"]
     assert not caplog.records or "ValueError" not in caplog.text
+
+
+class Counted(Talk):
+    """Counts what is made and closed, and interrupts the script in the middle of a step."""
+
+    def __init__(self):
+        super().__init__()
+        self.made.append(self)
+
+    def reset(self, deed=None, **task):
+        self.deed = deed
+        return super().reset(**task)
+
+    def step(self, message):
+        if self.deed == "interrupt":
+            interrupt()
+            self.go_on.wait(HANG)
+        return super().step(message)
+
+    def close(self):
+        self.ended.append(self)
+
+
+@pytest.fixture
+def counted():
+    return type("Counted", (Counted,), {"made": [], "ended": [], "go_on": threading.Event()})
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_environments_of_a_batch_that_ended_while_sampling_play_the_next_one(make_trainer, counted, error):
+    def respond(context):
+        if len(answered) == 4:
+            raise error
+        answered.append(context)
+        return "Yes.<|im_end|>"
+
+    rows, others = [row([user("Go on.")], number=i) for i in range(3)], living()
+    trainer, answered = make_trainer(rows, script=["Yes.<|im_end|>"] * 2, max_completion_length=20), []
+    rollout = MultiTurnRollout(counted, tasks=rows)
+    plain, trainer.respond = trainer.respond, respond
+    for _ in range(2):
+        answered.clear()
+        with pytest.raises(error):
+            rollout([r["prompt"] for r in rows], trainer)
+    trainer.respond = plain
+    assert rollout([r["prompt"] for r in rows], trainer)["stop_reason"] == ["completed"] * 3
+    wait_for(lambda: len(living() - others) == len(counted.made) - len(counted.ended) == 3)
+
+
+def test_an_environment_that_was_interrupted_is_closed_once_its_call_returns(make_trainer, counted, interruptible):
+    rows = [row([user("Go on.")], deed=deed, number=i) for i, deed in enumerate(["interrupt", None, None])]
+    others = living()
+    trainer = make_trainer(rows, script=["Yes.<|im_end|>"] * 2, max_completion_length=20)
+    rollout = MultiTurnRollout(counted, tasks=rows)
+    with pytest.raises(KeyboardInterrupt):
+        rollout([r["prompt"] for r in rows], trainer)
+    (busy,) = [environment for environment in counted.made if environment.deed]
+    rows[0]["deed"] = None
+    trainer.rollout_inputs = rows
+    assert rollout([r["prompt"] for r in rows], trainer)["stop_reason"] == ["completed"] * 3
+    assert busy.resets == 1 and busy not in counted.ended
+    counted.go_on.set()
+    wait_for(lambda: busy in counted.ended and len(living() - others) == len(counted.made) - len(counted.ended) == 3)
 
 
 # --- what gymnasium has ----------------------------------------------------------------------------------------------

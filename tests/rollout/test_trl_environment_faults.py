@@ -10,6 +10,8 @@ import time
 from functools import partial
 
 import pytest
+import torch
+from interrupting import interrupt, living, wait_for
 from scripted_tools import COUNTING, END, SCRIPTS, ScriptedSeeUPO, call, make_tool_trainer, play, row
 from tool_environments import Counter, Database, Unreliable
 
@@ -90,6 +92,82 @@ def test_instances_are_made_once_and_keep_their_state_until_they_are_scored(make
     before = trainer.environments
     play(trainer, COUNTING[:1])
     assert trainer.environments == before[:2]
+
+
+class Interrupting(Counter):
+    """Interrupts the script once, where `interrupts_in` says."""
+
+    def __init__(self):
+        self.made.append(self)
+        if len(self.made) == 3:
+            self._interrupt("factory")
+
+    def reset(self, start: int = 0, **row):
+        self._interrupt("reset")
+        return super().reset(start, **row)
+
+    def read(self) -> str:
+        """
+        Reads the counter.
+
+        Returns:
+            The counter in words.
+        """
+        self._interrupt("tool")
+        return super().read()
+
+    def get_reward(self):
+        self._interrupt("get_reward")
+        return super().get_reward()
+
+    def _interrupt(self, place):
+        if place in self.interrupts_in:
+            self.interrupts_in.remove(place)
+            self.interrupted.append(self)
+            interrupt()
+            self.go_on.wait(30)
+
+
+@pytest.fixture
+def make_interrupting(make):
+    def make_interrupting(*places):
+        members = {"made": [], "interrupted": [], "go_on": threading.Event(), "interrupts_in": list(places)}
+        factory = type("Interrupting", (Interrupting,), members)
+        return make(ScriptedSeeUPO, factory, SCRIPTS), factory
+
+    return make_interrupting
+
+
+@pytest.mark.parametrize("place", ["factory", "reset", "tool", "get_reward"])
+def test_only_the_instance_that_was_interrupted_plays_no_more(make_interrupting, interruptible, place):
+    others = living()
+    trainer, factory = make_interrupting(place)
+    with pytest.raises(KeyboardInterrupt):
+        play(trainer, COUNTING)
+    play(trainer, COUNTING)
+    (instance,) = factory.interrupted
+    assert instance not in trainer.environments
+    factory.go_on.set()
+    wait_for(lambda: len(living() - others) == len(trainer.environments))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_instances_of_a_batch_that_ended_while_sampling_play_the_next_one(make_interrupting, monkeypatch, error):
+    def respond(context):
+        if len(answered) == 12:
+            raise error
+        answered.append(context)
+        return plain(context)
+
+    others = living()
+    trainer, factory = make_interrupting()
+    plain, answered = trainer.respond, []
+    monkeypatch.setattr(trainer, "respond", respond)
+    with pytest.raises(error):
+        play(trainer, COUNTING)
+    trainer.respond = plain
+    play(trainer, COUNTING)
+    wait_for(lambda: len(living() - others) == len(trainer.environments))
 
 
 @pytest.mark.parametrize("factory", [Database, lambda: Database()], ids=["class", "function"])

@@ -1,0 +1,24 @@
+"""Ctrl-C in the middle of a test, and what comes of it in other threads."""
+
+import os
+import signal
+import threading
+import time
+
+
+def interrupt():
+    """Ctrl-C, which the main thread hears of also while it waits."""
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def living():
+    """Threads of environments that play, or may play again."""
+    return {thread for thread in threading.enumerate() if thread.name == "seeupo-environment"}
+
+
+def wait_for(condition, seconds=10.0):
+    """Wait until something is so."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert condition()
