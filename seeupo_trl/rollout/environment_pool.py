@@ -4,7 +4,8 @@ The environments of a process: made, called at the same time, each call under a 
 Each environment lives in a thread of its own ([`Instance`]): it is made, called and closed there, one call after
 another, because what some libraries open (a connection of sqlite3, a browser of Playwright) works in one thread only.
 A call that does not come back can be given up only together with its thread: Python cannot end it. Such a thread, and
-the environment in it, is left behind; should the call return one day, the environment is closed, not before.
+the environment in it, is left behind; should the call return one day, the environment is closed, not before. That of a
+coroutine returns when the coroutine, which is cancelled, has ended.
 Coroutines (`async def reset`) all run on one event loop, so that environments may share an asynchronous client.
 
 A call that holds the interpreter's lock for ever (a loop in C code) stops every thread; such environments belong in
@@ -18,7 +19,7 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future, wait
 from contextvars import Context
 from functools import partial
@@ -34,6 +35,7 @@ from .random_state import RandomState
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT = 10.0  # seconds
+_CALL = "seeupo-call"  # name of tasks that run coroutines of environments
 LONG_CALL = 120.0  # seconds after which a call without a time limit is worth a word
 
 
@@ -73,7 +75,7 @@ class Instance(CallThread):
         self.factory = factory
         self._event_loop = event_loop
         self._instances = instances
-        self._coroutine: Future | None = None
+        self._coroutine: RunningCoroutine | None = None
         super().__init__("seeupo-environment")
 
     def made(self) -> MultiTurnEnvironment:
@@ -104,12 +106,11 @@ class Instance(CallThread):
         return self.environment
 
     def give_up(self) -> None:
-        """Wait for the present call no longer. A coroutine is cancelled."""
+        """Wait for the present call no longer. A coroutine is cancelled, and has returned when it has cleaned up."""
         self.is_stuck = True
-        if self._coroutine is not None:
-            # the coroutine may still run in its context, which two threads cannot be in
-            self._context = self._context.copy()
-            self._coroutine.cancel()
+        coroutine = self._coroutine
+        if coroutine is not None:
+            coroutine.cancel()
 
     def close(self) -> Future:
         """Close the environment when its present call has returned, and end the thread."""
@@ -392,6 +393,41 @@ class CallOutcome:
         return self._future.result()
 
 
+class RunningCoroutine:
+    """
+    A coroutine on an event loop, which another thread waits for.
+
+    Args:
+        coroutine (`Coroutine`):
+            The coroutine.
+        context (`Context`):
+            The context that it runs in, which nothing else may be in until it has ended.
+        event_loop (`asyncio.AbstractEventLoop`):
+            The loop.
+    """
+
+    def __init__(self, coroutine: Coroutine, context: Context, event_loop: asyncio.AbstractEventLoop):
+        self._event_loop = event_loop
+        self._task: asyncio.Task | None = None
+        self._ended: SimpleQueue[asyncio.Task] = SimpleQueue()
+        event_loop.call_soon_threadsafe(self._start, coroutine, context)
+
+    def result(self) -> Any:
+        """Wait until it has ended, also where it is cancelled; what it returned, or raises what it raised."""
+        return self._ended.get().result()
+
+    def cancel(self) -> None:
+        """Have it end soon."""
+        self._event_loop.call_soon_threadsafe(self._cancel)
+
+    def _start(self, coroutine: Coroutine, context: Context) -> None:
+        self._task = self._event_loop.create_task(coroutine, name=_CALL, context=context)
+        self._task.add_done_callback(self._ended.put)
+
+    def _cancel(self) -> None:
+        self._task.cancel()
+
+
 class CommonEventLoop:
     """An event loop in a thread of its own, which starts with the first coroutine."""
 
@@ -399,13 +435,13 @@ class CommonEventLoop:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lock = threading.Lock()
 
-    def run(self, coroutine: Any, context: Context) -> Future:
+    def run(self, coroutine: Coroutine, context: Context) -> RunningCoroutine:
         """Run a coroutine in a context, which nothing else may be in until it has ended."""
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 threading.Thread(target=_run, args=(self._loop,), daemon=True, name="seeupo-event-loop").start()
-            return asyncio.run_coroutine_threadsafe(_run_in(context, coroutine), self._loop)
+            return RunningCoroutine(coroutine, context, self._loop)
 
     def replace_if_blocked(self) -> None:
         """Leave a loop that a coroutine blocks; coroutines to come get a new one."""
@@ -416,15 +452,18 @@ class CommonEventLoop:
                 self._loop = None
 
     def stop(self) -> None:
-        """Stop the loop."""
+        """Stop the loop, once coroutines that were given up have ended."""
         with self._lock:
             if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._loop.stop)
+                asyncio.run_coroutine_threadsafe(_stop_after_calls(self._loop), self._loop)
                 self._loop = None
 
 
-async def _run_in(context: Context, coroutine: Any) -> Any:
-    return await asyncio.create_task(coroutine, context=context)
+async def _stop_after_calls(event_loop: asyncio.AbstractEventLoop) -> None:
+    calls = [task for task in asyncio.all_tasks() if task.get_name() == _CALL]
+    if calls:
+        await asyncio.wait(calls)
+    event_loop.stop()
 
 
 def _run(event_loop: asyncio.AbstractEventLoop) -> None:

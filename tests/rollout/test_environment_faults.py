@@ -684,6 +684,10 @@ class Async(MultiTurnEnvironment):
         self.steps += 1
         if self.deed == "hang":
             await asyncio.sleep(HANG)
+        if self.deed == "go on":
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(HANG)
+            await asyncio.sleep(HANG)
         if self.deed == "block":
             time.sleep(HANG)
         if self.deed == "raise":
@@ -699,14 +703,19 @@ def test_coroutines_run_on_one_loop(make_trainer):
     assert len(Async.loops) == 1
 
 
-@pytest.mark.parametrize("deed", ["hang", "raise"])
-def test_a_fault_of_a_coroutine_costs_its_own_episode_only(make_trainer, deed):
-    output, _ = play(make_trainer, [deed, None, None], Async)
-    assert output["stop_reason"] == ["env_timeout" if deed == "hang" else "env_error", "completed", "completed"]
+@pytest.mark.parametrize(
+    ("deed", "reason"), [("hang", "env_timeout"), ("go on", "env_timeout"), ("raise", "env_error")]
+)
+def test_a_fault_of_a_coroutine_costs_its_own_episode_only(make_trainer, deed, reason):
+    output, trainer = play(make_trainer, [deed, None, None], Async)
+    assert output["stop_reason"] == [reason, "completed", "completed"]
+    start = time.monotonic()
+    trainer.played_by.close()
+    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("blocks", [False, True], ids=["awaits", "blocks"])
-def test_a_coroutine_that_is_given_up_cleans_up_while_its_environment_closes(make_trainer, blocks):
+def test_a_coroutine_that_is_given_up_cleans_up_before_its_environment_closes(make_trainer, blocks):
     class Slow(Async):
         async def reset(self, **task):
             VARIABLE.set(self)
@@ -718,16 +727,17 @@ def test_a_coroutine_that_is_given_up_cleans_up_while_its_environment_closes(mak
                     time.sleep(LIMIT)
                 return await super().step(message)
             finally:
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.2 if self.deed == "hang" else 0.01)
                 if self.deed == "hang" and VARIABLE.get() is self:
                     is_clean.set()
 
         def close(self):
-            if self.deed == "hang" and VARIABLE.get() is self and is_clean.wait(LIMIT * 5):
+            if self.deed == "hang" and VARIABLE.get() is self and is_clean.is_set():
                 is_closed.set()
 
     is_clean, is_closed = threading.Event(), threading.Event()
-    play(make_trainer, ["hang", None], Slow, env_timeout=LIMIT / 4, max_concurrent_envs=1)
+    _, trainer = play(make_trainer, ["hang", None], Slow, env_timeout=LIMIT / 4, max_concurrent_envs=1)
+    trainer.played_by.close()
     assert is_closed.wait(LIMIT * 5)
 
 
