@@ -36,6 +36,10 @@ logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT = 10.0  # seconds
 _CALL = "seeupo-call"  # name of tasks that run coroutines of environments
+_AT_EXIT = (
+    ". The interpreter is exiting, where `asyncio.to_thread` and executors work no longer. An environment that needs "
+    "them is closed by `close()` of the trainer, or of the rollout, at the end of the script."
+)
 LONG_CALL = 120.0  # seconds after which a call without a time limit is worth a word
 
 
@@ -135,7 +139,8 @@ class Instance(CallThread):
 
     def _report(self, closed: Future) -> None:
         if closed.exception() is not None:
-            logger.warning("Could not close %s: %s", type(self.environment).__name__, closed.exception())
+            hint = "" if threading.main_thread().is_alive() else _AT_EXIT
+            logger.warning("Could not close %s: %s%s", type(self.environment).__name__, closed.exception(), hint)
 
 
 def _word_on_long_call(instance: Instance) -> str:

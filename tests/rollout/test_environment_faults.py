@@ -23,9 +23,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm_python
 from datasets import Dataset
 from interrupting import interrupt, living, wait_for
-from launching import HELPERS
+from launching import HELPERS, run_command
 from talk import Talk, row, user
 from tiny import ON_CPU, load_tiny_model, tiny_tokenizer
 
@@ -926,3 +927,32 @@ def test_the_interpreter_exits_although_environments_hang(tmp_path):
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip().endswith("['env_timeout', 'completed']"), done.stderr[-2000:]
     assert done.returncode == 0
+
+
+CLOSES_IN_A_THREAD = """
+import asyncio
+from seeupo_trl import MultiTurnEnvironment
+from seeupo_trl.rollout.environment_pool import EnvironmentPool
+
+class Threaded(MultiTurnEnvironment):
+    reset = step = None
+
+    async def close(self):
+        await asyncio.to_thread(print, "closed")
+
+pools = [EnvironmentPool(), EnvironmentPool()]
+for pool in pools:
+    instance = pool.new_instance(Threaded)
+    pool.call([(instance, instance.made)], None)
+pools[0].close()
+"""
+
+
+@pytest.mark.slow
+def test_what_cannot_close_as_the_interpreter_exits_says_what_to_do(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(CLOSES_IN_A_THREAD)
+    done = run_command([*warm_python.interpreter(), str(script)])
+    assert done.stdout == "closed\n"
+    (warning,) = [line for line in done.stderr.splitlines() if line.startswith("Could not close Threaded: ")]
+    assert warning.endswith("is closed by `close()` of the trainer, or of the rollout, at the end of the script.")
