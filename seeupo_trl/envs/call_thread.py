@@ -28,9 +28,12 @@ class CallThread(threading.Thread):
         self._context = own_context()
         self.start()
 
-    def submit(self, function: Callable[[], Any]) -> Future:
-        """Have a function without arguments run. The future also carries exceptions such as `SystemExit`."""
-        future: Future = Future()
+    def submit(self, function: Callable[[], Any], future: Future | None = None) -> Future:
+        """
+        Have a function without arguments run. The future, a new one unless it is given, also carries exceptions such
+        as `SystemExit`.
+        """
+        future = Future() if future is None else future
         self._calls.put((function, future))
         return future
 

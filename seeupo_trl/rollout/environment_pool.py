@@ -294,10 +294,10 @@ class PendingCalls:
             function (`Callable`):
                 A function without arguments. A coroutine that it returns is run on the common event loop.
         """
-        start = time.perf_counter()
-        future = instance.submit(function)
-        self._calls[future] = (key, instance, start)
+        future: Future = Future()
+        self._calls[future] = (key, instance, time.perf_counter())  # before an interrupt may find it begun
         future.add_done_callback(lambda future: self._done.put((future, time.perf_counter())))
+        instance.submit(function, future)
 
     def wait(self, timeout: float | None) -> list[tuple[int, "CallOutcome"]]:
         """

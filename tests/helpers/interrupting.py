@@ -7,7 +7,8 @@ import time
 
 
 def interrupt():
-    """Ctrl-C, which the main thread hears of also while it waits."""
+    """Ctrl-C, which the main thread hears of also while it waits; soon it does."""
+    time.sleep(0.05)
     os.kill(os.getpid(), signal.SIGINT)
 
 
