@@ -140,6 +140,8 @@ class RolloutBatch:
                 self.environments.give_back(episode.instance)
                 episode.instance = None
         self.environments.release()
+        for random_state in (self.environments.pool.random_state, self.environments.pool.random_state_of_rewards):
+            random_state.give_up()
 
     def begin(self, episode: Episode) -> tuple[Callable[[], Any], bool]:
         """
@@ -229,7 +231,7 @@ class RolloutBatch:
 
     def _gave_up(self, random_state: RandomState) -> None:
         self._may_hang = True
-        random_state.put_back()
+        random_state.give_up()
 
     def _open_context(self, episode: Episode) -> None:
         characters = sum(number_of_characters(message) for message in episode.observation.messages)

@@ -53,6 +53,7 @@ class RandomState:
         self._risk = risk
         self._known: list[Any] = []  # factories of which one has done it
         self._is_seeded = False
+        self._times_given_up = 0
         self._judging = threading.Lock()
         self._kept: list[Callable[[], None]] = []  # give the generators the states that the first one did not get
 
@@ -80,8 +81,15 @@ class RandomState:
 
         return call
 
-    def put_back(self) -> None:
-        """Give the generators the states that they had before the first call, unless it is over."""
+    def give_up(self) -> None:
+        """
+        Calls that are under way show nothing any longer: they may return when others have seeded. The generators get
+        the states that they had before the first one, unless it is over.
+        """
+        self._times_given_up += 1
+        self._put_back()
+
+    def _put_back(self) -> None:
         kept, self._kept = self._kept, []
         for put_back in kept:
             put_back()
@@ -104,12 +112,12 @@ class RandomState:
             with _noting(calls):
                 yield
         finally:
-            most_blocks = _FEW_BLOCKS if calls else _MOST_BLOCKS
-            drawn = [_is_drawn(*states, most_blocks) for states in zip(before, _twisters(), strict=True)]
             if self._kept:  # not given up
+                most_blocks = _FEW_BLOCKS if calls else _MOST_BLOCKS
+                drawn = [_is_drawn(*states, most_blocks) for states in zip(before, _twisters(), strict=True)]
                 self._is_seeded |= bool(calls) or not all(drawn)
                 self._kept = [put_back for put_back, is_drawn in zip(self._kept, drawn, strict=True) if is_drawn]
-                self.put_back()
+                self._put_back()
 
     @contextmanager
     def _look_at_later(self) -> Iterator[None]:
@@ -117,13 +125,14 @@ class RandomState:
         if self._is_seeded:
             yield
             return
-        before = _twisters()
+        before, times_given_up = _twisters(), self._times_given_up
         try:
             yield
         finally:
             after = _twisters()
             with self._judging:  # where several seed, one look is enough, and takes a while
-                if not self._is_seeded and not all(map(_is_drawn, before, after)):
+                is_judged = self._is_seeded or self._times_given_up > times_given_up
+                if not is_judged and not all(map(_is_drawn, before, after)):
                     self._is_seeded = True
                     logger.warning(
                         "Environments seeded the random generators of the process (`random`, `numpy.random`) while "
