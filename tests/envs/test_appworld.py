@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from datasets import Dataset
 from tiny import ON_CPU, VOCABULARY, load_tiny_model, save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
+from waiting import is_running, wait_until
 
 from seeupo_trl import MultiTurnRollout, SeeUPOConfig, SeeUPOTrainer
 from seeupo_trl.envs.appworld import AppWorldEnvironment, load_appworld, opening_messages
@@ -77,20 +77,6 @@ def act(environment, code: str):
 
 def output(result) -> str:
     return result.messages[0]["content"]
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def wait_until(condition, seconds: float = 30.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return condition()
 
 
 # ---------------------------------------------------------------------------------------------------- the environment

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from isolated_deeds import Coroutines, Deeds
 from scripted_trainer import make_scripted_trainer
 from talk import row
+from waiting import is_running, wait_until
 
 from seeupo_trl import MultiTurnRollout
 from seeupo_trl.envs import IsolatedEnvironment
@@ -31,27 +31,10 @@ def environment():
     environment.close()
 
 
-def is_running(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z" if Path("/proc").is_dir() else True
-
-
 def started(file: Path) -> int:
     """The process that a process has started and named in a file."""
-    deadline = time.monotonic() + 60
-    while not (file.exists() and file.read_text().endswith("\n")) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    assert wait_until(lambda: file.exists() and file.read_text().endswith("\n"), 60)
     return int(file.read_text())
-
-
-def assert_end(*pids: int) -> None:
-    deadline = time.monotonic() + 60
-    while any(map(is_running, pids)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not any(map(is_running, pids))
 
 
 def test_it_plays_like_the_environment_itself(environment):
@@ -257,7 +240,7 @@ def test_no_process_is_left_when_ours_is_killed(tmp_path):
     assert all(map(is_running, pids))
     ours.send_signal(signal.SIGKILL)
     ours.wait()
-    assert_end(*pids)
+    assert wait_until(lambda: not any(map(is_running, pids)), 60)
 
 
 def test_what_a_process_started_is_killed_with_it(environment, tmp_path):
@@ -266,4 +249,5 @@ def test_what_a_process_started_is_killed_with_it(environment, tmp_path):
     environment.reset(deed="start another and hang", file=str(tmp_path / "started"))
     with pytest.raises(TimeoutError):
         environment.step(MESSAGE)
-    assert_end(started(tmp_path / "started"))
+    pid = started(tmp_path / "started")
+    assert wait_until(lambda: not is_running(pid), 60)

@@ -15,11 +15,3 @@ def interrupt():
 def living():
     """Threads of environments that play, or may play again."""
     return {thread for thread in threading.enumerate() if thread.name == "seeupo-environment"}
-
-
-def wait_for(condition, seconds=10.0):
-    """Wait until something is so."""
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    assert condition()

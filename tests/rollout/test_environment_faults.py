@@ -25,10 +25,11 @@ import pytest
 import torch
 import warm_python
 from datasets import Dataset
-from interrupting import interrupt, living, wait_for
+from interrupting import interrupt, living
 from launching import HELPERS, run_command
 from talk import Talk, row, user
 from tiny import ON_CPU, load_tiny_model, tiny_tokenizer
+from waiting import wait_until
 
 from seeupo_trl import MultiTurnEnvironment, MultiTurnRollout, Observation, SeeUPOConfig, SeeUPOTrainer, StepResult
 from seeupo_trl.rollout.environment_pool import NotAnEnvironmentError
@@ -453,9 +454,7 @@ def test_calls_of_an_instance_never_overlap_also_when_the_pool_is_closed(make_tr
     trainer.played_by.close()
     assert events == ["step begins"]
     go_on.set()
-    deadline = time.monotonic() + 10
-    while len(events) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: len(events) == 3)
     assert events == ["step begins", "step ends", "close"]
     assert not caplog.records or "ValueError" not in caplog.text
 
@@ -504,7 +503,7 @@ def test_environments_of_a_batch_that_ended_while_sampling_play_the_next_one(mak
             rollout([r["prompt"] for r in rows], trainer)
     trainer.respond = plain
     assert rollout([r["prompt"] for r in rows], trainer)["stop_reason"] == ["completed"] * 3
-    wait_for(lambda: len(living() - others) == len(counted.made) - len(counted.ended) == 3)
+    assert wait_until(lambda: len(living() - others) == len(counted.made) - len(counted.ended) == 3)
 
 
 def test_an_environment_that_was_interrupted_is_closed_once_its_call_returns(make_trainer, counted, interruptible):
@@ -520,7 +519,9 @@ def test_an_environment_that_was_interrupted_is_closed_once_its_call_returns(mak
     assert rollout([r["prompt"] for r in rows], trainer)["stop_reason"] == ["completed"] * 3
     assert busy.resets == 1 and busy not in counted.ended
     counted.go_on.set()
-    wait_for(lambda: busy in counted.ended and len(living() - others) == len(counted.made) - len(counted.ended) == 3)
+    assert wait_until(
+        lambda: busy in counted.ended and len(living() - others) == len(counted.made) - len(counted.ended) == 3
+    )
 
 
 # --- what gymnasium has ----------------------------------------------------------------------------------------------
@@ -915,10 +916,7 @@ def test_threads_are_used_again(make_trainer):
     assert len(own_threads()) == 4
     del rollout
     gc.collect()
-    deadline = time.monotonic() + 10
-    while own_threads() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not own_threads()
+    assert wait_until(lambda: not own_threads())
 
 
 @pytest.mark.slow

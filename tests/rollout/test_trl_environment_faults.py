@@ -11,9 +11,10 @@ from functools import partial
 
 import pytest
 import torch
-from interrupting import interrupt, living, wait_for
+from interrupting import interrupt, living
 from scripted_tools import COUNTING, END, SCRIPTS, ScriptedSeeUPO, call, make_tool_trainer, play, row
 from tool_environments import Counter, Database, Unreliable
+from waiting import wait_until
 
 from seeupo_trl import MultiTurnEnvironment
 from seeupo_trl.rollout.environment_pool import NotAnEnvironmentError
@@ -148,7 +149,7 @@ def test_only_the_instance_that_was_interrupted_plays_no_more(make_interrupting,
     (instance,) = factory.interrupted
     assert instance not in trainer.environments
     factory.go_on.set()
-    wait_for(lambda: len(living() - others) == len(trainer.environments))
+    assert wait_until(lambda: len(living() - others) == len(trainer.environments))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
@@ -167,7 +168,7 @@ def test_instances_of_a_batch_that_ended_while_sampling_play_the_next_one(make_i
         play(trainer, COUNTING)
     trainer.respond = plain
     play(trainer, COUNTING)
-    wait_for(lambda: len(living() - others) == len(trainer.environments))
+    assert wait_until(lambda: len(living() - others) == len(trainer.environments))
 
 
 @pytest.mark.parametrize("factory", [Database, lambda: Database()], ids=["class", "function"])
